@@ -1,0 +1,50 @@
+"""Every error that ritocco raises on purpose.
+
+* RitoccoError
+  + RequestError        (your input: a field of the request, an image, a URL)   CLI exit 2, HTTP 422
+    - FetchError        (a URL that could not or may not be fetched)
+  + CheckpointError     (a model folder or file: missing, damaged, not an inpainting model, not trusted)
+  + BackendError        (a device, dtype or backend that this machine does not have)
+  + NonFiniteError      (the network produced NaN or infinity; names the step)
+"""
+
+from __future__ import annotations
+
+
+class RitoccoError(Exception):
+    """Base of every error that ritocco raises on purpose."""
+
+
+class RequestError(RitoccoError, ValueError):
+    """The request breaks a rule; nothing was computed.
+
+    field: dotted name of the field at fault, as in `input.width`; empty where no single field is.
+    The message names the field, the value and the rule.
+    """
+
+    def __init__(self, message: str, *, field: str = "") -> None:
+        super().__init__(message)
+        self.field = field
+
+
+class FetchError(RequestError):
+    """A URL in the request could not, or may not, be fetched."""
+
+
+class CheckpointError(RitoccoError, ValueError):
+    """A model folder or file is missing, damaged, of the wrong kind, or of a format that can't be trusted."""
+
+
+class BackendError(RitoccoError, RuntimeError):
+    """This machine or installation can't run what was asked for; the message says what would."""
+
+
+class NonFiniteError(RitoccoError, ArithmeticError):
+    """A network produced NaN or infinity.
+
+    step: index of the first table row (0-based) whose result was not finite.
+    """
+
+    def __init__(self, message: str, *, step: int) -> None:
+        super().__init__(message)
+        self.step = step

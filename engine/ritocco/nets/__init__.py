@@ -1,0 +1,1 @@
+"""The networks, in plain PyTorch, with the checkpoints' own parameter names."""
