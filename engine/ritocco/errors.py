@@ -2,6 +2,7 @@
 
 * RitoccoError
   + RequestError        (your input: a field of the request, an image, a URL)   CLI exit 2, HTTP 422
+    - InputError        (the twelve fields and our options; lists every violation; in schema.py)
     - FetchError        (a URL that could not or may not be fetched)
   + CheckpointError     (a model folder or file: missing, damaged, not an inpainting model, not trusted)
   + BackendError        (a device, dtype or backend that this machine does not have)

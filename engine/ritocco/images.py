@@ -1,0 +1,199 @@
+"""A request's pictures -> pixels and mask; the network's pictures -> files.
+
+Rules, each where people of inpainting were bitten before:
+
+* the EXIF orientation applies to image and mask (`sources.py`);
+* a transparent image lies on white, as a page shows it; a transparent mask on black, so transparent = keep;
+* the mask is cut at one half of white in its own size, before resizing, so grey noise never adds up to white;
+* black is a promise: `paste_back` returns those pixels bit for bit.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from ritocco.errors import NonFiniteError, RequestError
+from ritocco.fetch import MAX_BYTES, Fetcher
+from ritocco.sources import MAX_PIXELS, Loader
+
+Pixels: TypeAlias = npt.NDArray[np.uint8]
+Mask: TypeAlias = npt.NDArray[np.bool_]
+Floats: TypeAlias = npt.NDArray[np.float32]
+
+WHITE, BLACK = (255, 255, 255), (0, 0, 0)
+LATENT_FACTOR = 8
+QUALITY = 95
+MIME_TYPES = {"png": "image/png", "jpg": "image/jpeg", "webp": "image/webp"}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Inputs:
+    """What the networks and `paste_back` see of a request's pictures.
+
+    pixels: uint8 [H,W,3]. mask: bool [H,W], True = repaint. notes: lines for the log.
+    """
+
+    pixels: Pixels
+    mask: Mask
+    notes: tuple[str, ...] = ()
+
+
+def load_inputs(
+    image: Any,
+    mask: Any,
+    *,
+    width: int,
+    height: int,
+    allow_local: bool = False,
+    fetcher: Fetcher | None = None,
+    max_bytes: int = MAX_BYTES,
+    max_pixels: int = MAX_PIXELS,
+) -> Inputs:
+    """Loads both pictures and brings them to width x height pixels, aspect not kept, as the original does.
+
+    allow_local, fetcher, max_bytes, max_pixels: as in `sources.Loader`.
+    The image is resized with Lanczos, as diffusers' processor does. The mask is cut at one half first
+    and stretched over the image; then a pixel is white where at least half of its area is (a box filter), so
+    that thin strokes aren't kept or lost by chance, as with nearest neighbours. Its way over the image's own
+    size is one straight scaling, taken in one step. An all-black or all-white mask is allowed and noted.
+    Raises RequestError and FetchError, with the field `input.image` or `input.mask`.
+    """
+    loader = Loader(allow_local=allow_local, fetcher=fetcher, max_bytes=max_bytes, max_pixels=max_pixels)
+    picture = loader.load(image, field="input.image")
+    stencil = loader.load(mask, field="input.mask")
+    notes = []
+    if picture.size != stencil.size:
+        here, there = (f"{one.width}x{one.height}" for one in (stencil, picture))
+        notes.append(
+            f"Warning: the mask has {here} pixels and the image {there}; the mask is stretched over it"
+        )
+    grey = np.asarray(_on_colour(stencil, BLACK).convert("L"))
+    white = Image.fromarray(np.where(grey >= 128, np.uint8(255), np.uint8(0)))
+    pixels = np.array(_on_colour(picture, WHITE).resize((width, height), Image.Resampling.LANCZOS))
+    repaint = np.asarray(white.resize((width, height), Image.Resampling.BOX)) >= 128
+    return Inputs(pixels=pixels, mask=repaint, notes=(*notes, *_mask_notes(repaint)))
+
+
+def _mask_notes(mask: Mask) -> tuple[str, ...]:
+    if not mask.any():
+        return ("Warning: the mask is all black (as transparent parts count): nothing is repainted",)
+    if mask.all():
+        return ("The mask is all white: everything is repainted",)
+    if not mask_to_latent(mask).any():
+        return ("Warning: the white of the mask is too thin: the network sees every 8th pixel of it",)
+    return ()
+
+
+def _on_colour(picture: Image.Image, colour: tuple[int, int, int]) -> Image.Image:
+    """RGB: the picture itself where opaque, else laid on the colour. Other colour spaces: Pillow's rules."""
+    if not picture.has_transparency_data:
+        return picture.convert("RGB")
+    if picture.mode in ("La", "PA"):
+        picture = picture.convert("LA" if picture.mode == "La" else "RGBA")
+    ground = Image.new("RGBA", picture.size, (*colour, 255))
+    return Image.alpha_composite(ground, picture.convert("RGBA")).convert("RGB")
+
+
+def to_model(pixels: Pixels) -> Floats:
+    """uint8 [H,W,3] -> float32 [1,3,H,W] in [-1,1], with the arithmetic of diffusers' image processor."""
+    unit = pixels.astype(np.float32) / np.float32(255.0)
+    return np.ascontiguousarray((np.float32(2.0) * unit - np.float32(1.0)).transpose(2, 0, 1)[None])
+
+
+def masked_to_model(pixels: Pixels, mask: Mask) -> Floats:
+    """As `to_model`, with 0 (mid grey) where the mask is white: what the network may see of the image.
+
+    pixels: uint8 [H,W,3]. mask: bool [H,W]. `masked_image` in diffusers' inpainting pipeline.
+    """
+    return np.where(mask, np.float32(0.0), to_model(pixels))
+
+
+def mask_to_latent(mask: Mask) -> Floats:
+    """bool [H,W] -> float32 [1,1,H/8,W/8], 1 = repaint: the top left pixel of each 8x8 block.
+
+    What nearest interpolation gives in diffusers' `prepare_mask_latents`; H and W are multiples of 8.
+    """
+    return np.ascontiguousarray(mask[::LATENT_FACTOR, ::LATENT_FACTOR].astype(np.float32)[None, None])
+
+
+def from_model(decoded: npt.NDArray[np.floating[Any]]) -> Pixels:
+    """float [N,3,H,W] in [-1,1] -> uint8 [N,H,W,3]; clipped, rounded half to even, as diffusers does.
+
+    Raises NonFiniteError, with step -1 (after the last step), where a value is NaN or infinite.
+    """
+    if not np.isfinite(decoded).all():
+        raise NonFiniteError(
+            "the decoded image holds NaN or infinity; try dtype float32 or bfloat16", step=-1
+        )
+    unit = np.clip(decoded.astype(np.float32) * np.float32(0.5) + np.float32(0.5), 0.0, 1.0)
+    return np.ascontiguousarray(np.rint(unit * np.float32(255.0)).astype(np.uint8).transpose(0, 2, 3, 1))
+
+
+def paste_back(generated: Pixels, pixels: Pixels, mask: Mask, feather: float = 0.0) -> Pixels:
+    """Puts the kept pixels over the generated ones; those under the black mask are `pixels`, bit for bit.
+
+    generated: uint8 [H,W,3] or [N,H,W,3]. pixels: uint8 [H,W,3]. mask: bool [H,W], True = repaint.
+    feather: width in pixels of a linear blend on the white side, from 0 at the seam, which lies half a pixel
+    before the first white pixel's centre, to 1. The picture's edge is no seam.
+    Returns an array of the shape of `generated`.
+    """
+    repaint = mask[..., None]
+    if feather <= 0:
+        return np.where(repaint, generated, pixels)
+    inside = seam_distance(mask, feather + 1.0) - np.float32(0.5)
+    weight = np.clip(inside / np.float32(feather), 0.0, 1.0)[..., None]
+    kept = pixels.astype(np.float32)
+    blend = np.rint(kept + weight * (generated.astype(np.float32) - kept)).astype(np.uint8)
+    return np.where(repaint, np.where(weight < 1.0, blend, generated), pixels)
+
+
+def seam_distance(mask: Mask, limit: float) -> Floats:
+    """Euclidean distance in pixels from each pixel's centre to the nearest black one's, exact up to `limit`.
+
+    mask: bool [H,W]. Returns float32 [H,W]: 0 where black, at least `limit` where nothing black is within it.
+    Columns first, then along each row the lower envelope of parabolas, trying each shift up to the limit.
+    [Felzenszwalb and Huttenlocher 2012, "Distance transforms of sampled functions"]
+    """
+    height, width = mask.shape
+    reach = int(np.ceil(limit)) + 1
+    rows = np.arange(height, dtype=np.int64)[:, None]
+    above = np.maximum.accumulate(np.where(mask, -reach, rows), axis=0)
+    below = np.minimum.accumulate(np.where(mask, height + reach, rows)[::-1], axis=0)[::-1]
+    column = np.minimum(np.minimum(rows - above, below - rows), reach).astype(np.float32) ** 2
+    nearest = column.copy()
+    for shift in range(1, min(reach, width)):
+        step = np.float32(shift * shift)
+        np.minimum(nearest[:, shift:], column[:, :-shift] + step, out=nearest[:, shift:])
+        np.minimum(nearest[:, :-shift], column[:, shift:] + step, out=nearest[:, :-shift])
+    return np.sqrt(nearest)
+
+
+def encode(pixels: Pixels, output_format: str = "png") -> bytes:
+    """uint8 [H,W,3] -> a file's bytes, without metadata.
+
+    output_format: png (exact), jpg (quality 95, colour not subsampled) or webp (quality 95). Those two are
+    lossy, so kept pixels are bit-identical in png only. Raises RequestError for another name.
+    """
+    if output_format not in MIME_TYPES:
+        text = f"output_format is {output_format!r}; it must be png, jpg or webp"
+        raise RequestError(text, field="output_format")
+    picture, file = Image.fromarray(pixels), io.BytesIO()
+    if output_format == "png":
+        picture.save(file, "PNG")
+    elif output_format == "jpg":
+        picture.save(file, "JPEG", quality=QUALITY, subsampling=0)
+    else:
+        picture.save(file, "WEBP", quality=QUALITY)
+    return file.getvalue()
+
+
+def data_uri(encoded: bytes, output_format: str = "png") -> str:
+    """A file's bytes, from `encode` with the same format, as `data:image/png;base64,...`."""
+    return f"data:{MIME_TYPES[output_format]};base64,{base64.b64encode(encoded).decode('ascii')}"

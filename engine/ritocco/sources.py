@@ -1,0 +1,295 @@
+"""Any picture's source -> an upright PIL image with 8 bits per channel.
+
+A source is an http(s) URL or a data URI and, in the library, also a path, bytes, an open file, a PIL image or
+a NumPy array. Encoded pictures are PNG, JPEG, WebP, GIF or BMP (first frame only). TIFF and the rest
+are left out: their decoders are large, with a history of holes, and seldom needed here. Bytes and pixels
+are counted before anything is decoded, by caps of our own; Pillow's global settings are not changed.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import io
+import os
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote_to_bytes
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+from PIL.BmpImagePlugin import BmpImageFile
+from PIL.GifImagePlugin import GifImageFile
+from PIL.JpegImagePlugin import JpegImageFile
+from PIL.PngImagePlugin import PngImageFile
+from PIL.WebPImagePlugin import WebPImageFile
+
+from ritocco.errors import RequestError
+from ritocco.fetch import MAX_BYTES, Fetcher, redacted
+
+MAX_PIXELS = 64 * 1024 * 1024
+
+_FORMATS: tuple[tuple[str, Callable[[bytes], bool], Callable[[io.BytesIO], Image.Image]], ...] = (
+    ("PNG", lambda data: data.startswith(b"\x89PNG\r\n\x1a\n"), PngImageFile),
+    ("JPEG", lambda data: data.startswith(b"\xff\xd8\xff"), JpegImageFile),
+    ("WebP", lambda data: data.startswith(b"RIFF") and data[8:12] == b"WEBP", WebPImageFile),
+    ("GIF", lambda data: data.startswith((b"GIF87a", b"GIF89a")), GifImageFile),
+    ("BMP", lambda data: data.startswith(b"BM"), BmpImageFile),
+)
+_ORIENTATION_TAG = 0x0112
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Loader:
+    """How sources are opened.
+
+    allow_local: paths, bytes, open files, PIL images and arrays too, not only http(s) URLs and data URIs.
+    fetcher: opens the URLs; None makes one from the environment when a URL comes along.
+    max_bytes: most bytes of an encoded picture. max_pixels: most pixels of any picture, width x height.
+    """
+
+    allow_local: bool = False
+    fetcher: Fetcher | None = None
+    max_bytes: int = MAX_BYTES
+    max_pixels: int = MAX_PIXELS
+
+    def load(self, source: Any, *, field: str) -> Image.Image:
+        """The picture upright, with 8 bits per channel, any mode but those with 16 or 32 bits.
+
+        field: `input.image` or `input.mask`. Raises RequestError, which names field, value and rule;
+        FetchError for a URL.
+        """
+        try:
+            if isinstance(source, str) and source[:7].lower().startswith(("http://", "https:/", "data:")):
+                picture = self._decode(self._remote(source, field))
+            elif not self.allow_local:
+                raise _Unusable("is not allowed here; image and mask are http(s) URLs or data URIs")
+            elif isinstance(source, np.ndarray):
+                picture = _from_array(source, self.max_pixels)
+            elif isinstance(source, Image.Image):
+                picture = self._opened(source)
+            else:
+                picture = self._decode(_read_local(source, self.max_bytes))
+        except _Unusable as why:
+            raise RequestError(f"{field}: {describe(source)} {why}", field=field) from why.__cause__
+        return picture
+
+    def _remote(self, source: str, field: str) -> bytes:
+        if source[:5].lower() == "data:":
+            return _from_data_uri(source, self.max_bytes)
+        fetcher = self.fetcher or Fetcher.from_environment(max_bytes=self.max_bytes)
+        return fetcher.get(source, field=field)
+
+    def _decode(self, data: bytes) -> Image.Image:
+        if not data:
+            raise _Unusable("is empty")
+        if len(data) > self.max_bytes:
+            raise _Unusable(f"has {len(data)} bytes; at most {self.max_bytes} are read")
+        found = next(((name, opener) for name, accepts, opener in _FORMATS if accepts(data)), None)
+        if found is None:
+            names = ", ".join(name for name, _, _ in _FORMATS)
+            raise _Unusable(f"is none of the formats that are read: {names}")
+        name, opener = found
+        self._check_size(_announced_size(data))
+        try:
+            # The decoder's own class: Image.open would first judge the size by a global limit, and warn.
+            picture = opener(io.BytesIO(data))
+        except Exception as error:  # decoders raise nearly every class on hostile bytes
+            raise _Unusable(f"is a damaged {name} file ({_first_line(error)})") from error
+        return self._opened(picture, f"a damaged or truncated {name} file")
+
+    def _opened(self, picture: Image.Image, blame: str = "an image that can't be read") -> Image.Image:
+        self._check_size(picture.size)
+        try:
+            picture.load()
+            return _eight_bits(_upright(picture))
+        except _Unusable:
+            raise
+        except Exception as error:  # decoders raise nearly every class on hostile bytes
+            raise _Unusable(f"is {blame} ({_first_line(error)})") from error
+
+    def _check_size(self, size: tuple[int, int]) -> None:
+        _check_size(size, self.max_pixels)
+
+
+class _Unusable(Exception):  # noqa: N818 - a step on the way to RequestError, which adds field and value
+    """Why a source is refused; `Loader.load` turns it into RequestError."""
+
+
+def describe(source: Any) -> str:
+    """A source in a few words, for messages: never its content, never a URL's query."""
+    if isinstance(source, str):
+        if source[:5].lower() == "data:":
+            return f"the data URI {source[:30]!a}..."
+        return repr(redacted(source)) if "://" in source else ascii(source[:100])
+    if isinstance(source, os.PathLike):
+        return ascii(os.fspath(source))
+    if isinstance(source, np.ndarray):
+        return f"the array {source.shape} {source.dtype}"
+    if isinstance(source, Image.Image):
+        return f"the {source.mode} image of {source.width}x{source.height} pixels"
+    if isinstance(source, bytes | bytearray | memoryview):
+        return f"the content of {len(source)} bytes"
+    return f"the {type(source).__name__}"
+
+
+def _check_size(size: tuple[int, int], max_pixels: int) -> None:
+    width, height = size
+    if width < 1 or height < 1:
+        raise _Unusable(f"has {width}x{height} pixels; both sides must be at least 1")
+    if width * height > max_pixels:
+        raise _Unusable(f"has {width}x{height} pixels; at most {max_pixels} in all are read")
+
+
+def _announced_size(data: bytes) -> tuple[int, int]:
+    """The size in the header of PNG, WebP and GIF, whose decoders act on it at once; else (1, 1)."""
+    try:
+        if data[12:16] == b"IHDR":
+            width, height = struct.unpack(">II", data[16:24])
+            return width, height
+        if data[:4] == b"RIFF":
+            kind = data[12:16]
+            if kind == b"VP8X":
+                return (
+                    int.from_bytes(data[24:27], "little") + 1,
+                    int.from_bytes(data[27:30], "little") + 1,
+                )
+            if kind == b"VP8L":
+                bits = int.from_bytes(data[21:25], "little")
+                return (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1
+            across, down = struct.unpack("<HH", data[26:30])
+            return across & 0x3FFF, down & 0x3FFF
+        if data[:3] == b"GIF":
+            return _gif_size(data)
+    except (struct.error, IndexError) as error:
+        raise _Unusable("ends within its header") from error
+    return 1, 1
+
+
+def _gif_size(data: bytes) -> tuple[int, int]:
+    """The larger of a GIF's screen and its first frame, to which Pillow enlarges the screen."""
+    width, height = struct.unpack("<HH", data[6:10])
+    position = 13 + (3 << ((data[10] & 7) + 1) if data[10] & 0x80 else 0)
+    while data[position] != 0x2C:
+        if data[position] == 0x3B:
+            return width, height
+        if data[position] == 0x21:
+            position += 2
+            while data[position]:
+                position += data[position] + 1
+        position += 1
+    left, top, across, down = struct.unpack("<4H", data[position + 1 : position + 9])
+    return max(width, left + across), max(height, top + down)
+
+
+def _from_data_uri(uri: str, max_bytes: int) -> bytes:
+    """A data URI's bytes [RFC 2397]; the media type is not believed. Base64 may be wrapped and unpadded."""
+    head, comma, body = uri.partition(",")
+    if not comma:
+        raise _Unusable("has no comma between type and content")
+    if len(body) > 4 * max_bytes:
+        raise _Unusable(f"has {len(body)} characters; at most {max_bytes} bytes are read")
+    data = unquote_to_bytes(body.encode("utf-8", errors="replace"))
+    if head.rpartition(";")[2].strip().lower() != "base64":
+        return data
+    data = b"".join(data.split()).rstrip(b"=")
+    try:
+        return base64.b64decode(data + b"=" * (-len(data) % 4), validate=True)
+    except binascii.Error as error:
+        raise _Unusable(f"is not valid base64 ({error})") from error
+
+
+def _read_local(source: Any, max_bytes: int) -> bytes:
+    if isinstance(source, bytes | bytearray | memoryview):
+        return bytes(source)
+    if isinstance(source, str) and "://" in source:
+        raise _Unusable("has a scheme that is not fetched; URLs are http, https or data")
+    if isinstance(source, str | os.PathLike):
+        try:
+            path = Path(os.fsdecode(source))
+            if not path.is_file():
+                raise _Unusable("is not a file" if path.exists() else "does not exist")
+            with path.open("rb") as file:
+                return file.read(max_bytes + 1)
+        except (OSError, ValueError) as error:
+            raise _Unusable(f"can't be read ({_first_line(error)})") from error
+    if hasattr(source, "read"):
+        return _read_open_file(source, max_bytes)
+    raise _Unusable("is no image; use a path, URL, data URI, bytes, open file, PIL image or NumPy array")
+
+
+def _read_open_file(file: Any, max_bytes: int) -> bytes:
+    """From where the file stands to its end; the position is put back, so that a file can be passed twice."""
+    try:
+        start = file.tell() if file.seekable() else None
+        data = bytearray()
+        while len(data) <= max_bytes and (part := file.read(max_bytes + 1 - len(data))):
+            data += part
+        if start is not None:
+            file.seek(start)
+    except TypeError as error:
+        raise _Unusable("is open for text; open it with mode 'rb'") from error
+    except (OSError, ValueError, AttributeError) as error:
+        raise _Unusable(f"can't be read ({_first_line(error)})") from error
+    return bytes(data)
+
+
+def _from_array(array: npt.NDArray[Any], max_pixels: int) -> Image.Image:
+    """[H,W] or [H,W,1|3|4]; bool, uint8 (0..255), uint16 (0..65535) or float (0..1)."""
+    if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (1, 3, 4)):
+        raise _Unusable("has a shape other than [H,W], [H,W,1], [H,W,3] and [H,W,4]")
+    _check_size((array.shape[1], array.shape[0]), max_pixels)
+    kind, bits = array.dtype.kind, array.dtype.itemsize * 8
+    if kind == "b":
+        levels = array.astype(np.uint8) * np.uint8(255)
+    elif kind == "u" and bits == 8:
+        levels = array
+    elif kind == "u" and bits == 16:
+        levels = _from_16_bits(array)
+    elif kind == "f":
+        if not np.isfinite(array).all():
+            raise _Unusable("holds NaN or infinity; floats are 0 to 1")
+        if array.min() < 0 or array.max() > 1:
+            raise _Unusable(f"holds {array.min():g} to {array.max():g}; floats are 0 (black) to 1 (white)")
+        levels = np.rint(array.astype(np.float64) * 255.0).astype(np.uint8)
+    else:
+        raise _Unusable("has a dtype other than bool, uint8, uint16 and float (0 to 1)")
+    return Image.fromarray(np.ascontiguousarray(levels[..., 0] if levels.shape[2:] == (1,) else levels))
+
+
+def _from_16_bits(levels: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
+    return ((levels.astype(np.uint32) * 255 + 32767) // 65535).astype(np.uint8)
+
+
+def _upright(picture: Image.Image) -> Image.Image:
+    try:
+        orientation = picture.getexif().get(_ORIENTATION_TAG, 1)
+    except Exception:  # a picture with broken EXIF is still a picture, and upright as far as anyone can tell
+        orientation = 1
+    turn = _UPRIGHT.get(orientation) if isinstance(orientation, int) else None
+    return picture if turn is None else picture.transpose(turn)
+
+
+def _eight_bits(picture: Image.Image) -> Image.Image:
+    if picture.mode.startswith("I;16"):
+        return Image.fromarray(_from_16_bits(np.asarray(picture)))
+    if picture.mode in ("I", "F"):
+        raise _Unusable("has a mode whose white is not defined; convert it to L, or pass an array")
+    return picture
+
+
+def _first_line(error: BaseException) -> str:
+    return ascii((str(error) or type(error).__name__).splitlines()[0][:120])[1:-1]
