@@ -1,0 +1,204 @@
+"""Layers shared by the UNet and the VAE, with diffusers' parameter names.
+
+Every module runs in the dtype and memory format of its parameters; none holds state that is not in a
+checkpoint, so a network built under `torch.device("meta")` is complete after `load_state_dict(assign=True)`.
+"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ritocco_kernels.ops import Ops
+
+KeysValues = tuple[Tensor, Tensor]
+"""Keys and values of one attention layer, each [B,heads,L,head_dim]."""
+
+
+def group_norm(ops: Ops, norm: nn.GroupNorm, x: Tensor) -> Tensor:
+    """norm(x), x [N,C,H,W], by whichever implementation the table holds."""
+    return ops.groupnorm(x, norm.weight, norm.bias, norm.num_groups, norm.eps)
+
+
+def norm_silu(ops: Ops, norm: nn.GroupNorm, x: Tensor) -> Tensor:
+    """SiLU(norm(x)), likewise."""
+    return ops.groupnorm_silu(x, norm.weight, norm.bias, norm.num_groups, norm.eps)
+
+
+def to_tokens(x: Tensor) -> Tensor:
+    """[N,C,H,W] -> [N,H*W,C]; a view where x is channels_last."""
+    return x.permute(0, 2, 3, 1).flatten(1, 2)
+
+
+def to_image(tokens: Tensor, like: Tensor) -> Tensor:
+    """[N,H*W,C] -> [N,C,H,W] with the height and width of `like`: a channels_last view."""
+    return tokens.reshape(tokens.shape[0], *like.shape[2:], tokens.shape[2]).permute(0, 3, 1, 2)
+
+
+class ResnetBlock(nn.Module):
+    """diffusers' `ResnetBlock2D`: norm, SiLU, convolution, twice, plus the input.
+
+    time_dim: width of the time embedding, or None for a block that knows no time (the VAE's).
+    """
+
+    def __init__(
+        self,
+        channels_in: int,
+        channels_out: int,
+        *,
+        groups: int,
+        eps: float,
+        ops: Ops,
+        time_dim: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.ops = ops
+        self.norm1 = nn.GroupNorm(groups, channels_in, eps)
+        self.conv1 = nn.Conv2d(channels_in, channels_out, 3, padding=1)
+        self.time_emb_proj = None if time_dim is None else nn.Linear(time_dim, channels_out)
+        self.norm2 = nn.GroupNorm(groups, channels_out, eps)
+        self.conv2 = nn.Conv2d(channels_out, channels_out, 3, padding=1)
+        self.conv_shortcut = None if channels_in == channels_out else nn.Conv2d(channels_in, channels_out, 1)
+
+    def forward(self, x: Tensor, time: Tensor | None = None) -> Tensor:
+        """x [N,channels_in,H,W], time [N,channels_out] already projected -> [N,channels_out,H,W]."""
+        # One name, and sums in place: each intermediate is freed as soon as the next exists. At full
+        # resolution these blocks set the decoder's peak memory.
+        hidden: Tensor = norm_silu(self.ops, self.norm1, x)
+        hidden = self.conv1(hidden)
+        if time is not None:
+            hidden.add_(time[:, :, None, None])
+        hidden = norm_silu(self.ops, self.norm2, hidden)
+        hidden = self.conv2(hidden)
+        hidden += x if self.conv_shortcut is None else self.conv_shortcut(x)
+        return hidden
+
+
+class Downsample(nn.Module):
+    """Halves height and width by a strided 3x3 convolution.
+
+    trailing: pad on the right and bottom only, as the VAE does; else one cell on every side.
+    """
+
+    def __init__(self, channels: int, *, trailing: bool) -> None:
+        super().__init__()
+        self.trailing = trailing
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=0 if trailing else 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N,C,H,W] -> [N,C,H/2,W/2]; H and W even."""
+        if self.trailing:
+            x = F.pad(x, (0, 1, 0, 1))
+        out: Tensor = self.conv(x)
+        return out
+
+
+class Upsample(nn.Module):
+    """Doubles height and width: nearest neighbour, then a 3x3 convolution."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N,C,H,W] -> [N,C,2H,2W]."""
+        out: Tensor = self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        return out
+
+
+class Attention(nn.Module):
+    """Multi-head attention. [Vaswani et al. 2017, arXiv:1706.03762, Eq. 1]
+
+    context_dim: width of what keys and values are made of; the width of the queries where None.
+    bias: whether the three input projections have one (the UNet's have none, the VAE's do).
+    """
+
+    def __init__(self, width: int, heads: int, *, context_dim: int | None = None, bias: bool = False) -> None:
+        super().__init__()
+        self.heads = heads
+        self.to_q = nn.Linear(width, width, bias=bias)
+        self.to_k = nn.Linear(context_dim or width, width, bias=bias)
+        self.to_v = nn.Linear(context_dim or width, width, bias=bias)
+        self.to_out = nn.ModuleList([nn.Linear(width, width)])
+
+    def _split(self, x: Tensor) -> Tensor:
+        return x.reshape(*x.shape[:2], self.heads, -1).transpose(1, 2)
+
+    def keys_values(self, source: Tensor) -> KeysValues:
+        """source [B,L,context_dim] -> keys and values, each [B,heads,L,head_dim] (views of [B,L,width])."""
+        return self._split(self.to_k(source)), self._split(self.to_v(source))
+
+    def forward(self, x: Tensor, keys_values: KeysValues | None = None) -> Tensor:
+        """x [B,S,width] -> [B,S,width]; attends to itself where no keys and values are given.
+
+        Scores and softmax are float32 in every dtype: PyTorch's kernels accumulate so.
+        """
+        keys, values = self.keys_values(x) if keys_values is None else keys_values
+        mixed = F.scaled_dot_product_attention(self._split(self.to_q(x)), keys, values)
+        out: Tensor = self.to_out[0](mixed.transpose(1, 2).flatten(2))
+        return out
+
+
+class SpatialAttention(Attention):
+    """The VAE's attention: one head over all cells, with its own norm and residual."""
+
+    def __init__(self, channels: int, *, groups: int, eps: float, ops: Ops) -> None:
+        super().__init__(channels, 1, bias=True)
+        self.ops = ops
+        self.group_norm = nn.GroupNorm(groups, channels, eps)
+
+    def forward(self, x: Tensor, keys_values: KeysValues | None = None) -> Tensor:
+        """x [N,C,H,W] -> [N,C,H,W]."""
+        tokens = to_tokens(group_norm(self.ops, self.group_norm, x))
+        return x + to_image(super().forward(tokens, keys_values), like=x)
+
+
+class Geglu(nn.Module):
+    """Projection to values and gates, then their gated product."""
+
+    def __init__(self, width: int, inner: int, ops: Ops) -> None:
+        super().__init__()
+        self.ops = ops
+        self.proj = nn.Linear(width, 2 * inner)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[...,width] -> [...,inner]."""
+        return self.ops.geglu(self.proj(x))
+
+
+class FeedForward(nn.Module):
+    """GEGLU of four times the width, and back."""
+
+    def __init__(self, width: int, ops: Ops) -> None:
+        super().__init__()
+        # Index 1 is diffusers' dropout, which has no parameters but holds its place in the names.
+        self.net = nn.Sequential(Geglu(width, 4 * width, ops), nn.Identity(), nn.Linear(4 * width, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[...,width] -> [...,width]."""
+        out: Tensor = self.net(x)
+        return out
+
+
+class TransformerBlock(nn.Module):
+    """diffusers' `BasicTransformerBlock` in two halves, because the first does not depend on the prompt."""
+
+    def __init__(self, width: int, heads: int, *, context_dim: int, ops: Ops) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width)
+        self.attn1 = Attention(width, heads)
+        self.norm2 = nn.LayerNorm(width)
+        self.attn2 = Attention(width, heads, context_dim=context_dim)
+        self.norm3 = nn.LayerNorm(width)
+        self.ff = FeedForward(width, ops)
+
+    def attend_self(self, tokens: Tensor) -> Tensor:
+        """Self-attention and its residual: [B,S,width] -> [B,S,width]."""
+        out: Tensor = self.attn1(self.norm1(tokens))
+        return out.add_(tokens)
+
+    def attend_context(self, tokens: Tensor, context: KeysValues) -> Tensor:
+        """Cross-attention and feed-forward with their residuals: [B,S,width] -> [B,S,width]."""
+        tokens = self.attn2(self.norm2(tokens), context).add_(tokens)
+        out: Tensor = self.ff(self.norm3(tokens))
+        return out.add_(tokens)

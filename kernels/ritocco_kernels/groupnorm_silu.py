@@ -1,0 +1,42 @@
+"""Group normalisation, alone (before a transformer) and followed by SiLU (before every convolution)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ritocco_kernels.contract import Op
+
+
+def groupnorm_reference(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> Tensor:
+    """Affine group norm. [Wu & He 2018, arXiv:1803.08494, Eq. 1 to 3]
+
+    x: [N,C,H,W], any floating dtype and memory format; C is a multiple of `groups`.
+    weight, bias: [C], the dtype of x. eps: added to the variance.
+    Returns [N,C,H,W] in the dtype of x (contiguous in float32); mean and variance are taken in float32.
+    """
+    if x.dtype == torch.float32:
+        # PyTorch's channels_last norm on a CPU takes the variance as E[x^2] - E[x]^2 of plain sums: where the
+        # mean is ten deviations, the result is off by 200 to 2500 eps.
+        x = x.contiguous()
+    return F.group_norm(x, groups, weight, bias, eps)
+
+
+def groupnorm_silu_reference(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> Tensor:
+    """SiLU of `groupnorm_reference`, same arguments and result. [Elfwing et al. 2017, arXiv:1702.03118]"""
+    return F.silu(groupnorm_reference(x, weight, bias, groups, eps), inplace=True)
+
+
+GROUPNORM = Op(
+    name="groupnorm",
+    reference=groupnorm_reference,
+    tolerance={torch.float32: 8.0, torch.bfloat16: 1.0, torch.float16: 1.0},
+)
+
+GROUPNORM_SILU = Op(
+    name="groupnorm_silu",
+    reference=groupnorm_silu_reference,
+    # Two roundings: the norm's and SiLU's, whose slope reaches 1.1.
+    tolerance={torch.float32: 8.0, torch.bfloat16: 2.0, torch.float16: 2.0},
+)
