@@ -1,0 +1,195 @@
+"""The command line: `ritocco predict | demo | doctor`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from tqdm import tqdm
+
+from ritocco.errors import RequestError, RitoccoError
+
+if TYPE_CHECKING:
+    from ritocco.engine import Engine
+    from ritocco.schema import Prediction
+
+app = typer.Typer(
+    name="ritocco",
+    help="Stable Diffusion inpainting on your own hardware.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Model = Annotated[
+    str | None,
+    typer.Option(
+        help="Diffusers folder or .safetensors file. Default: RITOCCO_MODEL, else the embedded model."
+    ),
+]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+Dtype = Annotated[str, typer.Option(help="auto, float32, float16 or bfloat16.")]
+Backend = Annotated[str, typer.Option(help="auto or torch.")]
+
+
+@app.command()
+def predict(
+    image: Annotated[str, typer.Option(help="Path or http(s) URL of the picture.")],
+    mask: Annotated[str, typer.Option(help="Path or URL of the mask: white is repainted, black is kept.")],
+    prompt: Annotated[str | None, typer.Option(help="What to paint.")] = None,
+    negative_prompt: Annotated[str | None, typer.Option(help="What not to paint.")] = None,
+    width: Annotated[
+        int | None, typer.Option(help="Pixels, a multiple of 64 up to 1024. [default: 512]")
+    ] = None,
+    height: Annotated[
+        int | None, typer.Option(help="Pixels, a multiple of 64 up to 1024. [default: 512]")
+    ] = None,
+    num_outputs: Annotated[int | None, typer.Option(help="Pictures, 1 to 4. [default: 1]")] = None,
+    num_inference_steps: Annotated[int | None, typer.Option(help="Steps, 1 to 500. [default: 50]")] = None,
+    guidance_scale: Annotated[float | None, typer.Option(help="1 to 20. [default: 7.5]")] = None,
+    scheduler: Annotated[str | None, typer.Option(help="[default: DPMSolverMultistep]")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of the noise. [default: random]")] = None,
+    disable_safety_checker: Annotated[bool, typer.Option("--disable-safety-checker")] = False,
+    output_format: Annotated[str | None, typer.Option(help="png, jpg or webp. [default: png]")] = None,
+    mask_feather: Annotated[float | None, typer.Option(help="Soft seam inside the mask, pixels.")] = None,
+    paste_back: Annotated[bool, typer.Option(help="Put the kept pixels back, bit for bit.")] = True,
+    strength: Annotated[
+        float | None, typer.Option(help="Part of the schedule that is run, over 0 to 1.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder of the pictures.")] = Path("out"),
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the prediction as JSON, with paths as output.")
+    ] = False,
+    model: Model = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    backend: Backend = "auto",
+) -> None:
+    """Repaint the white part of a mask."""
+    import numpy as np
+
+    from ritocco.images import encode
+
+    given = {
+        "image": image,
+        "mask": mask,
+        "prompt": prompt,
+        "negative_prompt": negative_prompt,
+        "width": width,
+        "height": height,
+        "num_outputs": num_outputs,
+        "num_inference_steps": num_inference_steps,
+        "guidance_scale": guidance_scale,
+        "scheduler": scheduler,
+        "seed": seed,
+        "disable_safety_checker": disable_safety_checker,
+    }
+    with _engine(model, device, dtype, backend) as engine:
+        prediction = _run(engine, given, output_format, mask_feather, paste_back, strength)
+    out.mkdir(parents=True, exist_ok=True)
+    suffix = output_format or "png"
+    paths = [out / f"out-{index}.{suffix}" for index in range(len(prediction.images))]
+    for path, picture in zip(paths, prediction.images, strict=True):
+        path.write_bytes(encode(np.asarray(picture), suffix))
+    if as_json:
+        shown = prediction.model_copy(update={"output": [str(path) for path in paths] or None})
+        typer.echo(shown.to_json(indent=2))
+    else:
+        typer.echo(_notes_of(prediction), nl=False, err=True)
+        for path in paths:
+            typer.echo(path)
+    if prediction.error is not None:
+        typer.echo(prediction.error, err=True)
+        raise typer.Exit(1)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder of the pictures.")] = Path("demo-output"),
+    model: Model = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+) -> None:
+    """Repaint the photograph that ships with ritocco; prints the contact sheet's path last."""
+    from ritocco import demo as room
+
+    with _engine(model, device, dtype, "auto") as engine:
+        typer.echo(room.run(engine, out, say=typer.echo))
+
+
+@app.command()
+def doctor(
+    model: Annotated[str | None, typer.Option(help="Verify this checkpoint too.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
+) -> None:
+    """What this machine can do: devices, dtypes, backends found and missing."""
+    from ritocco.checkpoint_report import verify
+    from ritocco.doctor import Line, examine, report
+
+    lines = examine()
+    if model is not None:
+        lines += [Line(level=f.level, subject=f.subject, message=f.message) for f in verify(Path(model))]
+    if as_json:
+        rows = [{"level": line.level, "subject": line.subject, "message": line.message} for line in lines]
+        typer.echo(json.dumps(rows, indent=2))
+    else:
+        typer.echo(report(lines))
+    if any(line.level == "error" for line in lines):
+        raise typer.Exit(1)
+
+
+def _engine(model: str | None, device: str, dtype: str, backend: str) -> Engine:
+    from ritocco.engine import load
+
+    return load(model, device=device, dtype=dtype, backend=backend)
+
+
+def _run(
+    engine: Engine,
+    given: dict[str, Any],
+    output_format: str | None,
+    mask_feather: float | None,
+    paste_back: bool,
+    strength: float | None,
+) -> Prediction:
+    bar = tqdm(total=0, file=sys.stderr, disable=not sys.stderr.isatty(), leave=False)
+
+    def show(done: int, total: int) -> None:
+        bar.total = total
+        bar.update(done - bar.n)
+
+    try:
+        return engine.predict(
+            given,
+            on_step=show,
+            output_format=output_format,
+            mask_feather=mask_feather,
+            paste_back=paste_back,
+            strength=strength,
+        )
+    finally:
+        bar.close()
+
+
+def _notes_of(prediction: Prediction) -> str:
+    """The log without its progress lines."""
+    return "".join(
+        line
+        for line in prediction.logs.splitlines(keepends=True)
+        if "it/s]" not in line and "s/it]" not in line
+    )
+
+
+def main() -> None:
+    """Entry point. Exit status 2 for a bad request, 1 for any other failure of ours."""
+    try:
+        app()
+    except RequestError as error:
+        typer.echo(f"error: {error}", err=True)
+        raise SystemExit(2) from None
+    except RitoccoError as error:
+        typer.echo(f"error: {error}", err=True)
+        raise SystemExit(1) from None

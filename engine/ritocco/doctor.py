@@ -1,0 +1,97 @@
+"""What this machine can do, and what to install for the rest."""
+
+from __future__ import annotations
+
+import platform
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+
+from ritocco.device import choose, installed, native_bfloat16
+from ritocco.errors import BackendError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Line:
+    """One finding. level: ok, note or missing; a missing optional part is no error."""
+
+    level: str
+    subject: str
+    message: str
+
+
+def examine() -> list[Line]:
+    """Look at this machine: python, torch, devices, dtypes, backends, optional packages."""
+    import torch
+
+    lines = [
+        Line(
+            level="ok",
+            subject="python",
+            message=f"{platform.python_version()} on {platform.system()} {platform.machine()}",
+        ),
+        Line(level="ok", subject="torch", message=torch.__version__),
+        _cpu(),
+        *_cuda(),
+        _choice(),
+        Line(level="ok", subject="backend torch", message="found"),
+    ]
+    return lines + [_optional(*row) for row in _OPTIONAL]
+
+
+# Package, what it is for, the extra that installs it.
+_OPTIONAL = (
+    ("diffusers", "sharing a pipeline in memory; the reference in tests and benchmarks", "diffusers"),
+)
+
+
+def _cpu() -> Line:
+    import torch
+
+    bfloat16 = "native" if native_bfloat16() else "emulated: float32 is faster"
+    message = f"{torch.get_num_threads()} threads; float32, bfloat16 ({bfloat16}); float16 is refused"
+    return Line(level="ok", subject="device cpu", message=message)
+
+
+def _cuda() -> list[Line]:
+    import torch
+
+    if not torch.cuda.is_available():
+        built = (
+            f"torch is built for CUDA {torch.version.cuda}, but sees no device"
+            if torch.version.cuda
+            else ("torch is a CPU build; install a CUDA build of torch to use a GPU")
+        )
+        return [Line(level="missing", subject="device cuda", message=built)]
+    lines = []
+    for index in range(torch.cuda.device_count()):
+        about = torch.cuda.get_device_properties(index)
+        memory = f"{about.total_memory / 2**30:.1f} GiB"
+        message = f"{about.name}, {memory}, compute capability {about.major}.{about.minor}"
+        lines.append(Line(level="ok", subject=f"device cuda:{index}", message=message))
+    return lines
+
+
+def _choice() -> Line:
+    try:
+        choice = choose()
+    except BackendError as error:
+        return Line(level="missing", subject="default", message=str(error))
+    return Line(level="ok", subject="default", message="; ".join(choice.reasons))
+
+
+def _optional(package: str, purpose: str, extra: str) -> Line:
+    if not installed(package):
+        message = f'missing: {purpose}. pip install "ritocco[{extra}]"'
+        return Line(level="missing", subject=package, message=message)
+    try:
+        found = version(package)
+    except PackageNotFoundError:
+        found = "unknown version"
+    return Line(level="ok", subject=package, message=f"{found}: {purpose}")
+
+
+def report(lines: list[Line]) -> str:
+    """The findings as aligned text."""
+    width = max(len(line.subject) for line in lines)
+    marks = {"ok": "ok     ", "note": "note   ", "missing": "missing", "error": "ERROR  "}
+    return "\n".join(f"{marks[line.level]}  {line.subject:<{width}}  {line.message}" for line in lines)

@@ -1,0 +1,400 @@
+"""The engine: a checkpoint on a device, and `predict`, which takes a request through every stage.
+
+Read this file first. Each stage is a function; what does not depend on the noisy latents happens before the
+loop, once for all outputs.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from ritocco.backends.runtime import Floats, Lane, LatentSize, Runtime
+from ritocco.denoise import denoise
+from ritocco.errors import BackendError, RequestError
+from ritocco.fetch import Fetcher
+from ritocco.images import (
+    Inputs,
+    data_uri,
+    encode,
+    from_model,
+    load_inputs,
+    mask_to_latent,
+    masked_to_model,
+    paste_back,
+    to_model,
+)
+from ritocco.noise import UINT64_END, normal
+from ritocco.progress import Log
+from ritocco.safety import NSFW_ERROR, SafetyChecker
+from ritocco.schedules import StepTable, build
+from ritocco.schema import MODEL, Options, Prediction, PredictionInput, parse_input, timestamp
+
+if TYPE_CHECKING:
+    from ritocco.checkpoint import Checkpoint
+    from ritocco.prompt import Tokenizer
+
+OnStep = Callable[[int, int], bool | None]
+"""Called after every step with the steps done and the steps in all; returning False cancels the run."""
+
+RANDOM_SEEDS = 1 << 16  # of the original: 0 to 65535
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Request:
+    """One checked request: what was asked, the pictures, the steps."""
+
+    fields: PredictionInput
+    options: Options
+    inputs: Inputs
+    table: StepTable
+    seed: int
+    log: Log
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def seed_of(self, output: int) -> int:
+        """Output i of seed s has seed s + i; negative seeds count down from 2**64."""
+        return (self.seed + output) % UINT64_END
+
+    @contextmanager
+    def timed(self, phase: str) -> Iterator[None]:
+        """Add the block's seconds to `phase`."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
+
+
+class Engine:
+    """One checkpoint on one device. Safe to call from several threads; the device takes one at a time."""
+
+    def __init__(
+        self,
+        runtime: Runtime,
+        tokenizer: Tokenizer,
+        scheduler: Mapping[str, Any],
+        *,
+        safety: SafetyChecker | None = None,
+        version: str = "",
+        notes: Sequence[str] = (),
+        fetcher: Fetcher | None = None,
+    ) -> None:
+        """Put the parts together; `load` and `from_diffusers` do it for you.
+
+        scheduler: the checkpoint's scheduler config. version: of the predictions. notes: for every log.
+        """
+        self.runtime = runtime
+        self.version = version
+        self._tokenizer = tokenizer
+        self._scheduler = dict(scheduler)
+        self._safety = safety
+        self._notes = tuple(notes)
+        self._fetcher = fetcher
+        self._device = threading.Lock()
+        self._closed = False
+
+    def predict(
+        self,
+        input: Mapping[str, Any],
+        *,
+        on_step: OnStep | None = None,
+        output_format: str | None = None,
+        mask_feather: float | None = None,
+        paste_back: bool | None = None,
+        strength: float | None = None,
+        latents: npt.NDArray[np.floating[Any]] | None = None,
+        allow_local: bool = True,
+    ) -> Prediction:
+        """Repaint the white part of the mask.
+
+        input: the twelve fields of `PredictionInput`; image and mask may also be paths, PIL images, arrays,
+        bytes and open files where `allow_local`. on_step: see `OnStep`. output_format: png, jpg or webp.
+        mask_feather: width in pixels of the soft seam. paste_back: false gives the raw decode. strength: over
+        0 up to 1, a later start from the image. latents: float [N,4,height/8,width/8], unit variance (or one
+        [4,...] for all outputs), in place of the noise that the seed gives.
+        Returns a Prediction: `succeeded`, `canceled` by on_step, or `failed` where every picture was flagged.
+        Raises RequestError and FetchError before anything is computed, NonFiniteError after.
+        """
+        if self._closed:
+            raise BackendError("this engine is closed; load another")
+        prediction = Prediction(model=MODEL, version=self.version, status="processing")
+        prediction.started_at = prediction.created_at
+        begun = time.perf_counter()
+        log = Log()
+        fields, options, ignored = parse_input(input, allow_local=allow_local)
+        options = (options or Options()).override(
+            output_format=output_format,
+            mask_feather=mask_feather,
+            paste_back=paste_back,
+            strength=strength,
+            latents=latents,
+        )
+        prediction.input = {key: value for key, value in input.items() if key not in ignored}
+        request = self._prepare(fields, options, ignored, log, allow_local=allow_local)
+        with self._device:
+            decoded = self._paint(request, on_step)
+        if decoded is None:
+            prediction.status = "canceled"
+        else:
+            self._finish(prediction, request, decoded)
+        prediction.completed_at = timestamp()
+        request.seconds["predict_time"] = time.perf_counter() - begun
+        prediction.metrics = {name: round(seconds, 4) for name, seconds in request.seconds.items()}
+        prediction.logs = log.text()
+        return prediction
+
+    def close(self) -> None:
+        """Let go of the networks' memory. Waits for a running prediction; later ones raise BackendError."""
+        with self._device:
+            self._closed = True
+            self.__dict__.pop("runtime", None)
+            self._safety = None
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def _prepare(
+        self,
+        fields: PredictionInput,
+        options: Options,
+        ignored: Sequence[str],
+        log: Log,
+        *,
+        allow_local: bool,
+    ) -> Request:
+        """Everything that needs no network: the pictures, the seed, the steps."""
+        seed = secrets.randbelow(RANDOM_SEEDS) if fields.seed is None else fields.seed
+        log.note(f"Using seed: {seed}", *self._notes)
+        if ignored:
+            log.note(f"Ignored unknown input: {', '.join(sorted(ignored))}")
+        table = build(
+            fields.scheduler, fields.num_inference_steps, self._scheduler, strength=options.strength
+        )
+        start = time.perf_counter()
+        inputs = load_inputs(
+            fields.image,
+            fields.mask,
+            width=fields.width,
+            height=fields.height,
+            allow_local=allow_local,
+            fetcher=self._fetcher,
+        )
+        log.note(*table.notes, *inputs.notes)
+        request = Request(fields=fields, options=options, inputs=inputs, table=table, seed=seed, log=log)
+        request.seconds["inputs"] = time.perf_counter() - start
+        return request
+
+    def _paint(self, request: Request, on_step: OnStep | None) -> Floats | None:
+        """Text, condition, loop, decode: float32 [N,3,H,W], or None where `on_step` cancelled."""
+        with request.timed("text"):
+            context, unconditional = self._contexts(request)
+        with request.timed("encode"):
+            condition = self._condition(request)
+            starts = self._starts(request)
+        lanes = [
+            Lane(
+                table=request.table,
+                seed=request.seed_of(i),
+                guidance=request.fields.guidance_scale,
+                latents=start,
+                context=context,
+                unconditional=unconditional,
+                condition=condition,
+            )
+            for i, start in enumerate(starts)
+        ]
+        with request.timed("denoise"):
+            latents = self._loop(request, lanes, on_step)
+        if latents is None:
+            return None
+        with request.timed("decode"):
+            return self.runtime.decode(latents)
+
+    def _contexts(self, request: Request) -> tuple[Floats, Floats | None]:
+        """[77,D] of the prompt, and of the negative prompt where guidance is over 1."""
+        fields = request.fields
+        texts = [fields.prompt]
+        if fields.guidance_scale > 1:
+            texts.append(fields.negative_prompt or "")
+        tokens, notes = self._tokenizer.encode(texts)
+        request.log.note(*notes)
+        encoded = self.runtime.encode_text(tokens)
+        return encoded[0], encoded[1] if len(texts) == 2 else None
+
+    def _condition(self, request: Request) -> Floats:
+        """[5,h,w]: the mask, then the latents of the image without the part to repaint."""
+        inputs = request.inputs
+        masked = self.runtime.encode_image(masked_to_model(inputs.pixels, inputs.mask))
+        return np.concatenate([mask_to_latent(inputs.mask)[0], masked[0]])
+
+    def _starts(self, request: Request) -> list[Floats]:
+        """The latents [4,h,w] that each output starts from, in the scheduler's space."""
+        table, fields = request.table, request.fields
+        shape = (4, fields.height // 8, fields.width // 8)
+        if request.options.latents is None:
+            noise = [normal(request.seed_of(i), 0, shape) for i in range(fields.num_outputs)]
+        else:
+            noise = _given_latents(request.options.latents, fields.num_outputs, shape)
+        signal, scale = np.float32(table.start_signal[0]), np.float32(table.start_noise[0])
+        if not signal:
+            return [scale * one for one in noise]
+        image = self.runtime.encode_image(to_model(request.inputs.pixels))[0]
+        return [signal * image + scale * one for one in noise]
+
+    def _loop(self, request: Request, lanes: Sequence[Lane], on_step: OnStep | None) -> Floats | None:
+        total = len(request.table)
+        size = LatentSize(height=lanes[0].latents.shape[1], width=lanes[0].latents.shape[2])
+        run = denoise(self.runtime.open(size, len(lanes)), lanes)
+        request.log.start()
+        while True:
+            try:
+                done = next(run)
+            except StopIteration as end:
+                return np.stack([state.latents for state in end.value])
+            request.log.progress(done, total)
+            if on_step is not None and on_step(done, total) is False:
+                run.close()
+                request.log.note(f"Canceled after {done} of {total} steps")
+                return None
+
+    def _finish(self, prediction: Prediction, request: Request, decoded: Floats) -> None:
+        """Pixels, paste-back, safety, files."""
+        options, inputs = request.options, request.inputs
+        with request.timed("outputs"):
+            pixels = from_model(decoded)
+            if options.paste_back:
+                pixels = paste_back(pixels, inputs.pixels, inputs.mask, options.mask_feather)
+            kept = self._checked(request, pixels)
+            prediction.images = [Image.fromarray(pixels[i]) for i in kept]
+            uris = [data_uri(encode(pixels[i], options.output_format), options.output_format) for i in kept]
+        if not kept:
+            prediction.status, prediction.error = "failed", NSFW_ERROR
+        else:
+            prediction.status, prediction.output = "succeeded", uris
+
+    def _checked(self, request: Request, pixels: npt.NDArray[np.uint8]) -> list[int]:
+        """Indices of the pictures that the safety checker lets through."""
+        everything = list(range(len(pixels)))
+        if self._safety is None or request.fields.disable_safety_checker:
+            return everything
+        with self._device:
+            flagged = self._safety.flag(pixels)
+        if any(flagged):
+            request.log.note(f"NSFW content detected in {sum(flagged)} of {len(pixels)} outputs; dropped")
+        return [i for i in everything if not flagged[i]]
+
+
+def _given_latents(given: Any, count: int, shape: tuple[int, int, int]) -> list[Floats]:
+    """The caller's noise, checked: one [4,h,w] for each output."""
+    try:
+        array = np.asarray(given, dtype=np.float32)
+    except (TypeError, ValueError) as error:
+        raise RequestError(
+            f"latents: {type(given).__name__} is no array of numbers", field="latents"
+        ) from error
+    if array.shape == shape:
+        array = np.broadcast_to(array, (count, *shape))
+    if array.shape != (count, *shape):
+        raise RequestError(f"latents: shape is {array.shape}; it must be {(count, *shape)}", field="latents")
+    if not np.isfinite(array).all():
+        raise RequestError("latents: hold NaN or infinity; they must be finite", field="latents")
+    return list(array)
+
+
+def load(
+    model: str | Path | None = None,
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    backend: str = "auto",
+    variant: str | None = None,
+    tokenizer: str | Path | None = None,
+    fetcher: Fetcher | None = None,
+) -> Engine:
+    """Load a checkpoint.
+
+    model: a diffusers folder or a single `.safetensors` file; None takes RITOCCO_MODEL from the environment,
+    else the embedded pocket model. device, dtype, backend: see `device.choose`. variant: `fp16` and such,
+    where a folder holds several. tokenizer: folder of vocab.json and merges.txt, for single files.
+    fetcher: opens the URLs of requests; None makes one from the environment.
+    Raises CheckpointError and BackendError.
+    """
+    from ritocco.checkpoint import open_checkpoint
+
+    path = Path(model or os.environ.get("RITOCCO_MODEL") or pocket_model())
+    return _engine(
+        open_checkpoint(path, variant=variant, tokenizer=tokenizer), device, dtype, backend, fetcher
+    )
+
+
+def from_diffusers(pipe: Any, *, device: str | None = None, dtype: str | None = None) -> Engine:
+    """An engine from a diffusers `StableDiffusionInpaintPipeline` in memory, sharing its tensors.
+
+    device, dtype: None keeps the pipeline's own, and then no weight is copied.
+    Raises CheckpointError where the pipeline is not one for inpainting, and BackendError.
+    """
+    from ritocco.checkpoint import from_diffusers as checkpoint_of
+
+    checkpoint = checkpoint_of(pipe)
+    weight = next(pipe.unet.parameters())
+    return _engine(
+        checkpoint,
+        device or str(weight.device),
+        dtype or str(weight.dtype).removeprefix("torch."),
+        "torch",
+        None,
+    )
+
+
+def pocket_model() -> Path:
+    """Folder of the embedded model."""
+    return Path(str(files("ritocco"))) / "models" / "pocket"
+
+
+def _engine(checkpoint: Checkpoint, device: str, dtype: str, backend: str, fetcher: Fetcher | None) -> Engine:
+    from ritocco.backends.torch_ import TorchRuntime
+    from ritocco.checkpoint import fingerprint, load_tokenizer
+    from ritocco.device import choose
+
+    choice = choose(device, dtype, backend)
+    safety = None
+    if checkpoint.safety_checker is not None:
+        safety = SafetyChecker.load(checkpoint, device=choice.device, dtype=choice.dtype)
+    return Engine(
+        TorchRuntime(checkpoint, device=choice.device, dtype=choice.dtype),
+        load_tokenizer(checkpoint),
+        checkpoint.scheduler,
+        safety=safety,
+        version=fingerprint(checkpoint),
+        notes=(*checkpoint.notes, f"Running {'; '.join(choice.reasons)}"),
+        fetcher=fetcher,
+    )
+
+
+_default: Engine | None = None
+_default_lock = threading.Lock()
+
+
+def predict(input: Mapping[str, Any], **options: Any) -> Prediction:
+    """`Engine.predict` on one lazily made engine: the checkpoint in RITOCCO_MODEL, else the pocket model."""
+    global _default
+    with _default_lock:
+        if _default is None:
+            _default = load()
+    return _default.predict(input, **options)
