@@ -371,6 +371,7 @@ def _engine(checkpoint: Checkpoint, device: str, dtype: str, backend: str, fetch
     from ritocco.backends.torch_ import TorchRuntime
     from ritocco.checkpoint import fingerprint, load_tokenizer
     from ritocco.device import choose
+    from ritocco.scheduler_config import from_pipeline
 
     choice = choose(device, dtype, backend)
     safety = None
@@ -379,7 +380,7 @@ def _engine(checkpoint: Checkpoint, device: str, dtype: str, backend: str, fetch
     return Engine(
         TorchRuntime(checkpoint, device=choice.device, dtype=choice.dtype),
         load_tokenizer(checkpoint),
-        checkpoint.scheduler,
+        from_pipeline(checkpoint.scheduler),
         safety=safety,
         version=fingerprint(checkpoint),
         notes=(*checkpoint.notes, f"Running {'; '.join(choice.reasons)}"),

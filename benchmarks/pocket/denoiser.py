@@ -1,0 +1,194 @@
+"""Train the text encoder and the UNet together: `torchrun --nproc-per-node 2 -m pocket.denoiser`.
+
+Composites are encoded once and drawn several times from a rolling store, each time with another caption,
+noise and timestep: the autoencoder then costs a fraction of a step. The loss is that of v-prediction
+(Salimans & Ho 2022, arXiv:2202.00512, appendix D), weighted towards the hole.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from torch import Tensor
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from pocket.data import Painter, caption_of
+from pocket.models import SCHEDULER, TEXT, UNET, make_vocabulary
+from pocket.norm import quicken
+from pocket.training import Schedule, Trainer, run, start
+
+OUTSIDE_WEIGHT = 0.15  # of the loss outside the hole, where the answer is given by the condition
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """One composite in latent space. latents, masked: bfloat16 [4,h,w], scaled; mask: bfloat16 [1,h,w]."""
+
+    latents: Tensor
+    masked: Tensor
+    mask: Tensor
+    caption: str
+    subject: str
+
+
+class Store:
+    """A rolling store of encoded composites of several sizes.
+
+    sizes: pixels -> share of the batches. batch, fresh: pictures of a batch at 256 pixels and how many of
+    them are new; larger pictures make smaller batches. capacity: composites kept of each size.
+    seed: of the composites and the draws.
+    """
+
+    def __init__(
+        self,
+        painter: Painter,
+        vae: Any,
+        tokenizer: CLIPTokenizer,
+        *,
+        sizes: dict[int, float],
+        batch: int,
+        fresh: int,
+        capacity: int,
+        seed: int,
+    ) -> None:
+        self.painter, self.vae, self.tokenizer = painter, vae, tokenizer
+        self.sizes, self.batch, self.fresh, self.capacity, self.seed = sizes, batch, fresh, capacity, seed
+        self.items: dict[int, list[Encoded]] = {size: [] for size in sizes}
+
+    def batches(self, start: int) -> Iterator[tuple[Tensor, ...]]:
+        """Endless batches (latents, masked, mask, tokens) from step `start` on."""
+        rng = np.random.default_rng((self.seed, start))
+        # The same on every process, so that none waits for another's larger batch.
+        turns = np.random.default_rng(start)
+        while True:
+            size = int(turns.choice(list(self.sizes), p=list(self.sizes.values())))
+            batch = max(1, round(self.batch * (256 / size) ** 2))
+            items = self.items[size]
+            new = max(1, round(self.fresh * (256 / size) ** 2))
+            new = min(batch, max(new, batch * 8 - len(items)))
+            self._encode(rng, new, size)
+            picks = items[-new:] + [items[i] for i in rng.integers(len(items), size=batch - new)]
+            captions = [
+                caption_of(rng, item.subject) if item.subject and item.caption else item.caption
+                for item in picks
+            ]
+            tokens = self.tokenizer(
+                captions, padding="max_length", truncation=True, return_tensors="pt"
+            ).input_ids
+            yield (
+                torch.stack([i.latents for i in picks]),
+                torch.stack([i.masked for i in picks]),
+                torch.stack([i.mask for i in picks]),
+                tokens,
+            )
+
+    @torch.no_grad()
+    def _encode(self, rng: np.random.Generator, count: int, size: int) -> None:
+        samples = [self.painter.sample(rng, size) for _ in range(count)]
+        pixels = (
+            torch.from_numpy(np.stack([s.image for s in samples])).permute(0, 3, 1, 2).float() / 127.5 - 1
+        )
+        mask = torch.from_numpy(np.stack([s.mask for s in samples]))[:, None].float()
+        both = torch.cat([pixels, pixels * (mask < 0.5)]).to(torch.bfloat16)
+        means = self.vae.encode(both.to(memory_format=torch.channels_last)).latent_dist.mean
+        latents, masked = (means * self.vae.config.scaling_factor).chunk(2)
+        small = F.interpolate(mask, scale_factor=1 / 8, mode="nearest").to(torch.bfloat16)
+        items = self.items[size]
+        items += [
+            Encoded(latents[i].clone(), masked[i].clone(), small[i].clone(), s.caption, s.subject)
+            for i, s in enumerate(samples)
+        ]
+        del items[: -self.capacity]
+
+
+def v_loss(
+    unet: Any, text: Any, alpha_bar: Tensor, batch: tuple[Tensor, ...]
+) -> tuple[Tensor, dict[str, float]]:
+    """Loss of one batch, and the parts to log."""
+    latents, masked, mask, tokens = batch
+    count = latents.shape[0]
+    share = torch.rand(count) ** 0.75  # a little more weight on high noise, where the subject is decided
+    timesteps = (share * 999.999).long()
+    signal = alpha_bar[timesteps].sqrt().view(-1, 1, 1, 1)
+    sigma = (1 - alpha_bar[timesteps]).sqrt().view(-1, 1, 1, 1)
+    x0, noise = latents.float(), torch.randn(latents.shape)
+    noisy = signal * x0 + sigma * noise
+    target = signal * noise - sigma * x0
+    sample = torch.cat([noisy.to(torch.bfloat16), mask, masked], 1).to(memory_format=torch.channels_last)
+    context = text(tokens).last_hidden_state
+    error = (unet(sample, timesteps, context, return_dict=False)[0].float() - target).square()
+    inside = F.max_pool2d(mask.float(), 3, 1, 1)
+    weight = OUTSIDE_WEIGHT + (1 - OUTSIDE_WEIGHT) * inside
+    per_item = (error * weight).mean(1).sum((1, 2)) / weight.sum((1, 2, 3))
+    loss = per_item.mean()
+    hole = (error * inside).sum() / (4 * inside.sum())
+    return loss, {"loss": loss.item(), "hole": hole.item()}
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--assets", type=Path, required=True)
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--steps", type=int, default=12000)
+    parser.add_argument("--batch", type=int, default=16, help="per process")
+    parser.add_argument("--fresh", type=int, default=4, help="new composites per batch and process")
+    parser.add_argument("--capacity", type=int, default=8000)
+    parser.add_argument("--sizes", default="256:1", help="pixels:share, comma-separated; the shares sum to 1")
+    parser.add_argument("--peak", type=float, default=3e-4)
+    parser.add_argument("--cooldown", type=float, default=0.25)
+    args = parser.parse_args()
+    rank, _ = start()
+    model = args.work / "model"
+    if rank == 0:
+        make_vocabulary(model / "tokenizer")
+    torch.manual_seed(0)
+    tokenizer, text, unet = networks(model)
+    quicken(unet)
+    vae: Any = AutoencoderKL.from_pretrained(  # type: ignore[no-untyped-call]
+        model / "vae", torch_dtype=torch.bfloat16
+    ).requires_grad_(False)
+    vae.to(memory_format=torch.channels_last)
+    trainer = Trainer(
+        modules={"unet": unet, "text_encoder": text},
+        folder=args.work / "denoiser",
+        schedule=Schedule(steps=args.steps, peak=args.peak, warmup=300, cooldown=args.cooldown),
+        ema_decay=0.999,
+    )
+    config = {key: value for key, value in SCHEDULER.items() if key != "skip_prk_steps"}
+    alpha_bar = DDIMScheduler(**config).alphas_cumprod  # type: ignore[no-untyped-call, attr-defined]
+    torch.manual_seed(rank)
+    store = Store(
+        Painter(args.assets),
+        vae,
+        tokenizer,
+        sizes={
+            int(size): float(share) for size, share in (part.split(":") for part in args.sizes.split(","))
+        },
+        batch=args.batch,
+        fresh=args.fresh,
+        capacity=args.capacity,
+        seed=rank,
+    )
+    trainer.resume()
+    run(trainer, store.batches(trainer.step), lambda batch: v_loss(unet, text, alpha_bar, batch))
+
+
+def networks(model: Path) -> tuple[Any, Any, Any]:
+    """Tokenizer, text encoder and UNet with fresh weights."""
+    tokenizer = CLIPTokenizer.from_pretrained(str(model / "tokenizer"))
+    ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    config = CLIPTextConfig(**TEXT, vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id, **ends)
+    return tokenizer, CLIPTextModel(config), UNet2DConditionModel(**UNET)  # type: ignore[no-untyped-call]
+
+
+if __name__ == "__main__":
+    main()

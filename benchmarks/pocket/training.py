@@ -1,0 +1,176 @@
+"""What both training runs share: bfloat16 compute on float32 masters, a moving average, resumable state.
+
+Run by `torchrun --nproc-per-node N`, each process computes its own batches on one thread and the gradients
+are averaged. On a busy machine N processes of one thread are far faster than one of N threads: a
+convolution's threads wait for each other by spinning, so one thread that loses its core stops the others too.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from tqdm import tqdm
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Schedule:
+    """Learning rate of a run: linear warm-up, constant, linear decay over the last `cooldown` share."""
+
+    steps: int
+    peak: float
+    warmup: int = 200
+    cooldown: float = 0.25
+    floor: float = 0.02
+
+    def at(self, step: int) -> float:
+        """Learning rate of step `step` (0-based)."""
+        left = (self.steps - step) / max(1.0, self.cooldown * self.steps)
+        return self.peak * min(1.0, (step + 1) / self.warmup, max(self.floor, left))
+
+
+@dataclass(slots=True)
+class Trainer:
+    """Trains `modules` in bfloat16 against float32 master weights.
+
+    The masters carry the optimiser's precision: updates smaller than a bfloat16 ulp would be lost otherwise.
+    """
+
+    modules: dict[str, nn.Module]
+    folder: Path
+    schedule: Schedule
+    ema_decay: float = 0.999
+    step: int = 0
+    _params: list[nn.Parameter] = field(default_factory=list)
+    _masters: list[Tensor] = field(default_factory=list)
+    _ema: list[Tensor] = field(default_factory=list)
+    _optimizer: torch.optim.Optimizer | None = None
+
+    def __post_init__(self) -> None:
+        for module in self.modules.values():
+            module.train().requires_grad_(True)
+        self._params = [p for m in self.modules.values() for p in m.parameters()]
+        self._masters = [p.detach().float().clone() for p in self._params]
+        self._ema = [m.clone() for m in self._masters]
+        for module in self.modules.values():
+            module.to(torch.bfloat16).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self._optimizer = torch.optim.AdamW(
+            self._masters, lr=self.schedule.peak, betas=(0.9, 0.99), weight_decay=0.01, fused=True
+        )
+        self._push()
+
+    def update(self, loss: Tensor) -> None:
+        """One optimiser step on `loss`, with the gradient's norm clipped to 1."""
+        assert self._optimizer is not None
+        loss.backward()  # type: ignore[no-untyped-call]
+        for master, param in zip(self._masters, self._params, strict=True):
+            # Contiguous like the master: the fused optimiser pairs elements by their place in memory.
+            master.grad = None if param.grad is None else param.grad.float().contiguous()
+            param.grad = None
+        if dist.is_initialized():
+            flat = torch.cat([m.grad.flatten() for m in self._masters if m.grad is not None])
+            dist.all_reduce(flat)
+            flat /= dist.get_world_size()
+            grads = [m.grad for m in self._masters if m.grad is not None]
+            for grad, part in zip(grads, torch.split(flat, [g.numel() for g in grads]), strict=True):
+                grad.copy_(part.view_as(grad))
+        torch.nn.utils.clip_grad_norm_(self._masters, 1.0)
+        for group in self._optimizer.param_groups:
+            group["lr"] = self.schedule.at(self.step)
+        self._optimizer.step()
+        self.step += 1
+        decay = min(self.ema_decay, (self.step + 1) / (self.step + 10))
+        torch._foreach_lerp_(self._ema, self._masters, 1.0 - decay)
+        self._push()
+
+    def _push(self) -> None:
+        with torch.no_grad():
+            for param, master in zip(self._params, self._masters, strict=True):
+                param.copy_(master)
+
+    def save(self) -> None:
+        """Write the whole state atomically; the newest replaces the last."""
+        assert self._optimizer is not None
+        self.folder.mkdir(parents=True, exist_ok=True)
+        state = {
+            "step": self.step,
+            "masters": self._masters,
+            "ema": self._ema,
+            "optimizer": self._optimizer.state_dict(),
+        }
+        torch.save(state, self.folder / "state.tmp")
+        (self.folder / "state.tmp").replace(self.folder / "state.pt")
+
+    def resume(self) -> bool:
+        """Load the newest state of `folder` if there is one."""
+        path = self.folder / "state.pt"
+        if not path.exists():
+            return False
+        assert self._optimizer is not None
+        state = torch.load(path, weights_only=True)
+        with torch.no_grad():
+            for mine, saved in zip(
+                (*self._masters, *self._ema), (*state["masters"], *state["ema"]), strict=True
+            ):
+                mine.copy_(saved)
+        self._optimizer.load_state_dict(state["optimizer"])
+        self.step = state["step"]
+        self._push()
+        return True
+
+    def averaged(self) -> dict[str, dict[str, Tensor]]:
+        """float32 state dicts of the moving average, by module name."""
+        weights = iter(self._ema)
+        return {
+            name: {key: next(weights) for key, _ in module.named_parameters()}
+            for name, module in self.modules.items()
+        }
+
+
+def start() -> tuple[int, int]:
+    """Join the process group that torchrun made, if any. Returns rank and world size."""
+    torch.set_num_threads(1)
+    if "RANK" in os.environ:
+        dist.init_process_group("gloo")
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
+
+
+def run(
+    trainer: Trainer, batches: Iterator[Any], loss_of: Callable[[Any], tuple[Tensor, dict[str, float]]]
+) -> None:
+    """Train to the schedule's end; log a line of JSON every 50 steps, save every 3 minutes."""
+    first = not dist.is_initialized() or dist.get_rank() == 0
+    trainer.folder.mkdir(parents=True, exist_ok=True)
+    if trainer.resume() and first:
+        print(f"resumed at step {trainer.step}")
+    saved = time.monotonic()
+    sums: dict[str, float] = {}
+    with (
+        (trainer.folder / "curve.jsonl").open("a", encoding="utf-8") as log,
+        tqdm(total=trainer.schedule.steps, initial=trainer.step, mininterval=10, disable=not first) as bar,
+    ):
+        while trainer.step < trainer.schedule.steps:
+            loss, parts = loss_of(next(batches))
+            trainer.update(loss)
+            bar.update()
+            for key, value in parts.items():
+                sums[key] = sums.get(key, 0.0) + value / 50
+            if trainer.step % 50 == 0 and first:
+                bar.set_postfix({k: f"{v:.4f}" for k, v in sums.items()})
+                log.write(json.dumps({"step": trainer.step, "time": time.time(), **sums}) + "\n")
+                log.flush()
+                sums = {}
+            if first and time.monotonic() - saved > 180:
+                trainer.save()
+                saved = time.monotonic()
+    if first:
+        trainer.save()
