@@ -56,13 +56,17 @@ class Sample:
 
 
 class Painter:
-    """Makes composites. assets: the `assets` folder of the unpacked npm package."""
+    """Makes composites.
 
-    def __init__(self, assets: Path) -> None:
+    assets: the `assets` folder of the unpacked npm package. others: weight of the subjects that are not among
+    the FIRST, which have 3.
+    """
+
+    def __init__(self, assets: Path, *, others: float = 1.0) -> None:
         cv2.setNumThreads(1)
         self.subjects = {code: _load_subject(assets, code) for code in SUBJECTS}
         self.codes = tuple(SUBJECTS)
-        weights = np.array([3.0 if code in FIRST else 1.0 for code in self.codes])
+        weights = np.array([3.0 if code in FIRST else others for code in self.codes])
         self.weights = weights / weights.sum()
         self.photographs = [_load_photograph(name) for name in PHOTOGRAPHS]
 

@@ -15,8 +15,10 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
@@ -144,14 +146,23 @@ def main() -> None:
     parser.add_argument("--capacity", type=int, default=8000)
     parser.add_argument("--sizes", default="256:1", help="pixels:share, comma-separated; the shares sum to 1")
     parser.add_argument("--peak", type=float, default=3e-4)
+    parser.add_argument("--others", type=float, default=1.0, help="weight of subjects not among the first")
+    parser.add_argument(
+        "--init", type=Path, help="start from the weights of this folder, e.g. the packed model"
+    )
     parser.add_argument("--cooldown", type=float, default=0.25)
     args = parser.parse_args()
     rank, _ = start()
     model = args.work / "model"
     if rank == 0:
         make_vocabulary(model / "tokenizer")
+    if dist.is_initialized():
+        dist.barrier()
     torch.manual_seed(0)
     tokenizer, text, unet = networks(model)
+    if args.init is not None:
+        for name, module in (("unet", unet), ("text_encoder", text)):
+            load_weights(args.init / name, module)
     quicken(unet)
     vae: Any = AutoencoderKL.from_pretrained(  # type: ignore[no-untyped-call]
         model / "vae", torch_dtype=torch.bfloat16
@@ -161,13 +172,13 @@ def main() -> None:
         modules={"unet": unet, "text_encoder": text},
         folder=args.work / "denoiser",
         schedule=Schedule(steps=args.steps, peak=args.peak, warmup=300, cooldown=args.cooldown),
-        ema_decay=0.999,
+        ema_decay=0.996,
     )
     config = {key: value for key, value in SCHEDULER.items() if key != "skip_prk_steps"}
     alpha_bar = DDIMScheduler(**config).alphas_cumprod  # type: ignore[no-untyped-call, attr-defined]
     torch.manual_seed(rank)
     store = Store(
-        Painter(args.assets),
+        Painter(args.assets, others=args.others),
         vae,
         tokenizer,
         sizes={
@@ -188,6 +199,12 @@ def networks(model: Path) -> tuple[Any, Any, Any]:
     ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
     config = CLIPTextConfig(**TEXT, vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id, **ends)
     return tokenizer, CLIPTextModel(config), UNet2DConditionModel(**UNET)  # type: ignore[no-untyped-call]
+
+
+def load_weights(folder: Path, module: Any) -> None:
+    """The weights of one network of a packed model."""
+    file = next(folder.glob("*.safetensors"))
+    module.load_state_dict({name: tensor.float() for name, tensor in load_file(file).items()})
 
 
 if __name__ == "__main__":

@@ -128,8 +128,7 @@ class Engine:
         Returns a Prediction: `succeeded`, `canceled` by on_step, or `failed` where every picture was flagged.
         Raises RequestError and FetchError before anything is computed, NonFiniteError after.
         """
-        if self._closed:
-            raise BackendError("this engine is closed; load another")
+        self._refuse_closed()
         prediction = Prediction(model=MODEL, version=self.version, status="processing")
         prediction.started_at = prediction.created_at
         begun = time.perf_counter()
@@ -145,6 +144,7 @@ class Engine:
         prediction.input = {key: value for key, value in input.items() if key not in ignored}
         request = self._prepare(fields, options, ignored, log, allow_local=allow_local)
         with self._device:
+            self._refuse_closed()
             decoded = self._paint(request, on_step)
         if decoded is None:
             prediction.status = "canceled"
@@ -162,6 +162,10 @@ class Engine:
             self._closed = True
             self.__dict__.pop("runtime", None)
             self._safety = None
+
+    def _refuse_closed(self) -> None:
+        if self._closed:
+            raise BackendError("this engine is closed; load another")
 
     def __enter__(self) -> Engine:
         return self

@@ -7,10 +7,18 @@ import json
 import shutil
 import warnings
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
+
+import ritocco
+from ritocco import Engine
+from ritocco.backends.runtime import Batch, Floats, LatentSize, Runtime, Tokens
+from ritocco.checkpoint import load_tokenizer, open_checkpoint
 
 TEXT = (
     "a photograph of a yellow cat's face on a park bench, high resolution. they're the quick brown dogs "
@@ -234,3 +242,71 @@ def tiny_safety_checkpoint(tiny_checkpoint: Path, tmp_path_factory: pytest.TempP
     index["feature_extractor"] = ["transformers", "CLIPImageProcessor"]
     _write_json(root / "model_index.json", index)
     return root
+
+
+class SpiedRuntime:
+    """A Runtime around another one: counts its calls, keeps what it decoded, and lets a test step in.
+
+    calls: by method. decoded: float32 [N,3,H,W] of every `decode`. capacities: of every `open`.
+    """
+
+    def __init__(self, inner: Runtime) -> None:
+        self.inner, self.traits = inner, inner.traits
+        self.calls: Counter[str] = Counter()
+        self.decoded: list[Floats] = []
+        self.capacities: list[int] = []
+
+    def encode_text(self, tokens: Tokens) -> Floats:
+        self.calls["encode_text"] += 1
+        self.calls["prompts"] += len(tokens)
+        return self.inner.encode_text(tokens)
+
+    def encode_image(self, pixels: Floats) -> Floats:
+        self.calls["encode_image"] += len(pixels)
+        return self.inner.encode_image(pixels)
+
+    def decode(self, latents: Floats) -> Floats:
+        self.calls["decode"] += 1
+        self.decoded.append(self.inner.decode(latents))
+        return self.decoded[-1]
+
+    def open(self, size: LatentSize, capacity: int) -> Batch:
+        self.calls["open"] += 1
+        self.capacities.append(capacity)
+        return self.inner.open(size, capacity)
+
+
+@pytest.fixture(scope="session")
+def tiny_engine(tiny_checkpoint: Path) -> Engine:
+    """An engine of `tiny_checkpoint` in float32 on the CPU. Shared: never close it."""
+    return ritocco.load(tiny_checkpoint, device="cpu", dtype="float32")
+
+
+@pytest.fixture
+def spied_engine(tiny_checkpoint: Path, tiny_engine: Engine) -> Engine:
+    """Another engine on the networks of `tiny_engine`; its `runtime` is a SpiedRuntime around theirs."""
+    opened = open_checkpoint(tiny_checkpoint)
+    return Engine(SpiedRuntime(tiny_engine.runtime), load_tokenizer(opened), opened.scheduler)
+
+
+@pytest.fixture(scope="session")
+def ask() -> Callable[..., dict[str, Any]]:
+    """Makes a valid input of a few cheap steps; keywords go over it, and `size` is (width, height)."""
+
+    def make(*, size: tuple[int, int] = (64, 64), **changes: object) -> dict[str, Any]:
+        width, height = size
+        noise = np.random.default_rng(5).integers(0, 256, (height, width, 3), dtype=np.uint8)
+        mask = np.zeros((height, width), np.uint8)
+        mask[height // 4 : height // 2 + 5, width // 8 : width // 2 + 3] = 255
+        given: dict[str, Any] = {
+            "image": Image.fromarray(noise),
+            "mask": Image.fromarray(mask),
+            "prompt": "the face of a yellow cat",
+            "width": width,
+            "height": height,
+            "num_inference_steps": 3,
+            "seed": 7,
+        }
+        return given | changes
+
+    return make

@@ -159,6 +159,7 @@ def test_unsupported_configs_are_refused_by_name(key: str, value: object) -> Non
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("config", [SD2, SD1], ids=["sd2", "sd1"])
 def test_full_size_parity(config: dict[str, Any]) -> None:
     reference = reference_text_encoder(config)

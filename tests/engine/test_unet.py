@@ -335,6 +335,7 @@ def test_unsupported_configs_are_refused_by_name(key: str, value: object) -> Non
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("config", [SD2, SD1], ids=["sd2", "sd1"])
 @pytest.mark.parametrize("cells", [32, 64])
 def test_full_size_parity(config: dict[str, Any], cells: int) -> None:
@@ -352,6 +353,7 @@ def test_full_size_parity(config: dict[str, Any], cells: int) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("config", [SD2, SD1], ids=["sd2", "sd1"])
 def test_full_size_bfloat16(config: dict[str, Any]) -> None:
     reference = reference_unet(config)

@@ -177,6 +177,7 @@ def test_unsupported_configs_are_refused_by_name(key: str, value: object) -> Non
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize(("height", "width"), [(256, 256), (512, 384)])
 def test_full_size_parity(height: int, width: int) -> None:
     reference = reference_vae(SD)
@@ -188,6 +189,7 @@ def test_full_size_parity(height: int, width: int) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_full_size_bfloat16() -> None:
     reference = reference_vae(SD)
     pixels, latents = noise(1, 3, 256, 256).clamp(-1, 1), noise(1, 4, 32, 32)

@@ -154,6 +154,7 @@ def test_config_without_a_tower_mapping_is_refused() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_full_size_parity() -> None:
     reference = reference_checker(REAL)
     truth = reference_embeds(reference, pixels(224))

@@ -29,6 +29,9 @@ class TorchRuntime:
     def __init__(self, checkpoint: Checkpoint, *, device: torch.device, dtype: torch.dtype) -> None:
         """Load the weights straight onto `device`. Raises CheckpointError where they do not fit."""
         self.device, self.dtype = device, dtype
+        # In float32 on a CPU, torch's channels_last group norm loses digits (see `groupnorm_reference`).
+        plain = device.type == "cpu" and dtype == torch.float32
+        self.layout = torch.contiguous_format if plain else torch.channels_last
         self.unet = cast(UNet, load_network(checkpoint, "unet", device=device, dtype=dtype))
         self.vae = cast(VAE, load_network(checkpoint, "vae", device=device, dtype=dtype))
         self.text_encoder = cast(
@@ -61,7 +64,7 @@ class TorchRuntime:
         return TorchBatch(self, size, capacity)
 
     def _image(self, array: Floats) -> Tensor:
-        return to_device(array[None], self.device, self.dtype).to(memory_format=torch.channels_last)
+        return to_device(array[None], self.device, self.dtype).to(memory_format=self.layout)
 
 
 @dataclass(slots=True, eq=False)
@@ -98,7 +101,7 @@ class TorchBatch:
 
     def __init__(self, runtime: TorchRuntime, size: LatentSize, capacity: int) -> None:
         self._unet = runtime.unet
-        self._device, self._dtype = runtime.device, runtime.dtype
+        self._device, self._dtype, self._layout = runtime.device, runtime.dtype, runtime.layout
         self._shape = (runtime.unet.spec.out_channels, size.height, size.width)
         self._capacity = capacity
         self._seats: dict[int, _Seat] = {}
@@ -153,7 +156,7 @@ class TorchBatch:
             if other.lane.condition is lane.condition:
                 return other.condition
         condition = to_device(lane.condition[None], self._device, self._dtype)
-        return self._unet.hoist_condition(condition.to(memory_format=torch.channels_last))
+        return self._unet.hoist_condition(condition.to(memory_format=self._layout))
 
     def _hoist_times(self, lane: Lane) -> Tensor:
         for other in self._seats.values():
@@ -216,7 +219,7 @@ class TorchBatch:
         row = stack(table_rows).map(
             lambda values: torch.from_numpy(values).to(self._device, non_blocking=True)
         )
-        scaled = (row.in_scale * group.latents).to(self._dtype).contiguous(memory_format=torch.channels_last)
+        scaled = (row.in_scale * group.latents).to(self._dtype).contiguous(memory_format=self._layout)
         times = torch.stack([seat.times[index] for seat, index in zip(seats, indices, strict=True)])
         output = self._unet.step(scaled, times, group.condition, group.context, group.rows).float()
         base = output.index_select(0, group.unconditional)

@@ -1,0 +1,74 @@
+"""The embedded model: it fits, it opens elsewhere, and what it draws answers to the prompt."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+import ritocco
+from ritocco.engine import pocket_model
+
+SIDE = 256
+HOLE = slice(64, 192)
+
+
+@pytest.fixture(scope="module")
+def engine() -> ritocco.Engine:
+    return ritocco.load(pocket_model())
+
+
+def hole_of(
+    engine: ritocco.Engine, prompt: str, *, scheduler: str = "DPMSolverMultistep"
+) -> npt.NDArray[np.float64]:
+    """Mean red, green and blue (0 to 255) of the middle of a hole in a plain grey picture."""
+    image = np.full((SIDE, SIDE, 3), 150, np.uint8)
+    mask = np.zeros((SIDE, SIDE), bool)
+    mask[HOLE, HOLE] = True
+    prediction = engine.predict(
+        {
+            "image": image,
+            "mask": mask,
+            "prompt": prompt,
+            "width": SIDE,
+            "height": SIDE,
+            "num_inference_steps": 15,
+            "seed": 3,
+            "scheduler": scheduler,
+        }
+    )
+    pixels = np.asarray(prediction.images[0])
+    assert (pixels[~mask] == 150).all()
+    middle: npt.NDArray[np.float64] = pixels[96:160, 96:160].reshape(-1, 3).mean(axis=0)
+    return middle
+
+
+def test_it_is_at_most_30_megabytes() -> None:
+    files = [path for path in pocket_model().rglob("*") if path.is_file()]
+    assert 1_000_000 < sum(path.stat().st_size for path in files) <= 30_000_000
+
+
+def test_the_prompt_decides_the_colour(engine: ritocco.Engine) -> None:
+    red, green = hole_of(engine, "a red apple"), hole_of(engine, "a green apple")
+    assert red[0] > red[1] + 40
+    assert green[1] > green[2] + 40
+    assert red[0] - red[1] > green[0] - green[1] + 40
+
+
+@pytest.mark.parametrize("scheduler", ["DDIM", "K_EULER", "K_EULER_ANCESTRAL", "PNDM", "KLMS"])
+def test_every_scheduler_draws_the_same_thing(engine: ritocco.Engine, scheduler: str) -> None:
+    red = hole_of(engine, "a red apple", scheduler=scheduler)
+    assert red[0] > red[1] + 40
+
+
+def test_an_empty_prompt_continues_the_background(engine: ritocco.Engine) -> None:
+    empty, apple = hole_of(engine, ""), hole_of(engine, "a red apple")
+    assert np.abs(empty - 150).max() < 40 < np.abs(apple - 150).max()
+
+
+def test_its_card_and_licence_travel_with_it() -> None:
+    card = Path(pocket_model() / "README.md").read_text(encoding="utf-8")
+    assert "MIT" in card
+    assert "Fluent Emoji" in card
