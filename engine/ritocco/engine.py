@@ -187,6 +187,7 @@ class Engine:
         log.note(f"Using seed: {seed}", *self._notes)
         if ignored:
             log.note(f"Ignored unknown input: {', '.join(sorted(ignored))}")
+        self._check_size(fields)
         table = build(
             fields.scheduler, fields.num_inference_steps, self._scheduler, strength=options.strength
         )
@@ -203,6 +204,14 @@ class Engine:
         request = Request(fields=fields, options=options, inputs=inputs, table=table, seed=seed, log=log)
         request.seconds["inputs"] = time.perf_counter() - start
         return request
+
+    def _check_size(self, fields: PredictionInput) -> None:
+        step = 8 * self.runtime.traits.size_multiple
+        for name, side in (("width", fields.width), ("height", fields.height)):
+            if side % step:
+                raise RequestError(
+                    f"input.{name} is {side}; this checkpoint takes multiples of {step}", field=f"input.{name}"
+                )
 
     def _paint(self, request: Request, on_step: OnStep | None) -> Floats | None:
         """Text, condition, loop, decode: float32 [N,3,H,W], or None where `on_step` cancelled."""
