@@ -209,9 +209,8 @@ class Engine:
         step = 8 * self.runtime.traits.size_multiple
         for name, side in (("width", fields.width), ("height", fields.height)):
             if side % step:
-                raise RequestError(
-                    f"input.{name} is {side}; this checkpoint takes multiples of {step}", field=f"input.{name}"
-                )
+                rule = f"this checkpoint takes multiples of {step}"
+                raise RequestError(f"input.{name} is {side}; {rule}", field=f"input.{name}")
 
     def _paint(self, request: Request, on_step: OnStep | None) -> Floats | None:
         """Text, condition, loop, decode: float32 [N,3,H,W], or None where `on_step` cancelled."""
