@@ -25,6 +25,9 @@ from pocket.training import Schedule, Trainer, run, start
 
 NOISE = 0.05  # standard deviation added to the latents, which are held near 1
 SIZE_WEIGHT = 1e-3
+COLOUR_WEIGHT = (
+    5.0  # of coarse colour differences: a short run else learns no green, which luminance explains away
+)
 GUIDED_STEPS = (
     400  # over which the first three latent channels learn to start as the picture, 8 times smaller
 )
@@ -65,11 +68,21 @@ def reconstruction_loss(model: Any, pixels: Tensor, step: int) -> tuple[Tensor, 
     size = mean.float().square().mean()
     small = F.avg_pool2d(pixels.float(), 8)
     guide = max(0.0, 1.0 - step / GUIDED_STEPS) * (mean[:, :3].float() - 2.0 * small).square().mean()
+    coarse = F.avg_pool2d(error, 4)
+    colour = (coarse[:, 0] - coarse[:, 1]).square().mean() + (coarse[:, 2] - coarse[:, 1]).square().mean()
     mse = error.square().mean()
-    loss = 0.2 * guide + error.abs().mean() + 2.0 * mse + 0.5 * edges + SIZE_WEIGHT * size
+    loss = (
+        COLOUR_WEIGHT * colour
+        + 0.2 * guide
+        + error.abs().mean()
+        + 2.0 * mse
+        + 0.5 * edges
+        + SIZE_WEIGHT * size
+    )
     parts = {
         "mse": mse.item(),
         "psnr": 10 * float(np.log10(4.0 / mse.item())),
+        "colour": colour.item(),
         "std": size.sqrt().item(),
     }
     return loss, parts
