@@ -20,7 +20,7 @@ from pocket.subjects import FIRST, SUBJECTS
 Pixels = NDArray[np.uint8]
 Mask = NDArray[np.bool_]
 
-# Training backgrounds. `coffee` and `moon` stay out: the demo and the evaluation use them.
+# Training backgrounds. `coffee` stays out: the demo uses it.
 PHOTOGRAPHS = (
     "astronaut.png", "brick.png", "camera.png", "chelsea.png", "coins.png",
     "grass.png", "gravel.png", "hubble_deep_field.jpg", "rocket.jpg",

@@ -1,0 +1,85 @@
+# `make help` lists the targets. Each does its own set-up on a fresh clone: a virtual environment in .venv, torch's
+# CPU build and the other dependencies as constraints.txt pins them; again only when pyproject.toml or
+# constraints.txt changed.
+
+PYTHON ?= python3
+VENV ?= .venv
+# PyPI's torch for Linux is a CUDA build of gigabytes; the CPU builds have an index of their own.
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+
+POCKET ?= .cache/pocket
+POCKET_OUT ?= engine/ritocco/models/pocket
+POCKET_DATA ?= @lobehub/fluent-emoji-3d@1.1.0
+POCKET_PROCESSES ?= 2
+POCKET_VAE_STEPS ?= 4000
+POCKET_DENOISER_STEPS ?= 12000
+
+
+BIN = $(VENV)/bin
+INSTALL = $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
+TRAIN = PYTHONPATH=benchmarks OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node $(POCKET_PROCESSES)
+
+.PHONY: help demo test test-all test-gpu lint format bench pocket clean
+
+help: ## this list
+	@sed -n 's/^\([a-z-]*\):[^#]*## /\1|/p' Makefile | awk -F '|' '{ printf "make %-9s %s\n", $$1, $$2 }'
+
+demo: $(VENV)/core.stamp ## repaint the photograph that ships with ritocco, into demo-output/
+	@$(BIN)/ritocco demo --out demo-output
+
+test: lint ## lint, then the quick tests; what CI runs
+	$(BIN)/python -m pytest -m "not slow and not gpu"
+
+test-all: lint ## lint, then all tests that need no GPU: full size, second environments
+	$(BIN)/python -m pytest -m "not gpu"
+
+test-gpu: $(VENV)/dev.stamp ## the tests that need a CUDA device; bring your own build of torch
+	$(BIN)/python -m pytest -m gpu
+
+lint: $(VENV)/dev.stamp ## ruff, mypy and the import contracts
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(VENV)/dev.stamp ## sort imports, fix what ruff can fix, format
+	$(BIN)/ruff check --fix-only --quiet
+	$(BIN)/ruff format
+
+bench: $(VENV)/dev.stamp ## the benchmarks
+	$(BIN)/python -m ritocco_bench
+
+pocket: $(VENV)/pocket.stamp $(POCKET)/package/package.json ## train the embedded model again: hours; resumes where it stopped
+	$(TRAIN) -m pocket.autoencoder --assets $(POCKET)/package/assets --work $(POCKET)/work --steps $(POCKET_VAE_STEPS)
+	$(TRAIN) -m pocket.denoiser --assets $(POCKET)/package/assets --work $(POCKET)/work --steps $(POCKET_DENOISER_STEPS)
+	PYTHONPATH=benchmarks $(BIN)/python -m pocket.pack --work $(POCKET)/work --out $(POCKET_OUT)
+
+clean: ## remove the environment, caches and outputs; downloads and training state in .cache stay
+	rm -rf $(VENV) dist demo-output .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+	find engine kernels export benchmarks tests -name __pycache__ -type d -exec rm -rf {} +
+
+# A command of its own that asks the extra index for torch alone: the other packages come from the usual place.
+$(VENV)/torch.stamp: constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' || \
+		{ echo 'Python 3.11 to 3.13 is needed; name yours: make PYTHON=python3.12 ...' >&2; exit 1; }
+	$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV)
+	$(INSTALL) --no-deps --retries 2 --extra-index-url=$(TORCH_INDEX) torch
+	@touch $@
+
+$(VENV)/core.stamp: $(VENV)/torch.stamp pyproject.toml
+	$(INSTALL) -e .
+	@touch $@
+
+$(VENV)/dev.stamp: $(VENV)/torch.stamp pyproject.toml
+	$(INSTALL) -e ".[dev]"
+	@touch $(VENV)/core.stamp $@
+
+$(VENV)/pocket.stamp: $(VENV)/torch.stamp pyproject.toml
+	$(INSTALL) -e ".[pocket]"
+	@touch $(VENV)/core.stamp $@
+
+$(POCKET)/package/package.json:
+	mkdir -p $(POCKET)
+	npm pack --silent --pack-destination $(POCKET) $(POCKET_DATA)
+	tar -xzf $(POCKET)/lobehub-fluent-emoji-3d-*.tgz -C $(POCKET)
+	@touch $@
