@@ -46,7 +46,7 @@ format: $(VENV)/dev.stamp ## sort imports, fix what ruff can fix, format
 	$(BIN)/ruff check --fix-only --quiet
 	$(BIN)/ruff format
 
-bench: $(VENV)/dev.stamp ## the benchmarks
+bench: $(VENV)/bench.stamp ## the benchmarks
 	$(BIN)/python -m ritocco_bench
 
 pocket: $(VENV)/pocket.stamp $(POCKET)/package/package.json ## train the embedded model again: hours; resumes where it stopped
@@ -72,6 +72,10 @@ $(VENV)/core.stamp: $(VENV)/torch.stamp pyproject.toml
 
 $(VENV)/dev.stamp: $(VENV)/torch.stamp pyproject.toml
 	$(INSTALL) -e ".[dev]"
+	@touch $(VENV)/core.stamp $@
+
+$(VENV)/bench.stamp: $(VENV)/torch.stamp pyproject.toml
+	$(INSTALL) -e ".[bench]"
 	@touch $(VENV)/core.stamp $@
 
 $(VENV)/pocket.stamp: $(VENV)/torch.stamp pyproject.toml

@@ -7,6 +7,7 @@ import json
 import shutil
 from pathlib import Path
 
+import diffusers
 import torch
 
 from pocket.denoiser import networks
@@ -42,6 +43,7 @@ def main() -> None:
     )
     index = {
         "_class_name": "StableDiffusionInpaintPipeline",
+        "_diffusers_version": diffusers.__version__,
         "feature_extractor": [None, None],
         "safety_checker": [None, None],
         "scheduler": ["diffusers", "DPMSolverMultistepScheduler"],

@@ -9,24 +9,24 @@ from __future__ import annotations
 import itertools
 import json
 import math
-import os
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from ritocco.errors import CheckpointError
 from ritocco.parameters import NetworkName, build
 from ritocco.prompt import BOS, EOS, MAX_LENGTH
+from ritocco.weight_files import read_json
 
 _FILES: Mapping[NetworkName, str] = {
     "unet": "diffusion_pytorch_model.safetensors",
     "vae": "diffusion_pytorch_model.safetensors",
     "text_encoder": "model.safetensors",
 }
-_CROSS, _PLAIN = "CrossAttn{}Block2D", "{}Block2D"
 _SCHEDULER = {
     "_class_name": "DPMSolverMultistepScheduler",
     "beta_start": 0.00085,
@@ -38,6 +38,7 @@ _SCHEDULER = {
 }
 _INDEX = {
     "_class_name": "StableDiffusionInpaintPipeline",
+    "_diffusers_version": "0.35.0",
     "feature_extractor": [None, None],
     "requires_safety_checker": False,
     "safety_checker": [None, None],
@@ -52,19 +53,17 @@ _INDEX = {
 def _configs(
     *, unet: tuple[int, ...], heads: tuple[int, ...], vae: tuple[int, ...], text: tuple[int, ...], groups: int
 ) -> dict[NetworkName, dict[str, Any]]:
-    """Configs of SD 2's kind. text: width, inner width, layers, heads, vocabulary."""
+    """Configs of SD 2's kind; what is left out is the default of diffusers and transformers.
+
+    unet, vae: channels per resolution. text: width, inner width, layers, heads, vocabulary.
+    """
     width, inner, layers, text_heads, vocabulary = text
-    attention = [_CROSS] * (len(unet) - 1) + [_PLAIN]
     return {
         "unet": {
             "_class_name": "UNet2DConditionModel",
             "in_channels": 9,
-            "out_channels": 4,
             "sample_size": 64,
             "block_out_channels": unet,
-            "layers_per_block": 2,
-            "down_block_types": [name.format("Down") for name in attention],
-            "up_block_types": [name.format("Up") for name in reversed(attention)],
             "attention_head_dim": heads,
             "cross_attention_dim": width,
             "use_linear_projection": True,
@@ -72,16 +71,12 @@ def _configs(
         },
         "vae": {
             "_class_name": "AutoencoderKL",
-            "in_channels": 3,
-            "out_channels": 3,
-            "latent_channels": 4,
             "sample_size": 512,
             "block_out_channels": vae,
             "layers_per_block": 2,
             "down_block_types": ["DownEncoderBlock2D"] * len(vae),
             "up_block_types": ["UpDecoderBlock2D"] * len(vae),
             "norm_num_groups": groups,
-            "scaling_factor": 0.18215,
         },
         "text_encoder": {
             "architectures": ["CLIPTextModel"],
@@ -92,7 +87,6 @@ def _configs(
             "num_hidden_layers": layers,
             "num_attention_heads": text_heads,
             "vocab_size": vocabulary,
-            "max_position_embeddings": MAX_LENGTH,
             "bos_token_id": vocabulary - 2,
             "eos_token_id": vocabulary - 1,
             "pad_token_id": 0,
@@ -109,32 +103,34 @@ SIZES: Mapping[str, Mapping[NetworkName, dict[str, Any]]] = {
         groups=32,
     ),
     "tiny": _configs(
-        unet=(32, 64), heads=(2, 4), vae=(8, 16, 16, 16), text=(32, 64, 2, 4, 1024), groups=8
+        unet=(16, 32, 32, 32), heads=(2, 4, 4, 4), vae=(8, 16, 16, 16), text=(32, 64, 2, 4, 1024), groups=8
     ),
 }
 
 
-def make_folder(out: Path, size: str = "full", *, seed: int = 0) -> Path:
-    """Write a diffusers folder of random weights, `full` (2.6 GB) or `tiny` (1 MB). Returns `out`.
+def make_folder(out: Path, size: str = "full") -> Path:
+    """Write a diffusers folder of random weights, `full` (2.6 GB) or `tiny`. Returns `out`.
 
-    The same size and seed give the same bytes. Memory: one tensor at a time. An `out` that holds a complete
-    folder already is kept. Raises ValueError for another size.
+    The same size gives the same bytes. Memory: one tensor at a time. A complete folder of this size is kept.
+    Raises ValueError for another size, CheckpointError where `out` holds a folder of another shape.
     """
     if size not in SIZES:
         raise ValueError(f"size is {size!r}; it must be one of {', '.join(SIZES)}")
     index = out / "model_index.json"
     if index.is_file():
+        if read_json(out / "unet" / "config.json") != json.loads(json.dumps(SIZES[size]["unet"])):
+            raise CheckpointError(f"{out}: holds another model; name an empty folder for the {size} one")
         return out
     for network, config in SIZES[size].items():
         _write_json(out / network / "config.json", config)
-        _write_weights(out / network / _FILES[network], network, config, seed)
+        _write_weights(out / network / _FILES[network], network, config)
     _write_tokenizer(out / "tokenizer", SIZES[size]["text_encoder"]["vocab_size"])
     _write_json(out / "scheduler" / "scheduler_config.json", _SCHEDULER)
     _write_json(index, _INDEX)  # last: it says that the folder is complete
     return out
 
 
-def _write_weights(file: Path, network: NetworkName, config: Mapping[str, Any], seed: int) -> None:
+def _write_weights(file: Path, network: NetworkName, config: Mapping[str, Any]) -> None:
     """Stream a safetensors file: 8 bytes of length, a JSON header, then the tensors."""
     shapes = {name: tuple(t.shape) for name, t in build(network, config).state_dict().items()}
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -148,12 +144,12 @@ def _write_weights(file: Path, network: NetworkName, config: Mapping[str, Any], 
     with partial.open("wb") as stream:
         stream.write(len(encoded).to_bytes(8, "little") + encoded)
         for name, shape in shapes.items():
-            stream.write(_values(name, shape, [seed, zlib.crc32(f"{network}/{name}".encode())]).tobytes())
-    os.replace(partial, file)
+            stream.write(_values(name, shape, zlib.crc32(f"{network}/{name}".encode())).tobytes())
+    partial.replace(file)
 
 
-def _values(name: str, shape: tuple[int, ...], seed: list[int]) -> npt.NDArray[np.float16]:
-    """Uniform within 1 / sqrt(inputs) as torch starts its layers; norms near 1 and biases near 0, not equal."""
+def _values(name: str, shape: tuple[int, ...], seed: int) -> npt.NDArray[np.float16]:
+    """Uniform within 1 / sqrt(inputs), as torch starts its layers; norms near 1, biases near 0."""
     random = np.random.default_rng(seed).random(shape, dtype=np.float32) * np.float32(2) - np.float32(1)
     scale = 0.1 if len(shape) == 1 else 1 / math.sqrt(math.prod(shape[1:]))
     centre = 1.0 if len(shape) == 1 and name.endswith("weight") else 0.0
@@ -168,16 +164,13 @@ def _letters() -> list[str]:
     return [chr(code) for code in [*printable, *range(256, 512 - len(printable))]]
 
 
-def _pairs(letters: list[str]) -> Iterator[tuple[str, str]]:
-    ends = [letter + "</w>" for letter in letters]
-    return itertools.product(letters, [*ends, *letters])
-
-
 def _write_tokenizer(folder: Path, vocabulary: int) -> None:
-    """CLIP's layout: byte letters, the same at a word's end, as many merges as fit, the two special tokens."""
+    """CLIP's layout: byte letters, the same at a word's end, merges that fill up, the special tokens."""
     letters = _letters()
-    merges = list(itertools.islice(_pairs(letters), vocabulary - 2 * len(letters) - 2))
-    tokens = [*letters, *(one + "</w>" for one in letters), *(a + b for a, b in merges), BOS, EOS]
+    ends = [letter + "</w>" for letter in letters]
+    pairs = itertools.product(letters, [*ends, *letters])
+    merges = list(itertools.islice(pairs, vocabulary - 2 * len(letters) - 2))
+    tokens = [*letters, *ends, *(a + b for a, b in merges), BOS, EOS]
     _write_json(folder / "vocab.json", {token: number for number, token in enumerate(tokens)})
     lines = ["#version: 0.2", *(f"{a} {b}" for a, b in merges), ""]
     (folder / "merges.txt").write_text("\n".join(lines), encoding="utf-8")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -42,18 +44,20 @@ def predict(
     prompt: Annotated[str | None, typer.Option(help="What to paint.")] = None,
     negative_prompt: Annotated[str | None, typer.Option(help="What not to paint.")] = None,
     width: Annotated[
-        int | None, typer.Option(help="Pixels, a multiple of 64 up to 1024. [default: 512]")
+        int | None, typer.Option(help="Pixels, a multiple of 64 up to 1024. Default: 512.")
     ] = None,
     height: Annotated[
-        int | None, typer.Option(help="Pixels, a multiple of 64 up to 1024. [default: 512]")
+        int | None, typer.Option(help="Pixels, a multiple of 64 up to 1024. Default: 512.")
     ] = None,
-    num_outputs: Annotated[int | None, typer.Option(help="Pictures, 1 to 4. [default: 1]")] = None,
-    num_inference_steps: Annotated[int | None, typer.Option(help="Steps, 1 to 500. [default: 50]")] = None,
-    guidance_scale: Annotated[float | None, typer.Option(help="1 to 20. [default: 7.5]")] = None,
-    scheduler: Annotated[str | None, typer.Option(help="[default: DPMSolverMultistep]")] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of the noise. [default: random]")] = None,
+    num_outputs: Annotated[int | None, typer.Option(help="Pictures, 1 to 4. Default: 1.")] = None,
+    num_inference_steps: Annotated[int | None, typer.Option(help="Steps, 1 to 500. Default: 50.")] = None,
+    guidance_scale: Annotated[float | None, typer.Option(help="1 to 20. Default: 7.5.")] = None,
+    scheduler: Annotated[
+        str | None, typer.Option(help="One of the six names; see the README. Default: DPMSolverMultistep.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of the noise. Default: random.")] = None,
     disable_safety_checker: Annotated[bool, typer.Option("--disable-safety-checker")] = False,
-    output_format: Annotated[str | None, typer.Option(help="png, jpg or webp. [default: png]")] = None,
+    output_format: Annotated[str | None, typer.Option(help="png, jpg or webp. Default: png.")] = None,
     mask_feather: Annotated[float | None, typer.Option(help="Soft seam inside the mask, pixels.")] = None,
     paste_back: Annotated[bool, typer.Option(help="Put the kept pixels back, bit for bit.")] = True,
     strength: Annotated[
@@ -87,16 +91,19 @@ def predict(
         "seed": seed,
         "disable_safety_checker": disable_safety_checker,
     }
+    with _disk(out):  # before the work, so that it is not lost
+        out.mkdir(parents=True, exist_ok=True)
     with _engine(model, device, dtype, backend) as engine:
         prediction = _run(engine, given, output_format, mask_feather, paste_back, strength)
-    out.mkdir(parents=True, exist_ok=True)
     suffix = output_format or "png"
     paths = [out / f"out-{index}.{suffix}" for index in range(len(prediction.images))]
-    for path, picture in zip(paths, prediction.images, strict=True):
-        path.write_bytes(encode(np.asarray(picture), suffix))
+    with _disk(out):
+        for path, picture in zip(paths, prediction.images, strict=True):
+            path.write_bytes(encode(np.asarray(picture), suffix))
     if as_json:
         shown = prediction.model_copy(update={"output": [str(path) for path in paths] or None})
-        typer.echo(shown.to_json(indent=2))
+        # In ASCII, since the progress bars in the log are not in every console's code page.
+        typer.echo(json.dumps(shown.model_dump(mode="json"), indent=2))
     else:
         typer.echo(_notes_of(prediction), nl=False, err=True)
         for path in paths:
@@ -116,7 +123,9 @@ def demo(
     """Repaint the photograph that ships with ritocco; prints the contact sheet's path last."""
     from ritocco import demo as room
 
-    with _engine(model, device, dtype, "auto") as engine:
+    with _disk(out):
+        out.mkdir(parents=True, exist_ok=True)
+    with _engine(model, device, dtype, "auto") as engine, _disk(out):
         typer.echo(room.run(engine, out, say=typer.echo))
 
 
@@ -139,6 +148,16 @@ def doctor(
         typer.echo(report(lines))
     if any(line.level == "error" for line in lines):
         raise typer.Exit(1)
+
+
+@contextmanager
+def _disk(out: Path) -> Iterator[None]:
+    """What the disk refuses, as one line and exit status 1."""
+    try:
+        yield
+    except OSError as error:
+        typer.echo(f"error: --out is {str(out)!r}, and nothing can be written there: {error}", err=True)
+        raise typer.Exit(1) from error
 
 
 def _engine(model: str | None, device: str, dtype: str, backend: str) -> Engine:

@@ -34,9 +34,12 @@ def examine() -> list[Line]:
         *_cuda(),
         _choice(),
         Line(level="ok", subject="backend torch", message="found"),
+        *(Line(level="missing", subject=f"backend {name}", message="not in this version") for name in _LATER),
     ]
     return lines + [_optional(*row) for row in _OPTIONAL]
 
+
+_LATER = ("onnxruntime", "openvino", "tensorrt")
 
 # Package, what it is for, the extra that installs it.
 _OPTIONAL = (

@@ -54,13 +54,18 @@ RANDOM_SEEDS = 1 << 16  # of the original: 0 to 65535
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Request:
-    """One checked request: what was asked, the pictures, the steps."""
+    """One checked request: what was asked, the pictures, the steps, who judges the results.
+
+    noise: float32 [4,h,w] for each output, where the caller gave it. safety: None where nothing is checked.
+    """
 
     fields: PredictionInput
     options: Options
     inputs: Inputs
     table: StepTable
     seed: int
+    noise: list[Floats] | None
+    safety: SafetyChecker | None
     log: Log
     seconds: dict[str, float] = field(default_factory=dict)
 
@@ -97,6 +102,7 @@ class Engine:
         scheduler: the checkpoint's scheduler config. version: of the predictions. notes: for every log.
         """
         self.runtime = runtime
+        self.traits = runtime.traits
         self.version = version
         self._tokenizer = tokenizer
         self._scheduler = dict(scheduler)
@@ -141,7 +147,7 @@ class Engine:
             strength=strength,
             latents=latents,
         )
-        prediction.input = {key: value for key, value in input.items() if key not in ignored}
+        prediction.input = {key: value for key, value in input.items() if str(key) not in ignored}
         request = self._prepare(fields, options, ignored, log, allow_local=allow_local)
         with self._device:
             self._refuse_closed()
@@ -186,8 +192,12 @@ class Engine:
         seed = secrets.randbelow(RANDOM_SEEDS) if fields.seed is None else fields.seed
         log.note(f"Using seed: {seed}", *self._notes)
         if ignored:
-            log.note(f"Ignored unknown input: {', '.join(sorted(ignored))}")
+            log.note(f"Ignored unknown input: {_listed(ignored)}")
         self._check_size(fields)
+        shape = (4, fields.height // 8, fields.width // 8)
+        noise = None
+        if options.latents is not None:
+            noise = _given_latents(options.latents, fields.num_outputs, shape)
         table = build(
             fields.scheduler, fields.num_inference_steps, self._scheduler, strength=options.strength
         )
@@ -201,12 +211,21 @@ class Engine:
             fetcher=self._fetcher,
         )
         log.note(*table.notes, *inputs.notes)
-        request = Request(fields=fields, options=options, inputs=inputs, table=table, seed=seed, log=log)
+        request = Request(
+            fields=fields,
+            options=options,
+            inputs=inputs,
+            table=table,
+            seed=seed,
+            noise=noise,
+            safety=None if fields.disable_safety_checker else self._safety,
+            log=log,
+        )
         request.seconds["inputs"] = time.perf_counter() - start
         return request
 
     def _check_size(self, fields: PredictionInput) -> None:
-        step = 8 * self.runtime.traits.size_multiple
+        step = 8 * self.traits.size_multiple
         for name, side in (("width", fields.width), ("height", fields.height)):
             if side % step:
                 rule = f"this checkpoint takes multiples of {step}"
@@ -258,11 +277,10 @@ class Engine:
     def _starts(self, request: Request) -> list[Floats]:
         """The latents [4,h,w] that each output starts from, in the scheduler's space."""
         table, fields = request.table, request.fields
-        shape = (4, fields.height // 8, fields.width // 8)
-        if request.options.latents is None:
+        noise = request.noise
+        if noise is None:
+            shape = (4, fields.height // 8, fields.width // 8)
             noise = [normal(request.seed_of(i), 0, shape) for i in range(fields.num_outputs)]
-        else:
-            noise = _given_latents(request.options.latents, fields.num_outputs, shape)
         signal, scale = np.float32(table.start_signal[0]), np.float32(table.start_noise[0])
         if not signal:
             return [scale * one for one in noise]
@@ -303,23 +321,31 @@ class Engine:
     def _checked(self, request: Request, pixels: npt.NDArray[np.uint8]) -> list[int]:
         """Indices of the pictures that the safety checker lets through."""
         everything = list(range(len(pixels)))
-        if self._safety is None or request.fields.disable_safety_checker:
+        if request.safety is None:
             return everything
         with self._device:
-            flagged = self._safety.flag(pixels)
+            flagged = request.safety.flag(pixels)
         if any(flagged):
             request.log.note(f"NSFW content detected in {sum(flagged)} of {len(pixels)} outputs; dropped")
         return [i for i in everything if not flagged[i]]
 
 
+def _listed(keys: Sequence[str]) -> str:
+    """Somebody's keys for the log: plain, on one line, not endless."""
+    shown = [ascii(key)[1:-1][:40] for key in sorted(keys)]
+    return ", ".join(shown[:20]) + (f" and {len(shown) - 20} more" if len(shown) > 20 else "")
+
+
 def _given_latents(given: Any, count: int, shape: tuple[int, int, int]) -> list[Floats]:
     """The caller's noise, checked: one [4,h,w] for each output."""
     try:
-        array = np.asarray(given, dtype=np.float32)
-    except (TypeError, ValueError) as error:
-        raise RequestError(
-            f"latents: {type(given).__name__} is no array of numbers", field="latents"
-        ) from error
+        array = np.asarray(given)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise RequestError(f"latents: no array can be made of it ({error})", field="latents") from error
+    if array.dtype.kind not in "fiu":
+        raise RequestError(f"latents: {array.dtype} values; they must be real numbers", field="latents")
+    with np.errstate(over="ignore"):  # what overflows is refused below
+        array = array.astype(np.float32)
     if array.shape == shape:
         array = np.broadcast_to(array, (count, *shape))
     if array.shape != (count, *shape):

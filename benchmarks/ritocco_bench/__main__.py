@@ -1,0 +1,118 @@
+"""`python -m ritocco_bench [startup | steps | both | make-folder]`: ritocco against diffusers."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from ritocco.device import DTYPES, choose, installed
+from ritocco.engine import pocket_model
+from ritocco.errors import RitoccoError
+from ritocco_bench.cases import Bench, BenchError, execute, startup, steps
+from ritocco_bench.environment import environment
+from ritocco_bench.folder import SIZES, make_folder
+from ritocco_bench.parity import ParityError, gate
+from ritocco_bench.report import append_rows, table
+
+WORK = Path(".cache/bench")
+RESULTS = Path("benchmarks/results")
+COMMANDS = ("startup", "steps", "both", "make-folder")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command line; `both` where it names no command.
+
+    Returns the exit status: 1 where a package, a model or parity is missing, and then nothing is reported.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    if not words or words[0] not in (*COMMANDS, "-h", "--help"):
+        words.insert(0, "both")
+    arguments = _parser().parse_args(words)
+    try:
+        if arguments.command == "make-folder":
+            print(make_folder(arguments.out, arguments.size))
+        else:
+            _measure(arguments)
+    except (ParityError, BenchError, RitoccoError) as error:
+        print(f"{type(error).__name__}: {error}\nNothing is reported.", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _measure(arguments: argparse.Namespace) -> None:
+    """The cases asked for: rows into the file, the table last."""
+    if missing := [name for name in ("diffusers", "transformers") if not installed(name)]:
+        raise BenchError(f"{' and '.join(missing)} not installed: pip install 'ritocco[bench]'")
+    choice = choose(arguments.device, arguments.dtype)
+    full = arguments.full or arguments.model is not None
+    bench = Bench(
+        model=_model(arguments),
+        device=str(choice.device),
+        dtype=str(choice.dtype).removeprefix("torch."),
+        pairs=(5 if full or arguments.command == "startup" else 3)
+        if arguments.pairs is None
+        else arguments.pairs,
+        size=arguments.size or (512 if full else 128),
+        steps=arguments.steps,
+        outputs=arguments.outputs,
+    )
+    env = environment(bench.device)
+    _say(f"{bench.model} on {env.machine}, {env.cores} cores; {choice.reasons[-1]}")
+    if not env.versions["accelerate"]:
+        _say("accelerate is not installed: without it diffusers loads slower than it can")
+    parity = gate(bench.job("ritocco"), execute)
+    _say(f"parity: float32 error {parity.error:.1e}; {bench.dtype} {parity.psnr_db:.1f} dB")
+    rows = []
+    if arguments.command in ("startup", "both"):
+        rows += startup(bench, parity, env, run=execute, say=_say)
+    if arguments.command in ("steps", "both"):
+        rows += steps(bench, parity, env, run=execute, say=_say)
+    name = f"{arguments.command}.jsonl"
+    out = arguments.out or (RESULTS / name if full else WORK / name)
+    append_rows(out, rows)
+    _say(f"{len(rows)} rows added to {out}")
+    print(table(rows))
+
+
+def _model(arguments: argparse.Namespace) -> Path:
+    """The folder asked for, else the full-size one (made once), else the embedded model, else a tiny one."""
+    if arguments.model is not None:
+        return Path(arguments.model)
+    if arguments.full:
+        return make_folder(WORK / "full", "full")
+    embedded = pocket_model()
+    return embedded if (embedded / "model_index.json").is_file() else make_folder(WORK / "tiny", "tiny")
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m ritocco_bench", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    made = commands.add_parser("make-folder", help="write a model folder of seeded random weights")
+    made.add_argument("--out", type=Path, required=True)
+    made.add_argument("--size", choices=tuple(SIZES), default="full")
+    for name, text in (
+        ("startup", "fresh process to the first UNet step"),
+        ("steps", "seconds of each phase, and peak memory"),
+        ("both", "one after the other; the default"),
+    ):
+        case = commands.add_parser(name, help=text)
+        case.add_argument("--model", help="diffusers folder; default: the embedded model, else a tiny one")
+        case.add_argument("--full", action="store_true", help="a full-size random folder, made once (2.6 GB)")
+        case.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+        case.add_argument("--dtype", default="auto", choices=("auto", *DTYPES))
+        case.add_argument("--pairs", type=int, help="fresh processes of each variant; default 5, quick 3")
+        case.add_argument("--size", type=int, help="pixels per side for steps; default 512, quick 128")
+        case.add_argument("--steps", type=int, default=4, help="for steps; default %(default)s")
+        case.add_argument("--outputs", type=int, default=1, help="for steps; default %(default)s")
+        case.add_argument("--out", type=Path, help="JSONL file; default benchmarks/results/, quick .cache/")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,159 @@
+"""The cases: ritocco against diffusers, each run in a fresh process, in turns, behind the parity gate."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from ritocco_bench.environment import Environment
+from ritocco_bench.parity import Execute, Parity
+from ritocco_bench.report import Row
+from ritocco_bench.variants import PHASES, VARIANTS
+from ritocco_bench.worker import Job, Result
+
+Say = Callable[[str], None]
+
+STARTUP_SIZE = 64
+
+
+class BenchError(RuntimeError):
+    """A benchmark process failed, or a package that it needs is missing; the message ends with its words."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Bench:
+    """What is measured, where, how often. pairs: processes of each variant."""
+
+    model: Path
+    device: str
+    dtype: str
+    pairs: int
+    size: int
+    steps: int
+    outputs: int = 1
+
+    def __post_init__(self) -> None:
+        if self.pairs < 1:
+            raise BenchError(f"pairs is {self.pairs}; it must be at least 1")
+
+    def job(self, variant: str) -> Job:
+        """The measured job of one variant."""
+        return Job(
+            variant=variant,
+            model=str(self.model),
+            device=self.device,
+            dtype=self.dtype,
+            size=self.size,
+            steps=self.steps,
+            outputs=self.outputs,
+        )
+
+
+def execute(job: Job) -> tuple[Result, float]:
+    """Run a job in a fresh process. Raises BenchError with the last lines that it wrote."""
+    variables = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    variables |= {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "PYTHONWARNINGS": "ignore"}
+    with tempfile.TemporaryDirectory() as folder:
+        answer = Path(folder) / "result.json"
+        command = [sys.executable, "-m", "ritocco_bench.worker", json.dumps(asdict(job)), str(answer)]
+        started = time.time()
+        done = subprocess.run(command, env=variables, capture_output=True, text=True, check=False)
+        if done.returncode or not answer.is_file():
+            raise BenchError(f"{job.variant}: exit status {done.returncode}\n{done.stderr[-2000:]}")
+        return Result(**json.loads(answer.read_text(encoding="utf-8"))), started
+
+
+def startup(
+    bench: Bench, parity: Parity, env: Environment, *, run: Execute = execute, say: Say = print
+) -> list[Row]:
+    """Fresh process to loaded networks, and to the end of the first UNet step; page cache warm.
+
+    The request is the smallest, one step at 64 x 64 pixels, so that loading is what is measured: tokens, text
+    encoder, VAE encoder and one guided UNet evaluation, then the process ends. The processes take turns,
+    ritocco first. parity: of `gate`. Raises BenchError.
+    """
+    warm_page_cache(bench.model)
+    small = replace(bench, size=STARTUP_SIZE, steps=1, outputs=1)
+    taken: dict[tuple[str, str], list[float]] = {}
+    for pair in range(bench.pairs):
+        for variant in VARIANTS:
+            result, started = run(replace(small.job(variant), until="first_step"))
+            taken.setdefault((variant, "load"), []).append(result.loaded - started)
+            taken.setdefault((variant, "first_step"), []).append(result.stepped - started)
+            say(f"startup {pair + 1}/{bench.pairs} {variant}: {result.stepped - started:.2f} s")
+    case = f"startup-{small.size}x{small.size}"
+    return [_row(case, small, key, seconds, None, parity, env) for key, seconds in taken.items()]
+
+
+def steps(
+    bench: Bench, parity: Parity, env: Environment, *, run: Execute = execute, say: Say = print
+) -> list[Row]:
+    """Seconds of each phase of a request, after one warm-up request of one step, and the process's peak.
+
+    The peak includes loading. The processes take turns, ritocco first. parity: of `gate`. Raises BenchError.
+    """
+    taken: dict[tuple[str, str], list[float]] = {}
+    peaks: dict[str, int | None] = {}
+    for pair in range(bench.pairs):
+        for variant in VARIANTS:
+            result, _ = run(bench.job(variant))
+            for seconds in result.seconds:
+                for phase in PHASES:
+                    taken.setdefault((variant, phase), []).append(seconds[phase])
+                taken.setdefault((variant, "total"), []).append(math.fsum(seconds[p] for p in PHASES))
+            if result.peak_bytes is not None:
+                peaks[variant] = max(peaks.get(variant) or 0, result.peak_bytes)
+            say(f"steps {pair + 1}/{bench.pairs} {variant}: {taken[variant, 'total'][-1]:.2f} s")
+    case = f"{bench.size}x{bench.size}-{bench.steps}steps-{bench.outputs}x"
+    return [
+        _row(case, bench, key, seconds, peaks.get(key[0]) if key[1] == "total" else None, parity, env)
+        for key, seconds in taken.items()
+    ]
+
+
+def warm_page_cache(folder: Path) -> None:
+    """Read every file once."""
+    for file in sorted(path for path in folder.rglob("*") if path.is_file()):
+        with file.open("rb") as stream:
+            while stream.read(1 << 22):
+                pass
+
+
+def _row(
+    case: str,
+    bench: Bench,
+    key: tuple[str, str],
+    seconds: Sequence[float],
+    peak: int | None,
+    parity: Parity,
+    env: Environment,
+) -> Row:
+    each = tuple(round(1000 * one, 3) for one in seconds)
+    p20, p50, p80 = np.quantile(each, (0.2, 0.5, 0.8)).round(3).tolist()
+    return Row(
+        case=case,
+        model=bench.model.name,
+        device=bench.device,
+        dtype=bench.dtype,
+        variant=key[0],
+        phase=key[1],
+        p20_ms=p20,
+        p50_ms=p50,
+        p80_ms=p80,
+        samples=len(each),
+        each_ms=each,
+        peak_bytes=peak,
+        parity_error=parity.error,
+        parity_psnr_db=parity.psnr_db,
+        environment=env,
+    )

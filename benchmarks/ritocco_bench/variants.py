@@ -1,0 +1,163 @@
+"""The two that are compared, each with the same pictures, prompt, first latents and scheduler.
+
+Both take the posterior's mean for the masked image. Imports are inside the functions: what a variant imports
+is part of what is measured.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+    from ritocco_bench.worker import Job
+
+PHASES = ("text", "encode", "denoise", "decode")
+SCHEDULER = "DPMSolverMultistep"
+PROMPT = "a yellow cat on a park bench, high resolution"
+GUIDANCE = 7.5
+
+
+class Inputs:
+    """The request's pictures and latents, from the job's size and seed."""
+
+    def __init__(self, job: Job) -> None:
+        import numpy as np
+        from PIL import Image
+
+        rows, columns = np.mgrid[0 : job.size, 0 : job.size] / job.size
+        waves = [np.sin(k * rows + (7 - k) * columns) for k in (2, 3, 5)]
+        self.image = Image.fromarray((127.5 * (np.stack(waves, axis=-1) + 1)).astype(np.uint8))
+        quarter = job.size // 4
+        mask = np.zeros((job.size, job.size), np.uint8)
+        mask[quarter : 3 * quarter, quarter : 3 * quarter] = 255
+        self.mask = Image.fromarray(mask)
+        shape = (job.outputs, 4, job.size // 8, job.size // 8)
+        latents = np.random.default_rng(job.seed).standard_normal(shape, dtype=np.float32)
+        # Numbers that bfloat16 holds exactly: diffusers keeps latents in the network's dtype.
+        self.latents = (latents.view(np.uint32) & np.uint32(0xFFFF0000)).view(np.float32)
+
+
+class Ritocco:
+    def __init__(self, job: Job) -> None:
+        import ritocco
+
+        self._job = job
+        self._engine = ritocco.load(job.model, device=job.device, dtype=job.dtype)
+        self.decoded: npt.NDArray[np.float32] | None = None
+
+    def run(self, steps: int, on_step: Callable[[], None]) -> dict[str, float]:
+        given = Inputs(self._job)
+        runtime: Any = self._engine.runtime
+        decode = type(runtime).decode
+
+        def keep(latents: Any) -> Any:
+            self.decoded = decode(runtime, latents)
+            return self.decoded
+
+        runtime.decode = keep
+        request = {"image": given.image, "mask": given.mask, "prompt": PROMPT, "scheduler": SCHEDULER}
+        request |= {"width": self._job.size, "height": self._job.size, "guidance_scale": GUIDANCE}
+        request |= {"num_outputs": self._job.outputs, "num_inference_steps": steps, "seed": self._job.seed}
+        request |= {"disable_safety_checker": True}
+        made = self._engine.predict(
+            request, latents=given.latents, paste_back=False, on_step=lambda done, total: on_step()
+        )
+        return {phase: made.metrics[phase] for phase in PHASES}
+
+
+class Diffusers:
+    def __init__(self, job: Job) -> None:
+        import torch
+        from diffusers import DPMSolverMultistepScheduler, StableDiffusionInpaintPipeline
+
+        read: Any = StableDiffusionInpaintPipeline.from_pretrained
+        pipe = read(job.model, torch_dtype=getattr(torch, job.dtype), local_files_only=True).to(job.device)
+        scheduler: Any = DPMSolverMultistepScheduler
+        pipe.scheduler = scheduler.from_config(pipe.scheduler.config)
+        pipe.safety_checker = None  # loaded like ritocco's, and like it not run
+        pipe.set_progress_bar_config(disable=True)
+        self._job, self._pipe = job, pipe
+        self._seconds: dict[str, float] = {}
+        self._denoising = 0.0
+        self.decoded: npt.NDArray[np.float32] | None = None
+        pipe.encode_prompt = self._timed("text", pipe.encode_prompt)
+        pipe._encode_vae_image = self._timed("encode", self._mean)
+        pipe.vae.decode = self._timed("decode", self._keep(pipe.vae.decode))
+        pipe.unet.register_forward_pre_hook(self._begin)
+
+    def run(self, steps: int, on_step: Callable[[], None]) -> dict[str, float]:
+        import torch
+
+        given = Inputs(self._job)
+        self._seconds, self._denoising = {}, 0.0
+
+        def after(pipe: Any, index: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+            if index == steps - 1:
+                synchronize(self._job.device)
+                self._seconds["denoise"] = time.perf_counter() - self._denoising
+            on_step()
+            return tensors
+
+        self._pipe(
+            prompt=PROMPT,
+            image=given.image,
+            mask_image=given.mask,
+            height=self._job.size,
+            width=self._job.size,
+            num_inference_steps=steps,
+            guidance_scale=GUIDANCE,
+            num_images_per_prompt=self._job.outputs,
+            latents=torch.from_numpy(given.latents).to(getattr(torch, self._job.dtype)),
+            callback_on_step_end=after,
+        )
+        return {phase: self._seconds[phase] for phase in PHASES}
+
+    def _mean(self, image: Any, generator: Any) -> Any:
+        posterior = self._pipe.vae.encode(image).latent_dist
+        return self._pipe.vae.config.scaling_factor * posterior.mode()
+
+    def _keep(self, decode: Callable[..., Any]) -> Callable[..., Any]:
+        def kept(*args: Any, **kwargs: Any) -> Any:
+            out = decode(*args, **kwargs)
+            self.decoded = out[0].float().cpu().numpy()
+            return out
+
+        return kept
+
+    def _timed(self, phase: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            start = time.perf_counter()
+            out = function(*args, **kwargs)
+            synchronize(self._job.device)
+            self._seconds[phase] = self._seconds.get(phase, 0.0) + time.perf_counter() - start
+            return out
+
+        return timed
+
+    def _begin(self, *_: Any) -> None:
+        if not self._denoising:
+            self._denoising = time.perf_counter()
+
+
+VARIANTS: dict[str, Any] = {"ritocco": Ritocco, "diffusers": Diffusers}
+
+
+def synchronize(device: str) -> None:
+    """Wait for a GPU; nothing on a CPU."""
+    if device.startswith("cuda"):
+        import torch
+
+        torch.cuda.synchronize(device)
+
+
+def exact_float32(device: str) -> None:
+    """Convolutions on a GPU in float32 itself, not TF32, which is torch's default there."""
+    if device.startswith("cuda"):
+        import torch
+
+        torch.backends.cudnn.allow_tf32 = False

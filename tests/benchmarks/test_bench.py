@@ -1,0 +1,222 @@
+"""The benchmark harness: the folder it makes, the gate, the rows, the command line. No time is judged."""
+
+from __future__ import annotations
+
+import json
+import time
+import warnings
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ritocco.checkpoint import load_tokenizer, open_checkpoint
+from ritocco.errors import CheckpointError
+from ritocco.parameters import build
+from ritocco_bench import __main__ as command
+from ritocco_bench import cases, environment, folder, parity, report, variants, worker
+
+PASSED = parity.Parity(error=2e-6, psnr_db=80.0)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny folder of random weights."""
+    return folder.make_folder(tmp_path_factory.mktemp("bench") / "tiny", "tiny")
+
+
+def in_process(job: worker.Job) -> tuple[worker.Result, float]:
+    """`cases.execute` without the process: quick, as the imports are shared."""
+    started = time.time()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return worker.perform(job), started
+
+
+def bench(model: Path, *, dtype: str = "float32", pairs: int = 1) -> cases.Bench:
+    """A bench that is quick on any machine."""
+    return cases.Bench(model=model, device="cpu", dtype=dtype, pairs=pairs, size=64, steps=2)
+
+
+def quiet(line: str) -> None:
+    """Progress that nobody reads."""
+
+
+def row(variant: str, phase: str = "total", each: tuple[float, ...] = (10.0, 20.0, 40.0)) -> report.Row:
+    """A row of made-up times."""
+    return report.Row(
+        case="64x64",
+        model="tiny",
+        device="cpu",
+        dtype="float32",
+        variant=variant,
+        phase=phase,
+        p20_ms=min(each),
+        p50_ms=each[1],
+        p80_ms=max(each),
+        samples=len(each),
+        each_ms=each,
+        peak_bytes=3 << 20 if phase == "total" else None,
+        parity_error=1e-6,
+        parity_psnr_db=90.0,
+        environment=environment.environment("cpu"),
+    )
+
+
+def test_folder_is_the_same_every_time_and_complete(tiny: Path, tmp_path: Path) -> None:
+    again = folder.make_folder(tmp_path / "again", "tiny")
+    files = sorted(path.relative_to(tiny) for path in tiny.rglob("*") if path.is_file())
+    assert files == sorted(path.relative_to(again) for path in again.rglob("*") if path.is_file())
+    assert all((tiny / name).read_bytes() == (again / name).read_bytes() for name in files)
+    with pytest.raises(ValueError, match="size is 'huge'"):
+        folder.make_folder(tmp_path / "huge", "huge")
+
+
+def test_folder_is_never_mixed_with_another(tiny: Path) -> None:
+    assert folder.make_folder(tiny, "tiny") == tiny
+    with pytest.raises(CheckpointError, match="holds another model"):
+        folder.make_folder(tiny, "full")
+
+
+def test_folder_opens_as_a_checkpoint_in_float16(tiny: Path) -> None:
+    checkpoint = open_checkpoint(tiny)
+    stored = {tensor.dtype for variants in checkpoint.weights.values() for tensor in variants[""].values()}
+    assert stored == {"F16"}
+    assert load_tokenizer(checkpoint).vocab_size == checkpoint.text_encoder["vocab_size"]
+
+
+def test_full_folder_has_the_published_parameter_counts() -> None:
+    counts = {
+        network: sum(tensor.numel() for tensor in build(network, config).state_dict().values())
+        for network, config in folder.SIZES["full"].items()
+    }
+    assert counts == {"unet": 865_925_124, "vae": 83_653_863, "text_encoder": 340_387_840}
+
+
+def test_rows_survive_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "results" / "rows.jsonl"
+    rows = [row("ritocco"), row("diffusers", "text")]
+    report.append_rows(file, rows[:1])
+    report.append_rows(file, rows[1:])
+    lines = file.read_text(encoding="utf-8").splitlines()
+    assert [report.Row.from_json(line) for line in lines] == rows
+    held = json.loads(lines[0])
+    assert held["environment"]["versions"]["torch"]
+    assert held["environment"]["machine"]
+    del held["p50_ms"]
+    with pytest.raises(ValueError, match="p50_ms"):
+        report.Row.from_json(json.dumps(held))
+
+
+def test_ratios_are_taken_pair_by_pair() -> None:
+    ours, theirs = row("ritocco"), row("diffusers", each=(30.0, 80.0, 80.0))
+    assert report.ratios(ours, theirs) == [3.0, 4.0, 2.0]
+    last = report.table([ours, theirs]).splitlines()[-1]
+    assert last == "64x64 total: diffusers / ritocco 3.00 (2.00 to 4.00; pairs 3.00 4.00 2.00)"
+    with pytest.raises(ValueError, match="zip"):
+        report.ratios(ours, row("diffusers", each=(30.0, 80.0)))
+
+
+def test_quantiles_of_a_row(tiny: Path) -> None:
+    seconds = iter([0.004, 0.001, 0.002, 0.003, 0.005])
+
+    def run(job: worker.Job) -> tuple[worker.Result, float]:
+        taken = next(seconds) if job.variant == "ritocco" else 1.0
+        return worker.Result(loaded=100.0 + taken, stepped=100.0 + 2 * taken), 100.0
+
+    rows = cases.startup(bench(tiny, pairs=5), PASSED, environment.environment("cpu"), run=run, say=quiet)
+    ours = next(one for one in rows if (one.variant, one.phase) == ("ritocco", "load"))
+    assert ours.each_ms == (4.0, 1.0, 2.0, 3.0, 5.0)
+    assert (ours.p20_ms, ours.p50_ms, ours.p80_ms, ours.samples) == (1.8, 3.0, 4.2, 5)
+    assert (ours.parity_error, ours.parity_psnr_db) == (PASSED.error, PASSED.psnr_db)
+
+
+def test_startup_in_fresh_processes(tiny: Path) -> None:
+    rows = cases.startup(bench(tiny), PASSED, environment.environment("cpu"), say=quiet)
+    taken = {(one.variant, one.phase): one.each_ms[0] for one in rows}
+    assert set(taken) == {(v, p) for v in ("ritocco", "diffusers") for p in ("load", "first_step")}
+    assert all(0 < taken[variant, "load"] < taken[variant, "first_step"] for variant in variants.VARIANTS)
+
+
+def test_a_process_that_fails_says_why(tmp_path: Path) -> None:
+    job = bench(tmp_path / "nothing").job("ritocco")
+    with pytest.raises(cases.BenchError, match=r"(?s)ritocco: exit status 1.*no such file or folder"):
+        cases.execute(job)
+
+
+def test_steps_prints_a_table_behind_a_green_gate(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(command, "execute", in_process)
+    out = tmp_path / "rows.jsonl"
+    words = ["--model", str(tiny), "--dtype", "bfloat16", "--pairs", "2", "--size", "64", "--steps", "2"]
+    assert command.main(["steps", *words, "--outputs", "2", "--out", str(out)]) == 0
+    rows = [report.Row.from_json(line) for line in out.read_text(encoding="utf-8").splitlines()]
+    phases = (*variants.PHASES, "total")
+    assert [(one.variant, one.phase) for one in rows] == [(v, p) for v in variants.VARIANTS for p in phases]
+    assert all(one.samples == 2 and min(one.each_ms) > 0 for one in rows)
+    assert all(one.parity_error <= parity.LARGEST_ERROR for one in rows)
+    assert {one.case for one in rows} == {"64x64-2steps-2x"}
+    assert "diffusers / ritocco" in capsys.readouterr().out.splitlines()[-1]
+
+
+def test_nothing_is_reported_when_the_variants_differ(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def other_latents(job: worker.Job) -> tuple[worker.Result, float]:
+        return in_process(replace(job, seed=job.seed + 1) if job.variant == "ritocco" else job)
+
+    monkeypatch.setattr(command, "execute", other_latents)
+    out = tmp_path / "rows.jsonl"
+    words = ["--model", str(tiny), "--dtype", "float32", "--pairs", "1", "--size", "64", "--out", str(out)]
+    assert command.main(["both", *words]) == 1
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert "ParityError: float32: relative error" in said.err
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("off", "dtype", "passes"),
+    [
+        ({}, "bfloat16", True),
+        ({("ritocco", "bfloat16"): 0.0199}, "bfloat16", True),
+        ({("ritocco", "bfloat16"): 0.0201}, "bfloat16", False),
+        ({("ritocco", "bfloat16"): np.nan}, "bfloat16", False),
+        ({("ritocco", "float32"): 0.9e-4}, "float32", True),
+        ({("ritocco", "float32"): 1.1e-4}, "float32", False),
+        ({("ritocco", "float32"): np.nan}, "float32", False),
+    ],
+)
+def test_gate_allows_what_it_says(off: dict[tuple[str, str], float], dtype: str, passes: bool) -> None:
+    truth = np.linspace(-1, 1, 12).reshape(1, 3, 2, 2)
+    default = {("diffusers", "bfloat16"): 0.01, ("ritocco", "bfloat16"): 0.01}
+
+    def run(job: worker.Job) -> tuple[worker.Result, float]:
+        np.save(job.decoded, truth + {**default, **off}.get((job.variant, job.dtype), 0.0))
+        return worker.Result(loaded=0.0), 0.0
+
+    job = bench(Path("model"), dtype=dtype).job("ritocco")
+    if passes:
+        assert 30 < parity.gate(job, run).psnr_db <= parity.MOST_DB
+    else:
+        with pytest.raises(parity.ParityError, match=dtype):
+            parity.gate(job, run)
+
+
+def test_without_diffusers_the_extra_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(command, "installed", lambda package: package != "diffusers")
+    assert command.main([]) == 1
+    said = capsys.readouterr()
+    assert "diffusers not installed: pip install 'ritocco[bench]'" in said.err
+    assert said.out == ""
+
+
+def test_make_folder_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "made"
+    assert command.main(["make-folder", "--out", str(out), "--size", "tiny"]) == 0
+    assert capsys.readouterr().out == f"{out}\n"
+    assert (out / "model_index.json").is_file()
