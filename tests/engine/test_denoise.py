@@ -1,4 +1,4 @@
-"""The loop by itself: who moves when, what closing and breaking do, and a whole run against an exact solution."""
+"""The loop: who moves when, what closing and breaking do, and whole runs against an exact solution."""
 
 from __future__ import annotations
 
@@ -62,7 +62,9 @@ class Ledger:
     def leave(self, slot: int) -> LaneState:
         self.left.append(slot)
         latents = np.full(SIDE, slot, np.float32)
-        return LaneState(latents=latents, history=np.zeros((3, *SIDE)), broken_row=self._broken.get(slot))
+        return LaneState(
+            latents=latents, history=np.zeros((3, *SIDE), np.float32), broken_row=self._broken.get(slot)
+        )
 
 
 def drain(run: Generator[int, None, list[LaneState]]) -> tuple[list[int], list[LaneState]]:

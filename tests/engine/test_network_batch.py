@@ -26,9 +26,9 @@ SHAPE = (4, 6, 8)
 
 
 class ToyUNet:
-    """Reads all it is given, row by row, in elementwise arithmetic: a row's result has the same bits in any call.
+    """Reads all it is given, in elementwise arithmetic: a row's result has the same bits in any call.
 
-    calls: (sample, timestep, context) of each. answers: what to return at the n-th call instead.
+    calls: (sample, timestep, context) of each.
     """
 
     def __init__(self) -> None:
@@ -39,14 +39,18 @@ class ToyUNet:
         told = np.sin(timestep / np.float32(90.0))[:, None, None, None]
         words = context[:, 0, 0][:, None, None, None]
         x, mask, masked = sample[:, :4], sample[:, 4:5], sample[:, 5:]
-        return np.tanh(np.float32(0.8) * x + told * mask + np.float32(0.3) * masked + words)
+        output: Floats = np.tanh(np.float32(0.8) * x + told * mask + np.float32(0.3) * masked + words)
+        return output
 
 
 def make_lane(
     scheduler: str, steps: int, seed: int, guidance: float = 1.0, *, strength: float = 1.0, **changes: Any
 ) -> Lane:
     """A lane of seeded random contents."""
-    draws = (normal((1000 + seed) % 2**64, draw, shape) for draw, shape in enumerate((SHAPE, (5, 6, 8), (2, 77, 3))))
+    draws = (
+        normal((1000 + seed) % 2**64, draw, shape)
+        for draw, shape in enumerate((SHAPE, (5, 6, 8), (2, 77, 3)))
+    )
     latents, condition, contexts = draws
     lane = Lane(
         table=build(scheduler, steps, CONFIG, strength=strength),
@@ -131,6 +135,7 @@ def test_the_network_sees_scaled_latents_and_unscaled_conditions() -> None:
     for row, (latents, owner) in enumerate([(scaled, lane), (scaled, lane), (single.latents, single)]):
         np.testing.assert_array_equal(sample[row, :4], latents)
         np.testing.assert_array_equal(sample[row, 4:], owner.condition)
+    assert lane.unconditional is not None
     np.testing.assert_array_equal(context, np.stack([lane.unconditional, lane.context, single.context]))
     expected = [lane.table.timesteps[0]] * 2 + [single.table.timesteps[2]]
     np.testing.assert_array_equal(timestep, np.array(expected, np.float32))

@@ -1,4 +1,4 @@
-"""TorchBatch, which hoists what does not change, against NetworkBatch around the plain UNet on the same weights."""
+"""TorchBatch, which hoists what does not change, against NetworkBatch around the plain UNet."""
 
 from __future__ import annotations
 
@@ -93,9 +93,7 @@ def assert_close(ours: LaneState, theirs: LaneState) -> None:
 
 
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
-def test_hoisted_equals_plain(
-    runtime: TorchRuntime, make_lane: Callable[..., Lane], scheduler: str
-) -> None:
+def test_hoisted_equals_plain(runtime: TorchRuntime, make_lane: Callable[..., Lane], scheduler: str) -> None:
     lanes = [make_lane(scheduler, 4, 1, 7.5), make_lane(scheduler, 4, 2)]
     plainly = run(NetworkBatch(plain(runtime), capacity=2), lanes)
     for ours, theirs, lane in zip(run(runtime.open(SIZE, 2), lanes), plainly, lanes, strict=True):
@@ -186,7 +184,10 @@ def test_shared_parts_are_hoisted_once(
 def test_a_lane_at_guidance_one_costs_one_row(
     runtime: TorchRuntime, make_lane: Callable[..., Lane], rows_per_step: list[int]
 ) -> None:
-    run(runtime.open(SIZE, 3), [make_lane("DDIM", 2, 14, 2.0), make_lane("DDIM", 3, 15), make_lane("DDIM", 1, 16)])
+    run(
+        runtime.open(SIZE, 3),
+        [make_lane("DDIM", 2, 14, 2.0), make_lane("DDIM", 3, 15), make_lane("DDIM", 1, 16)],
+    )
     assert rows_per_step == [4, 3, 1]
 
 
@@ -241,9 +242,7 @@ def test_slots_and_sizes_are_checked(runtime: TorchRuntime, make_lane: Callable[
 def test_state_is_float32_whatever_the_network_computes_in(
     tiny_checkpoint: Path, runtime: TorchRuntime, make_lane: Callable[..., Lane]
 ) -> None:
-    low = TorchRuntime(
-        open_checkpoint(tiny_checkpoint), device=torch.device("cpu"), dtype=torch.bfloat16
-    )
+    low = TorchRuntime(open_checkpoint(tiny_checkpoint), device=torch.device("cpu"), dtype=torch.bfloat16)
     lane = make_lane("KLMS", 3, 21, 2.0)
     ours, truth = (run(one.open(SIZE, 1), [lane])[0] for one in (low, runtime))
     assert ours.latents.dtype == ours.history.dtype == np.float32
