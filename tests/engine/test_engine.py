@@ -488,25 +488,34 @@ def test_a_closed_engine_refuses(tiny_checkpoint: Path, ask: Ask) -> None:
     engine.close()
 
 
-def test_closing_while_others_wait_leaves_them_with_a_clear_error(tiny_checkpoint: Path, ask: Ask) -> None:
+def test_closing_between_a_requests_check_and_its_turn_is_a_clear_error(
+    tiny_checkpoint: Path, ask: Ask
+) -> None:
+    engine, given = ritocco.load(tiny_checkpoint, dtype="float32"), ask()
+    encoded = io.BytesIO()
+    given["image"].save(encoded, "PNG")
+
+    class ClosesTheEngine(io.BytesIO):
+        def read(self, size: int | None = -1) -> bytes:
+            engine.close()
+            return super().read(size)
+
+    with pytest.raises(BackendError, match="closed"):
+        engine.predict(given | {"image": ClosesTheEngine(encoded.getvalue())})
+
+
+def test_close_waits_for_the_running_prediction(tiny_checkpoint: Path, ask: Ask) -> None:
     engine = ritocco.load(tiny_checkpoint, dtype="float32")
-    stepping, closing = threading.Event(), threading.Event()
+    closer = threading.Thread(target=engine.close)
 
-    def hold(done: int, total: int) -> None:
-        stepping.set()
-        closing.wait(60)
+    def close_elsewhere(done: int, total: int) -> None:
+        if done == 1:
+            closer.start()
 
-    with ThreadPoolExecutor(3) as pool:
-        running = pool.submit(engine.predict, ask(num_inference_steps=2), on_step=hold)
-        assert stepping.wait(60)
-        waiting = pool.submit(engine.predict, ask())
-        closed = pool.submit(engine.close)
-        closing.set()
-        assert running.result(60).status == "succeeded"
-        closed.result(60)
-        late = waiting.exception(60)
-    # The waiting one had the device before or after `close`; a broken engine is no third way.
-    assert late is None or isinstance(late, BackendError)
+    assert engine.predict(ask(num_inference_steps=3), on_step=close_elsewhere).status == "succeeded"
+    closer.join(60)
+    with pytest.raises(BackendError, match="closed"):
+        engine.predict(ask())
 
 
 def test_predict_changes_no_global_state(tiny_engine: Engine, ask: Ask) -> None:

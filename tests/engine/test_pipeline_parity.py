@@ -26,7 +26,7 @@ from ritocco.backends.runtime import Floats
 from ritocco.noise import normal
 from ritocco.schedules import SCHEDULERS
 
-# Decoded floats, about [-1, 1], float32 on both sides. Measured on the tiny model: at most 2e-5.
+# Decoded floats, about [-1, 1], float32 on both sides. Measured on the tiny model: at most 1e-5.
 TOLERANCE = 1e-4
 SEED = 7
 NEGATIVE = "a park bench"
