@@ -146,7 +146,7 @@ def from_diffusers(pipe: Any) -> Checkpoint:
         tokenizer=tables_of(parts["tokenizer"]),
         weights={n: {"": memory_tensors(parts[n], f"{source}: {n}")} for n in networks},
         variant=None,
-        notes=(),
+        notes=() if "safety_checker" in networks else (f"{source} has no safety checker, so none is run",),
     )
     _check_agreement(opened)
     return opened

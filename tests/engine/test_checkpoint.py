@@ -253,6 +253,10 @@ def test_pipeline_in_memory_shares_its_tensors(tiny_safety_checkpoint: Path) -> 
     assert (load_tokenizer(opened).encode(prompts)[0] == load_tokenizer(on_disk).encode(prompts)[0]).all()
     assert opened.scheduler["beta_end"] == 0.012
     assert opened.feature_extractor is not None
+    assert opened.notes == ()
+    pipe.safety_checker = None
+    (note,) = from_diffusers(pipe).notes
+    assert "has no safety checker" in note
     assert opened.feature_extractor["crop_size"] == {"height": 32, "width": 32}
     assert len(fingerprint(opened)) == 64
 
