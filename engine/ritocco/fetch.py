@@ -197,7 +197,8 @@ class Fetcher:
     def _body(self, response: httpcore.Response) -> bytes:
         if response.status != 200:
             raise _Refused(f"was answered with HTTP status {response.status}, not 200")
-        if _header(response, b"content-encoding").strip().lower() not in (b"", b"identity"):
+        encodings = [value for name, value in response.headers if name.lower() == b"content-encoding"]
+        if any(value.strip().lower() not in (b"", b"identity") for value in encodings):
             raise _Refused("was answered compressed although only identity was asked for")
         length = _header(response, b"content-length")
         if length.isdigit() and int(length[:20]) > self.max_bytes:
@@ -258,7 +259,7 @@ def _resolve(host: str, port: int, deadline: float) -> tuple[Address, ...]:
     def ask() -> None:
         try:
             answers.append(socket.getaddrinfo(host, port, type=socket.SOCK_STREAM))
-        except (OSError, UnicodeError) as error:
+        except Exception as error:  # resolvers can be replaced, and then raise anything
             answers.append(error)
 
     # getaddrinfo takes no time limit; in a thread, a slow name server can't hold its caller beyond ours.

@@ -66,17 +66,21 @@ def load_inputs(
     Raises RequestError and FetchError, with the field `input.image` or `input.mask`.
     """
     loader = Loader(allow_local=allow_local, fetcher=fetcher, max_bytes=max_bytes, max_pixels=max_pixels)
+    # One after the other: a picture may be hundreds of times larger than what is made of it.
     picture = loader.load(image, field="input.image")
+    across, down = picture.size
+    pixels = np.array(_on_colour(picture, WHITE).resize((width, height), Image.Resampling.LANCZOS))
+    del picture
     stencil = loader.load(mask, field="input.mask")
     notes = []
-    if picture.size != stencil.size:
-        here, there = (f"{one.width}x{one.height}" for one in (stencil, picture))
+    if stencil.size != (across, down):
         notes.append(
-            f"Warning: the mask has {here} pixels and the image {there}; the mask is stretched over it"
+            f"Warning: the mask has {stencil.width}x{stencil.height} pixels and the image {across}x{down}; "
+            "the mask is stretched over it"
         )
     grey = np.asarray(_on_colour(stencil, BLACK).convert("L"))
+    del stencil
     white = Image.fromarray(np.where(grey >= 128, np.uint8(255), np.uint8(0)))
-    pixels = np.array(_on_colour(picture, WHITE).resize((width, height), Image.Resampling.LANCZOS))
     repaint = np.asarray(white.resize((width, height), Image.Resampling.BOX)) >= 128
     return Inputs(pixels=pixels, mask=repaint, notes=(*notes, *_mask_notes(repaint)))
 

@@ -13,7 +13,7 @@ import binascii
 import io
 import os
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,8 +30,14 @@ from PIL.WebPImagePlugin import WebPImageFile
 
 from ritocco.errors import RequestError
 from ritocco.fetch import MAX_BYTES, Fetcher, redacted
+from ritocco.jpeg import JpegOutline, outline
+from ritocco.orientation import orientation_of
 
 MAX_PIXELS = 64 * 1024 * 1024
+MAX_SIDE = 1 << 16  # resizing keeps a table of the source's side
+MAX_SCANS = 64  # of a progressive JPEG, each of which costs time for every pixel; files have about ten
+MAX_EXIF_SEGMENTS = 16
+MAX_ESCAPES = 1 << 20  # of a data URI that is not base64
 
 _FORMATS: tuple[tuple[str, Callable[[bytes], bool], Callable[[io.BytesIO], Image.Image]], ...] = (
     ("PNG", lambda data: data.startswith(b"\x89PNG\r\n\x1a\n"), PngImageFile),
@@ -104,22 +110,39 @@ class Loader:
             raise _Unusable(f"is none of the formats that are read: {names}")
         name, opener = found
         self._check_size(_announced_size(data))
+        if name == "JPEG":
+            self._check_jpeg(outline(data))
         try:
             # The decoder's own class: Image.open would first judge the size by a global limit, and warn.
             picture = opener(io.BytesIO(data))
         except Exception as error:  # decoders raise nearly every class on hostile bytes
             raise _Unusable(f"is a damaged {name} file ({_first_line(error)})") from error
-        return self._opened(picture, f"a damaged or truncated {name} file")
+        # PNG tells its orientation after its pixels, so the tag is looked up once they are decoded.
+        return self._opened(picture, f"a damaged or truncated {name} file", orientation_of)
 
-    def _opened(self, picture: Image.Image, blame: str = "an image that can't be read") -> Image.Image:
+    def _opened(
+        self,
+        picture: Image.Image,
+        blame: str = "an image that can't be read",
+        orientation: Callable[[Mapping[Any, Any]], int] | None = None,
+    ) -> Image.Image:
         self._check_size(picture.size)
         try:
             picture.load()
-            return _eight_bits(_upright(picture))
+            tag = _own_orientation(picture) if orientation is None else orientation(picture.info)
+            turn = _UPRIGHT.get(tag)
+            return _eight_bits(picture if turn is None else picture.transpose(turn))
         except _Unusable:
             raise
         except Exception as error:  # decoders raise nearly every class on hostile bytes
             raise _Unusable(f"is {blame} ({_first_line(error)})") from error
+
+    def _check_jpeg(self, found: JpegOutline) -> None:
+        self._check_size(found.size)
+        if found.scans > MAX_SCANS:
+            raise _Unusable(f"is a JPEG of {found.scans} scans; at most {MAX_SCANS} are read")
+        if found.exif > MAX_EXIF_SEGMENTS:
+            raise _Unusable(f"has {found.exif} EXIF segments; at most {MAX_EXIF_SEGMENTS} are read")
 
     def _check_size(self, size: tuple[int, int]) -> None:
         _check_size(size, self.max_pixels)
@@ -150,6 +173,8 @@ def _check_size(size: tuple[int, int], max_pixels: int) -> None:
     width, height = size
     if width < 1 or height < 1:
         raise _Unusable(f"has {width}x{height} pixels; both sides must be at least 1")
+    if max(width, height) > MAX_SIDE:
+        raise _Unusable(f"has {width}x{height} pixels; at most {MAX_SIDE} on a side are read")
     if width * height > max_pixels:
         raise _Unusable(f"has {width}x{height} pixels; at most {max_pixels} in all are read")
 
@@ -200,10 +225,13 @@ def _from_data_uri(uri: str, max_bytes: int) -> bytes:
     head, comma, body = uri.partition(",")
     if not comma:
         raise _Unusable("has no comma between type and content")
-    if len(body) > 4 * max_bytes:
+    if len(body) > 3 * max_bytes:  # a percent-encoded byte has three characters
         raise _Unusable(f"has {len(body)} characters; at most {max_bytes} bytes are read")
+    plain_text = head.rpartition(";")[2].strip().lower() != "base64"
+    if plain_text and body.count("%") > MAX_ESCAPES:
+        raise _Unusable(f"has more than {MAX_ESCAPES} percent-encoded bytes; use base64")
     data = unquote_to_bytes(body.encode("utf-8", errors="replace"))
-    if head.rpartition(";")[2].strip().lower() != "base64":
+    if plain_text:
         return data
     data = b"".join(data.split()).rstrip(b"=")
     try:
@@ -241,8 +269,8 @@ def _read_open_file(file: Any, max_bytes: int) -> bytes:
         if start is not None:
             file.seek(start)
     except TypeError as error:
-        raise _Unusable("is open for text; open it with mode 'rb'") from error
-    except (OSError, ValueError, AttributeError) as error:
+        raise _Unusable("is open for text, or gives no bytes; open it with mode 'rb'") from error
+    except Exception as error:  # the file is the caller's object and may raise anything
         raise _Unusable(f"can't be read ({_first_line(error)})") from error
     return bytes(data)
 
@@ -274,13 +302,13 @@ def _from_16_bits(levels: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
     return ((levels.astype(np.uint32) * 255 + 32767) // 65535).astype(np.uint8)
 
 
-def _upright(picture: Image.Image) -> Image.Image:
+def _own_orientation(picture: Image.Image) -> int:
+    """Of a picture that the caller made, whose tags may exist in memory only."""
     try:
         orientation = picture.getexif().get(_ORIENTATION_TAG, 1)
     except Exception:  # a picture with broken EXIF is still a picture, and upright as far as anyone can tell
         orientation = 1
-    turn = _UPRIGHT.get(orientation) if isinstance(orientation, int) else None
-    return picture if turn is None else picture.transpose(turn)
+    return orientation if isinstance(orientation, int) else 1
 
 
 def _eight_bits(picture: Image.Image) -> Image.Image:

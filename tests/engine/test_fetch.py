@@ -54,6 +54,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.close_connection = True
         elif path == "/gzip":
             self.answer(200, b"\x1f\x8b" + bytes(50), **{"Content-Encoding": "gzip"})
+        elif path == "/gzip-second":
+            both = {"content-encoding": "identity", "Content-Encoding": "gzip"}
+            self.answer(200, b"\x1f\x8b" + bytes(50), **both)
         elif path == "/missing":
             self.answer(404, b"secret error page")
         else:
@@ -385,6 +388,7 @@ def test_bodies_are_capped(server: Server) -> None:
     [
         ("/missing", "HTTP status 404"),
         ("/gzip", "compressed"),
+        ("/gzip-second", "compressed"),
         ("/short", "could not be fetched"),
         ("/garbage", "could not be fetched"),
     ],

@@ -548,3 +548,23 @@ def test_messages_about_urls_keep_secrets() -> None:
 
 def test_the_loader_alone() -> None:
     assert Loader(allow_local=True).load(PHOTO, field="input.image").size == (64, 48)
+
+
+@pytest.mark.parametrize("size", [(70_000, 1), (1, 70_000)])
+@pytest.mark.parametrize("field", ["image", "mask"])
+def test_sides_are_capped_too(size: tuple[int, int], field: str) -> None:
+    assert "65536 on a side" in refused(saved(Image.new("1", size)), field)
+    assert "65536 on a side" in refused(np.zeros(size, np.uint8), field)
+
+
+def test_a_data_uri_of_escapes_is_refused() -> None:
+    assert "percent-encoded" in refused("data:image/png," + "%41" * 1_100_000)
+
+
+@pytest.mark.parametrize("error", [KeyError("x"), RuntimeError("x"), ZeroDivisionError()])
+def test_an_open_file_may_raise_anything(error: Exception) -> None:
+    class Broken(io.BytesIO):
+        def read(self, size: int | None = -1, /) -> bytes:
+            raise error
+
+    assert "can't be read" in refused(Broken())
