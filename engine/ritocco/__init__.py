@@ -10,7 +10,8 @@ from ritocco.errors import (
     RitoccoError,
 )
 from ritocco.fetch import Fetcher
-from ritocco.schema import Prediction, PredictionInput
+from ritocco.prediction import Prediction
+from ritocco.schema import PredictionInput
 
 __all__ = [
     "BackendError",

@@ -28,6 +28,7 @@ from ritocco.parameters import (
     weights_digest,
 )
 from ritocco.prompt import Tokenizer, TokenizerTables, read_tables, tables_of
+from ritocco.shown import shown
 from ritocco.weight_files import PICKLES, find_variants, inside, pickle_message, read_header, read_json
 
 if TYPE_CHECKING:
@@ -108,12 +109,17 @@ def open_checkpoint(
     """
     path = Path(path)
     tokenizer_folder = None if tokenizer is None else Path(tokenizer)
-    if path.is_dir():
-        opened = _open_folder(path, variant, tokenizer_folder, configs or {})
-    elif path.is_file():
-        opened = _open_single(path, tokenizer_folder, configs or {})
-    else:
-        raise CheckpointError(f"{path}: no such file or folder")
+    try:
+        if path.is_dir():
+            opened = _open_folder(path, variant, tokenizer_folder, configs or {})
+        elif path.is_file():
+            opened = _open_single(path, tokenizer_folder, configs or {})
+        else:
+            raise CheckpointError(f"{shown(str(path))}: no such file or folder")
+    except (OSError, ValueError) as error:  # a folder that may not be listed, a name that no file can have
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"{shown(str(path))}: can't be read ({error})") from error
     _check_agreement(opened)
     return opened
 
@@ -241,7 +247,7 @@ def _open_folder(
     weights = {n: find_variants(root / n, root=root, stem=_STEMS[n]) for n in networks}
     if variant is not None and not any(variant in found for found in weights.values()):
         held = sorted({v or "(plain)" for found in weights.values() for v in found})
-        raise CheckpointError(f"{root}: has no variant {variant!r}; it has {', '.join(held)}")
+        raise CheckpointError(f"{root}: has no variant {shown(variant)}; it has {', '.join(held)}")
     extractor = root / "feature_extractor" / "preprocessor_config.json"
     notes = [] if safety else [f"{root.name}: this checkpoint has no safety checker, so none is run"]
     if safety and not extractor.is_file():

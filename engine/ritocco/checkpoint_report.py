@@ -20,6 +20,8 @@ from ritocco.checkpoint import (
 from ritocco.errors import CheckpointError
 from ritocco.parameters import NetworkName, build
 from ritocco.safety import ImagePreparation
+from ritocco.scheduler_config import check_scheduler, from_pipeline
+from ritocco.shown import plain
 from ritocco.weight_files import StoredTensor
 
 
@@ -86,7 +88,11 @@ def _scheduler(checkpoint: Checkpoint) -> Finding:
     config = checkpoint.scheduler
     name = config.get("_class_name", "unnamed")
     kind, betas = config.get("prediction_type", "epsilon"), config.get("beta_schedule", "linear")
-    return Finding(level="ok", subject="scheduler", message=f"{name}, {kind} prediction, {betas} betas")
+    problems = check_scheduler(from_pipeline(config))
+    message = plain(f"{name}, {kind} prediction, {betas} betas", 200)
+    if problems:
+        return Finding(level="note", subject="scheduler", message="; ".join((message, *problems)))
+    return Finding(level="ok", subject="scheduler", message=message)
 
 
 def _extractor(checkpoint: Checkpoint) -> Finding:

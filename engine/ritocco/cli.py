@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,7 +17,7 @@ from ritocco.errors import RequestError, RitoccoError
 
 if TYPE_CHECKING:
     from ritocco.engine import Engine
-    from ritocco.schema import Prediction
+    from ritocco.prediction import Prediction
 
 app = typer.Typer(
     name="ritocco",
@@ -91,15 +92,18 @@ def predict(
         "seed": seed,
         "disable_safety_checker": disable_safety_checker,
     }
+    suffix = output_format or "png"
     with _disk(out):  # before the work, so that it is not lost
         out.mkdir(parents=True, exist_ok=True)
+        for path in (out / f"out-{index}.{suffix}" for index in range(min(num_outputs or 1, 4))):
+            if path.is_dir():
+                raise IsADirectoryError(f"{path} is a folder")
     with _engine(model, device, dtype, backend) as engine:
         prediction = _run(engine, given, output_format, mask_feather, paste_back, strength)
-    suffix = output_format or "png"
     paths = [out / f"out-{index}.{suffix}" for index in range(len(prediction.images))]
     with _disk(out):
         for path, picture in zip(paths, prediction.images, strict=True):
-            path.write_bytes(encode(np.asarray(picture), suffix))
+            _replace(path, encode(np.asarray(picture), suffix))
     if as_json:
         shown = prediction.model_copy(update={"output": [str(path) for path in paths] or None})
         # In ASCII, since the progress bars in the log are not in every console's code page.
@@ -158,6 +162,17 @@ def _disk(out: Path) -> Iterator[None]:
     except OSError as error:
         typer.echo(f"error: --out is {str(out)!r}, and nothing can be written there: {error}", err=True)
         raise typer.Exit(1) from error
+
+
+def _replace(path: Path, data: bytes) -> None:
+    """Write a file whole or not at all; a link of that name is replaced, not followed."""
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with part.open("xb") as file:
+            file.write(data)
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def _engine(model: str | None, device: str, dtype: str, backend: str) -> Engine:

@@ -7,12 +7,10 @@ loop, once for all outputs.
 from __future__ import annotations
 
 import os
-import secrets
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,24 +21,23 @@ from PIL import Image
 
 from ritocco.backends.runtime import Floats, Lane, LatentSize, Runtime
 from ritocco.denoise import denoise
-from ritocco.errors import BackendError, RequestError
+from ritocco.errors import BackendError
 from ritocco.fetch import Fetcher
 from ritocco.images import (
-    Inputs,
     data_uri,
     encode,
     from_model,
-    load_inputs,
     mask_to_latent,
     masked_to_model,
     paste_back,
     to_model,
 )
-from ritocco.noise import UINT64_END, normal
+from ritocco.noise import normal
+from ritocco.prediction import MODEL, Prediction, timestamp
 from ritocco.progress import Log
+from ritocco.request import Request, prepare
 from ritocco.safety import NSFW_ERROR, SafetyChecker
-from ritocco.schedules import StepTable, build
-from ritocco.schema import MODEL, Options, Prediction, PredictionInput, parse_input, timestamp
+from ritocco.schema import Options, parse_input
 
 if TYPE_CHECKING:
     from ritocco.checkpoint import Checkpoint
@@ -48,39 +45,6 @@ if TYPE_CHECKING:
 
 OnStep = Callable[[int, int], bool | None]
 """Called after every step with the steps done and the steps in all; returning False cancels the run."""
-
-RANDOM_SEEDS = 1 << 16  # of the original: 0 to 65535
-
-
-@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class Request:
-    """One checked request: what was asked, the pictures, the steps, who judges the results.
-
-    noise: float32 [4,h,w] for each output, where the caller gave it. safety: None where nothing is checked.
-    """
-
-    fields: PredictionInput
-    options: Options
-    inputs: Inputs
-    table: StepTable
-    seed: int
-    noise: list[Floats] | None
-    safety: SafetyChecker | None
-    log: Log
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    def seed_of(self, output: int) -> int:
-        """Output i of seed s has seed s + i; negative seeds count down from 2**64."""
-        return (self.seed + output) % UINT64_END
-
-    @contextmanager
-    def timed(self, phase: str) -> Iterator[None]:
-        """Add the block's seconds to `phase`."""
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
 
 
 class Engine:
@@ -110,6 +74,7 @@ class Engine:
         self._notes = tuple(notes)
         self._fetcher = fetcher
         self._device = threading.Lock()
+        self._holder: int | None = None  # the thread that has the device
         self._closed = False
 
     def predict(
@@ -148,8 +113,21 @@ class Engine:
             latents=latents,
         )
         prediction.input = {key: value for key, value in input.items() if str(key) not in ignored}
-        request = self._prepare(fields, options, ignored, log, allow_local=allow_local)
-        with self._device:
+        request = prepare(
+            fields,
+            options,
+            log,
+            tokenizer=self._tokenizer,
+            scheduler=self._scheduler,
+            size_multiple=self.traits.size_multiple,
+            safety=self._safety,
+            fetcher=self._fetcher,
+            allow_local=allow_local,
+        )
+        log.note(*self._notes)
+        if ignored:
+            log.note(f"Ignored unknown input: {_listed(ignored)}")
+        with self._on_device():
             self._refuse_closed()
             decoded = self._paint(request, on_step)
         if decoded is None:
@@ -164,10 +142,22 @@ class Engine:
 
     def close(self) -> None:
         """Let go of the networks' memory. Waits for a running prediction; later ones raise BackendError."""
-        with self._device:
+        with self._on_device():
             self._closed = True
             self.__dict__.pop("runtime", None)
             self._safety = None
+
+    @contextmanager
+    def _on_device(self) -> Iterator[None]:
+        """The device is this thread's. Raises BackendError instead of waiting for itself."""
+        if self._holder == threading.get_ident():
+            raise BackendError("on_step called the engine that is painting; return False to cancel instead")
+        with self._device:
+            self._holder = threading.get_ident()
+            try:
+                yield
+            finally:
+                self._holder = None
 
     def _refuse_closed(self) -> None:
         if self._closed:
@@ -178,58 +168,6 @@ class Engine:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
-
-    def _prepare(
-        self,
-        fields: PredictionInput,
-        options: Options,
-        ignored: Sequence[str],
-        log: Log,
-        *,
-        allow_local: bool,
-    ) -> Request:
-        """Everything that needs no network: the pictures, the seed, the steps."""
-        seed = secrets.randbelow(RANDOM_SEEDS) if fields.seed is None else fields.seed
-        log.note(f"Using seed: {seed}", *self._notes)
-        if ignored:
-            log.note(f"Ignored unknown input: {_listed(ignored)}")
-        self._check_size(fields)
-        shape = (4, fields.height // 8, fields.width // 8)
-        noise = None
-        if options.latents is not None:
-            noise = _given_latents(options.latents, fields.num_outputs, shape)
-        table = build(
-            fields.scheduler, fields.num_inference_steps, self._scheduler, strength=options.strength
-        )
-        start = time.perf_counter()
-        inputs = load_inputs(
-            fields.image,
-            fields.mask,
-            width=fields.width,
-            height=fields.height,
-            allow_local=allow_local,
-            fetcher=self._fetcher,
-        )
-        log.note(*table.notes, *inputs.notes)
-        request = Request(
-            fields=fields,
-            options=options,
-            inputs=inputs,
-            table=table,
-            seed=seed,
-            noise=noise,
-            safety=None if fields.disable_safety_checker else self._safety,
-            log=log,
-        )
-        request.seconds["inputs"] = time.perf_counter() - start
-        return request
-
-    def _check_size(self, fields: PredictionInput) -> None:
-        step = 8 * self.traits.size_multiple
-        for name, side in (("width", fields.width), ("height", fields.height)):
-            if side % step:
-                rule = f"this checkpoint takes multiples of {step}"
-                raise RequestError(f"input.{name} is {side}; {rule}", field=f"input.{name}")
 
     def _paint(self, request: Request, on_step: OnStep | None) -> Floats | None:
         """Text, condition, loop, decode: float32 [N,3,H,W], or None where `on_step` cancelled."""
@@ -259,14 +197,8 @@ class Engine:
 
     def _contexts(self, request: Request) -> tuple[Floats, Floats | None]:
         """[77,D] of the prompt, and of the negative prompt where guidance is over 1."""
-        fields = request.fields
-        texts = [fields.prompt]
-        if fields.guidance_scale > 1:
-            texts.append(fields.negative_prompt or "")
-        tokens, notes = self._tokenizer.encode(texts)
-        request.log.note(*notes)
-        encoded = self.runtime.encode_text(tokens)
-        return encoded[0], encoded[1] if len(texts) == 2 else None
+        encoded = self.runtime.encode_text(request.tokens)
+        return encoded[0], encoded[1] if len(encoded) == 2 else None
 
     def _condition(self, request: Request) -> Floats:
         """[5,h,w]: the mask, then the latents of the image without the part to repaint."""
@@ -323,7 +255,7 @@ class Engine:
         everything = list(range(len(pixels)))
         if request.safety is None:
             return everything
-        with self._device:
+        with self._on_device():
             flagged = request.safety.flag(pixels)
         if any(flagged):
             request.log.note(f"NSFW content detected in {sum(flagged)} of {len(pixels)} outputs; dropped")
@@ -334,25 +266,6 @@ def _listed(keys: Sequence[str]) -> str:
     """Somebody's keys for the log: plain, on one line, not endless."""
     shown = [ascii(key)[1:-1][:40] for key in sorted(keys)]
     return ", ".join(shown[:20]) + (f" and {len(shown) - 20} more" if len(shown) > 20 else "")
-
-
-def _given_latents(given: Any, count: int, shape: tuple[int, int, int]) -> list[Floats]:
-    """The caller's noise, checked: one [4,h,w] for each output."""
-    try:
-        array = np.asarray(given)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise RequestError(f"latents: no array can be made of it ({error})", field="latents") from error
-    if array.dtype.kind not in "fiu":
-        raise RequestError(f"latents: {array.dtype} values; they must be real numbers", field="latents")
-    with np.errstate(over="ignore"):  # what overflows is refused below
-        array = array.astype(np.float32)
-    if array.shape == shape:
-        array = np.broadcast_to(array, (count, *shape))
-    if array.shape != (count, *shape):
-        raise RequestError(f"latents: shape is {array.shape}; it must be {(count, *shape)}", field="latents")
-    if not np.isfinite(array).all():
-        raise RequestError("latents: hold NaN or infinity; they must be finite", field="latents")
-    return list(array)
 
 
 def load(
@@ -371,7 +284,7 @@ def load(
     else the embedded pocket model. device, dtype, backend: see `device.choose`. variant: `fp16` and such,
     where a folder holds several. tokenizer: folder of vocab.json and merges.txt, for single files.
     fetcher: opens the URLs of requests; None makes one from the environment.
-    Raises CheckpointError and BackendError.
+    Raises CheckpointError, BackendError, and RequestError where RITOCCO_ALLOW_NETWORKS can't be read.
     """
     from ritocco.checkpoint import open_checkpoint
 
@@ -409,16 +322,20 @@ def _engine(checkpoint: Checkpoint, device: str, dtype: str, backend: str, fetch
     from ritocco.backends.torch_ import TorchRuntime
     from ritocco.checkpoint import fingerprint, load_tokenizer
     from ritocco.device import choose
-    from ritocco.scheduler_config import from_pipeline
+    from ritocco.scheduler_config import check_scheduler, from_pipeline
 
     choice = choose(device, dtype, backend)
+    # An operator's mistake shows here, not in the first request that holds a URL.
+    fetcher = fetcher or Fetcher.from_environment()
+    scheduler = from_pipeline(checkpoint.scheduler)
+    check_scheduler(scheduler)
     safety = None
     if checkpoint.safety_checker is not None:
         safety = SafetyChecker.load(checkpoint, device=choice.device, dtype=choice.dtype)
     return Engine(
         TorchRuntime(checkpoint, device=choice.device, dtype=choice.dtype),
         load_tokenizer(checkpoint),
-        from_pipeline(checkpoint.scheduler),
+        scheduler,
         safety=safety,
         version=fingerprint(checkpoint),
         notes=(*checkpoint.notes, f"Running {'; '.join(choice.reasons)}"),

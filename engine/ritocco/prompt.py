@@ -9,6 +9,7 @@ spells them out.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ import tokenizers
 from tokenizers import models, normalizers, pre_tokenizers
 
 from ritocco.errors import CheckpointError
+from ritocco.shown import shown
 from ritocco.weight_files import read_json, read_text
 
 BOS = "<|startoftext|>"
@@ -29,6 +31,8 @@ _WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\
 _LARGEST_ID = 2**24
 _LONGEST_MAX_LENGTH = 1024
 _QUOTED_CHARACTERS = 160
+_LONGEST_TOKEN = 256
+_SPACES = re.compile(r"\s+")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -77,6 +81,8 @@ class Tokenizer:
         self.eos_id = tables.vocab[tables.eos.content]
         self.pad_id = tables.vocab[tables.pad.content]
         self.vocab_size = max(tables.vocab.values()) + 1
+        # Every character gives a letter or more of some token; up to four of them become one under NFC.
+        self._most_characters = 4 * tables.max_length * min(max(map(len, tables.vocab)), _LONGEST_TOKEN)
         self._bpe = _build_bpe(tables)
 
     @classmethod
@@ -117,7 +123,7 @@ class Tokenizer:
         if isinstance(texts, str):
             raise TypeError("encode takes a sequence of prompts, not one string")
         notes: list[str] = []
-        clean = [_without_surrogates(text, notes) for text in texts]
+        clean = [self._readable(_without_surrogates(text, notes)) for text in texts]
         ids = np.full((len(clean), self.max_length), self.pad_id, dtype=np.int64)
         room = self.max_length - 2
         for row, text, encoded in zip(ids, clean, self._encode_all(clean), strict=True):
@@ -131,6 +137,12 @@ class Tokenizer:
                     f"prompt cut after {room} tokens, the most this model reads; not used: {_quoted(cut)}"
                 )
         return ids, tuple(notes)
+
+    def _readable(self, text: str) -> str:
+        """The part of a text that max_length tokens can reach: encoding a megabyte takes seconds."""
+        if len(text) > self._most_characters:
+            text = _SPACES.sub(" ", text)
+        return text[: self._most_characters]
 
     def _encode_all(self, texts: list[str]) -> list[tokenizers.Encoding]:
         # One at a time: the library's batch call starts a thread pool, which warns in processes that fork
@@ -216,7 +228,7 @@ def _parts_of(
     if not isinstance(model, dict) or model.get("end_of_word_suffix") != "</w>":
         raise CheckpointError(f"{source}: not a CLIP tokenizer (a byte-pair encoding with the suffix </w>)")
     pairs = model.get("merges")
-    lines = [" ".join(p) if isinstance(p, list) else p for p in pairs] if isinstance(pairs, list) else None
+    lines = [_joined(pair) for pair in pairs] if isinstance(pairs, list) else None
     added = whole.get("added_tokens") or []
     flags: dict[str, Mapping[str, object]]
     flags = (
@@ -225,13 +237,17 @@ def _parts_of(
     return _vocab_of(model.get("vocab"), source), _merges_of(lines, source), flags
 
 
+def _joined(pair: object) -> object:
+    return " ".join(map(str, pair)) if isinstance(pair, list) else pair
+
+
 def _vocab_of(value: object, source: Path | str) -> dict[str, int]:
     if not isinstance(value, dict) or not value:
         raise CheckpointError(f"{source}: the vocabulary is not a JSON object of token -> id")
     for token, number in value.items():
         if not isinstance(number, int) or isinstance(number, bool) or not 0 <= number < _LARGEST_ID:
             raise CheckpointError(
-                f"{source}: token {token!r} has the id {number!r}; ids are whole numbers from 0"
+                f"{source}: token {shown(token)} has the id {shown(number)}; ids are whole numbers from 0"
             )
     return value
 
@@ -248,7 +264,7 @@ def _merges_of(lines: Iterable[object] | None, source: Path | str) -> tuple[tupl
         parts = line.split() if isinstance(line, str) else []
         if len(parts) != 2:
             raise CheckpointError(
-                f"{source}: merge {number} is {line!r}; a merge is two tokens with a space between"
+                f"{source}: merge {number} is {shown(line)}; a merge is two tokens with a space between"
             )
         pairs.append((parts[0], parts[1]))
     return tuple(pairs)
@@ -257,7 +273,7 @@ def _merges_of(lines: Iterable[object] | None, source: Path | str) -> tuple[tupl
 def _special(value: object, added: Mapping[str, Mapping[str, object]], source: Path | str) -> SpecialToken:
     content = value.get("content") if isinstance(value, dict) else value
     if not isinstance(content, str) or not content:
-        raise CheckpointError(f"{source}: a special token is {value!r}; it must be a text")
+        raise CheckpointError(f"{source}: a special token is {shown(value)}; it must be a text")
     flags: Mapping[str, object] = value if isinstance(value, dict) else added.get(content, {})
     return SpecialToken(
         content=content,
@@ -276,7 +292,7 @@ def _max_length(value: object, source: Path | str) -> int:
         return MAX_LENGTH
     if not isinstance(value, int) or isinstance(value, bool) or not 2 < value <= _LONGEST_MAX_LENGTH:
         raise CheckpointError(
-            f"{source}: model_max_length is {value!r}; it must be 3 to {_LONGEST_MAX_LENGTH}"
+            f"{source}: model_max_length is {shown(value)}; it must be 3 to {_LONGEST_MAX_LENGTH}"
         )
     return value
 
@@ -285,7 +301,7 @@ def _check_tables(tables: TokenizerTables) -> None:
     for role, token in (("bos", tables.bos), ("eos", tables.eos), ("pad", tables.pad)):
         if token.content not in tables.vocab:
             raise CheckpointError(
-                f"{tables.source}: the {role} token {token.content!r} is not in the vocabulary"
+                f"{tables.source}: the {role} token {shown(token.content)} is not in the vocabulary"
             )
 
 

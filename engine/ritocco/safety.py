@@ -16,7 +16,8 @@ import numpy.typing as npt
 from PIL import Image
 
 from ritocco.checkpoint import Checkpoint, load_network
-from ritocco.errors import CheckpointError
+from ritocco.errors import CheckpointError, NonFiniteError
+from ritocco.shown import shown
 
 if TYPE_CHECKING:
     import torch
@@ -164,10 +165,17 @@ def flag_embeds(
     float32.
 
     Scores are rounded to three digits before they are compared with zero, as the original does.
+    Raises NonFiniteError where a score is NaN or infinite: such a picture has not been judged.
     """
     care_scores = np.round(_cosines(embeds, care) - care_thresholds, 3)
     adjustment = np.where((care_scores > 0).any(axis=1), _SPECIAL_CARE_ADJUSTMENT, np.float32(0))
     scores = np.round(_cosines(embeds, concepts) - thresholds + adjustment[:, None], 3)
+    if not (np.isfinite(scores).all() and np.isfinite(care_scores).all()):
+        raise NonFiniteError(
+            "the safety checker's scores hold NaN or infinity, so nothing was judged; "
+            "try dtype float32 or bfloat16, or download its weights again",
+            step=-1,
+        )
     return [bool((row > 0).any()) for row in scores]
 
 
@@ -237,4 +245,4 @@ def _three_of(key: str, value: object) -> tuple[float, ...]:
 
 
 def _refused(key: str, value: object, rule: str) -> CheckpointError:
-    return CheckpointError(f"feature_extractor config: {key} is {value!r}; it must be {rule}")
+    return CheckpointError(f"feature_extractor config: {key} is {shown(value)}; it must be {rule}")

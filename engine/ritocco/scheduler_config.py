@@ -17,7 +17,8 @@ import numpy as np
 import numpy.typing as npt
 
 from ritocco.betas import alphas_cumprod, cosine_betas, linspace_float32
-from ritocco.errors import CheckpointError, RequestError
+from ritocco.errors import CheckpointError, RequestError, RitoccoError
+from ritocco.shown import shown
 
 F32 = npt.NDArray[np.float32]
 
@@ -145,13 +146,13 @@ class _Reader:
     """Typed look-ups in a scheduler config; each error names the key, the value and the rule."""
 
     def __init__(self, config: Mapping[str, Any], scheduler: str, keys: frozenset[str]) -> None:
-        unused = set(config.get("_use_default_values") or ())
+        unused = set(_unused(config))
         self.values = {k: v for k, v in config.items() if k in keys and k not in unused and v is not None}
         self.scheduler = scheduler
 
     def refuse(self, key: str, rule: str) -> CheckpointError:
         value = self.values.get(key)
-        return CheckpointError(f"scheduler_config.json: {key} is {value!r}; {rule} ({self.scheduler})")
+        return CheckpointError(f"scheduler_config.json: {key} is {shown(value)}; {rule} ({self.scheduler})")
 
     def flag(self, key: str, default: bool) -> bool:
         value = self.values.get(key, default)
@@ -184,12 +185,22 @@ class _Reader:
         if value is None:
             return None
         try:
-            number = float(value)
-        except (TypeError, ValueError) as error:
+            number = math.nan if isinstance(value, str | bool) else float(value)
+        except (TypeError, ValueError, OverflowError) as error:
             raise self.refuse(key, "it is a number") from error
-        if isinstance(value, bool) or math.isnan(number):
+        if math.isnan(number):
             raise self.refuse(key, "it is a number")
         return number
+
+
+def _unused(config: Mapping[str, Any]) -> list[str]:
+    """Keys that whoever wrote the config left at their class's defaults."""
+    value = config.get("_use_default_values") or []
+    if not isinstance(value, list | tuple) or not all(isinstance(key, str) for key in value):
+        raise CheckpointError(
+            f"scheduler_config.json: _use_default_values is {shown(value)}; it is a list of keys"
+        )
+    return list(value)
 
 
 def from_pipeline(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -198,7 +209,7 @@ def from_pipeline(config: Mapping[str, Any]) -> dict[str, Any]:
     `steps_offset` becomes 1 and `skip_prk_steps` true, whatever the file says.
     """
     forced = {"steps_offset": 1, "skip_prk_steps": True}
-    unused = [key for key in config.get("_use_default_values") or () if key not in forced]
+    unused = [key for key in _unused(config) if key not in forced]
     return {**config, **forced, "_use_default_values": unused}
 
 
@@ -216,7 +227,8 @@ def settings(scheduler: str, config: Mapping[str, Any]) -> Settings:
     written_by = str(config.get("_class_name", traits.class_name))
     if written_by.startswith(_FOREIGN_CLASSES):
         raise CheckpointError(
-            f"scheduler_config.json: _class_name is {written_by!r}; it is not diffusion with discrete betas"
+            f"scheduler_config.json: _class_name is {shown(written_by)}; "
+            "it is not diffusion with discrete betas"
         )
     reader = _Reader(config, scheduler, traits.keys)
     ends_at_zero = reader.choice("final_sigmas_type", "zero", ("zero", "sigma_min")) == "zero"
@@ -251,6 +263,22 @@ def settings(scheduler: str, config: Mapping[str, Any]) -> Settings:
         cosine=reader.values.get("beta_schedule") == "squaredcos_cap_v2",
         notes=_ignored(config, traits),
     )
+
+
+def check_scheduler(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """Why some of the six schedulers can't run with a config, one line each.
+
+    Raises CheckpointError where none can.
+    """
+    problems: list[RitoccoError] = []
+    for scheduler in TRAITS:
+        try:
+            settings(scheduler, config)
+        except RitoccoError as error:
+            problems.append(error)
+    if len(problems) == len(TRAITS):
+        raise CheckpointError(str(problems[0])) from problems[0]
+    return tuple(str(error) for error in problems)
 
 
 def _refuse_unsupported(reader: _Reader, *, ends_at_zero: bool) -> None:
@@ -324,7 +352,7 @@ def _betas(reader: _Reader) -> F32:
     if trained is not None:
         try:
             betas = np.array(trained, dtype=np.float32)
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, OverflowError) as error:
             raise CheckpointError("scheduler_config.json: trained_betas is not a list of numbers") from error
         if betas.shape != (count,):
             raise CheckpointError(

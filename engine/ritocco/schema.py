@@ -1,8 +1,8 @@
-"""The wire contract: what goes into a prediction and what comes out of it.
+"""The wire contract of the input; `prediction.py` has that of the answer.
 
-Twelve inputs with the names, types, defaults, bounds and enums of the model that this one stands in for, and
-an answer with every field of its HTTP answer. What is ours and not the original's (`Options`) counts only
-under the key `ritocco` of the input, or as keyword arguments of `predict`.
+Twelve inputs with the names, types, defaults, bounds and enums of the model that this one stands in for. What
+is ours and not the original's (`Options`) counts only under the key `ritocco` of the input, or as keyword
+arguments of `predict`.
 
 Types are strict, as the original's gateway checks them with JSON Schema: "25" and true are not integers. 25.0
 is one, and an integer is a number. null for an optional field means its default.
@@ -13,10 +13,8 @@ from __future__ import annotations
 import math
 import numbers
 import os
-import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from typing import Annotated, Any, Literal, TypeAlias, TypeVar, get_args
 
 from pydantic import (
@@ -34,9 +32,8 @@ from pydantic.json_schema import SkipJsonSchema
 from pydantic_core import ErrorDetails, PydanticCustomError
 
 from ritocco.errors import RequestError
+from ritocco.shown import plain, shown
 
-MODEL = "stability-ai/stable-diffusion-inpainting"
-VERSION = "95b7223104132402a9ae91cc677285bc5eb997834bd2349fa486f53910fd68b3"
 EXTENSIONS_KEY = "ritocco"
 MAX_FEATHER_PX = 256
 
@@ -45,7 +42,6 @@ SchedulerName: TypeAlias = Literal[
     "DDIM", "K_EULER", "DPMSolverMultistep", "K_EULER_ANCESTRAL", "PNDM", "KLMS"
 ]
 OutputFormat: TypeAlias = Literal["png", "jpg", "webp"]
-Status: TypeAlias = Literal["starting", "processing", "succeeded", "failed", "canceled"]
 
 _M = TypeVar("_M", bound=BaseModel)
 _JSON_NAMES: tuple[tuple[type | tuple[type, ...], str], ...] = (
@@ -57,8 +53,6 @@ _JSON_NAMES: tuple[tuple[type | tuple[type, ...], str], ...] = (
     (Mapping, "object"),
     ((list, tuple), "array"),
 )
-# Crockford's base32 without i, l, o and u; 26 letters hold 130 bits, so an id can't be guessed.
-_ID_LETTERS = "0123456789abcdefghjkmnpqrstvwxyz"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -168,20 +162,31 @@ def echo(value: object) -> Any:
 
     Texts (URLs and data URIs too), numbers, lists and mappings stay as they are; a path becomes its text, and
     what JSON has no form for a short placeholder: `<PIL image 640x480>`, `<array 480x640x3 uint8>`,
-    `<12345 bytes>`, `<file bench.png>`, else `<type>`.
+    `<12345 bytes>`, `<file bench.png>`, else `<type>`; so does what is nested deeper than 16 levels.
     """
+    return _echo(value, 16)
+
+
+def _echo(value: object, levels: int) -> Any:
     if value is None or isinstance(value, bool):
         return value
     if isinstance(value, str):
         return _storable(value)
     if isinstance(value, numbers.Integral):
-        return int(value)
+        whole = int(value)
+        return whole if whole.bit_length() <= 1024 else f"<integer of {whole.bit_length()} bits>"
     if isinstance(value, numbers.Real):
-        return float(value) if math.isfinite(value) else str(float(value))
+        try:
+            number = float(value)
+        except OverflowError:
+            return f"<{type(value).__name__}>"
+        return number if math.isfinite(number) else str(number)
+    if isinstance(value, Mapping | list | tuple) and not levels:
+        return f"<{type(value).__name__}>"
     if isinstance(value, Mapping):
-        return {_storable(str(key)): echo(one) for key, one in value.items()}
+        return {_storable(str(key)): _echo(one, levels - 1) for key, one in value.items()}
     if isinstance(value, list | tuple):
-        return [echo(one) for one in value]
+        return [_echo(one, levels - 1) for one in value]
     if isinstance(value, os.PathLike):
         return _storable(os.fsdecode(value))
     if isinstance(value, bytes | bytearray | memoryview):
@@ -390,7 +395,7 @@ def _violation(detail: ErrorDetails, prefix: str, model: type[BaseModel]) -> Vio
 
 
 def _name(detail: ErrorDetails) -> str:
-    return str(detail["loc"][0]) if detail["loc"] else ""
+    return plain(str(detail["loc"][0])) if detail["loc"] else ""
 
 
 def _dotted(prefix: str, name: str) -> str:
@@ -398,54 +403,10 @@ def _dotted(prefix: str, name: str) -> str:
 
 
 def _short(value: object) -> str:
-    shown = ascii(value[:60]) if isinstance(value, str) else ascii(echo(value))
-    return shown if len(shown) <= 60 else f"{shown[:57]}..."
-
-
-def new_id() -> str:
-    """A random id: 26 lower-case letters and digits, 130 bits, safe in URLs and file names."""
-    return "".join(secrets.choice(_ID_LETTERS) for _ in range(26))
-
-
-def timestamp() -> str:
-    """Now in UTC, ISO 8601 with milliseconds: `2025-07-12T07:27:54.577Z`."""
-    return datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
-
-
-class Urls(BaseModel):
-    """Where a server answers about a prediction; empty texts where no server made it."""
-
-    cancel: str = ""
-    get: str = ""
-    stream: str = ""
-    web: str = ""
-
-
-class Prediction(BaseModel):
-    """The answer: every field of the HTTP answer, plus `images`, which is not part of its JSON.
-
-    input: what was asked, as `echo` writes it. output: URIs, one per image; None until there are some.
-    metrics: seconds and counts, `predict_time` among them. images: PIL images in the order of `output`.
-    """
-
-    model_config = ConfigDict(extra="forbid", arbitrary_types_allowed=True, validate_assignment=True)
-
-    id: str = Field(default_factory=new_id)
-    model: str = MODEL
-    version: str = VERSION
-    input: Annotated[dict[str, Any], BeforeValidator(echo)] = Field(default_factory=dict)
-    logs: str = ""
-    output: list[str] | None = None
-    data_removed: bool = False
-    error: str | None = None
-    status: Status = "starting"
-    created_at: str = Field(default_factory=timestamp)
-    started_at: str | None = None
-    completed_at: str | None = None
-    metrics: dict[str, Any] = Field(default_factory=dict)
-    urls: Urls = Field(default_factory=Urls)
-    images: SkipJsonSchema[list[Any]] = Field(default_factory=list, exclude=True, repr=False)
-
-    def to_json(self, *, indent: int | None = None) -> str:
-        """The HTTP answer as JSON text."""
-        return self.model_dump_json(indent=indent)
+    if isinstance(value, str):
+        text = ascii(value[:60])
+    elif isinstance(value, Mapping | list | tuple | numbers.Number):
+        text = shown(value)
+    else:
+        text = ascii(echo(value))
+    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -16,6 +16,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from ritocco.errors import CheckpointError
+from ritocco.shown import shown
 
 PICKLES = (".ckpt", ".bin", ".pt", ".pth")
 ITEM_BYTES = {
@@ -27,6 +28,7 @@ ITEM_BYTES = {
 FLOATS = ("F64", "F32", "F16", "BF16")
 _JSON_LIMIT_BYTES = 16 << 20
 _HEADER_LIMIT_BYTES = 100_000_000
+_LONGEST_KEY = 400
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 _CONVERT = (
     "A pickle can run code when it is opened, so ritocco never does. Convert it to safetensors where you "
@@ -112,6 +114,8 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
     for key, entry in header.items():
         if key == "__metadata__":
             continue
+        if not key.isprintable() or len(key) > _LONGEST_KEY:
+            raise CheckpointError(f"{file}: corrupt, the header names a tensor {shown(key)}")
         tensors[key], end = _entry(file, key, entry)
         used_bytes = max(used_bytes, end)
     if used_bytes > data_bytes:
@@ -161,7 +165,7 @@ def _entry(file: Path, key: str, entry: object) -> tuple[StoredTensor, int]:
         ):
             pass
         case _:
-            raise CheckpointError(f"{file}: corrupt, the header's entry for {key!r} makes no sense")
+            raise CheckpointError(f"{file}: corrupt, the header's entry for {shown(key)} makes no sense")
     if dtype not in ITEM_BYTES:
         raise CheckpointError(
             f"{file}: {key} is stored as {dtype}, which ritocco does not read; use float32 or float16 weights"
@@ -232,11 +236,12 @@ def _read_shards(index: Path, root: Path) -> dict[str, StoredTensor]:
     shards: dict[str, dict[str, StoredTensor]] = {}
     tensors: dict[str, StoredTensor] = {}
     for key, name in weight_map.items():
+        if not key.isprintable() or len(key) > _LONGEST_KEY:
+            raise CheckpointError(f"{index}: corrupt, it names a tensor {shown(key)}")
         if not isinstance(name, str) or not _plain_name(name):
             raise CheckpointError(
-                f"{index}: {key} is said to lie in {name!r}; a shard is the plain name of a .safetensors "
-                "file "
-                "beside the index"
+                f"{index}: {key} is said to lie in {shown(name)}; "
+                "a shard is the plain name of a .safetensors file beside the index"
             )
         if name not in shards:
             shards[name] = read_header(inside(index.parent / name, root))
@@ -260,7 +265,10 @@ def inside(path: Path, root: Path) -> Path:
     The Hugging Face cache keeps `models--x/snapshots/<revision>/…` as links into `models--x/blobs`; that
     counts as inside. Raises CheckpointError for a link that leads elsewhere.
     """
-    real, home = path.resolve(), root.resolve()
+    try:
+        real, home = path.resolve(), root.resolve()
+    except (OSError, RuntimeError) as error:  # RuntimeError: a link that leads to itself, before Python 3.13
+        raise CheckpointError(f"{path}: can't be followed ({error})") from error
     allowed = [home]
     if home.parent.name == "snapshots":
         allowed.append(home.parent.parent / "blobs")

@@ -17,6 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import ritocco
 from ritocco.checkpoint import (
     fingerprint,
     from_diffusers,
@@ -572,3 +573,81 @@ def test_no_second_copy_in_memory(folder: Path, dtype: str, copies: int) -> None
     slack = 30 << 20
     assert peak < stored + converted + slack
     assert converted - slack < anonymous < converted + slack
+
+
+@pytest.mark.parametrize("key", ["\x1b]0;title\x07", "a\nb", "x" * 500])
+def test_names_that_would_reach_a_terminal(folder: Path, key: str) -> None:
+    file = folder / "vae" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(file)
+    save_file({**tensors, key: torch.zeros(1)}, file)
+    with pytest.raises(CheckpointError, match="names a tensor") as caught:
+        open_checkpoint(folder)
+    assert str(caught.value).isprintable()
+    assert len(str(caught.value)) < 400 + len(str(folder))
+
+
+def test_too_many_blocks_are_refused_before_they_are_made(folder: Path) -> None:
+    _edit(folder / "unet" / "config.json", layers_per_block=256, transformer_layers_per_block=8)
+    with pytest.raises(CheckpointError, match="more than 600 blocks"):
+        open_checkpoint(folder)
+
+
+def test_a_link_to_itself(folder: Path) -> None:
+    config = folder / "vae" / "config.json"
+    config.unlink()
+    config.symlink_to(config)
+    with pytest.raises(CheckpointError, match=r"config\.json"):
+        open_checkpoint(folder)
+
+
+def test_a_name_that_no_file_can_have() -> None:
+    with pytest.raises(CheckpointError, match="can't be read"):
+        open_checkpoint("a" * 300)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"beta_schedule": "nonsense"},
+        {"prediction_type": "flow"},
+        {"_class_name": "FlowMatchEulerDiscreteScheduler"},
+        {"num_train_timesteps": 1},
+        {"beta_start": 10**400},
+        {"beta_start": "0.00085"},
+        {"trained_betas": [10**400] * 1000},
+        {"_use_default_values": 5},
+        {"_use_default_values": [[1]]},
+    ],
+)
+def test_a_scheduler_that_nothing_can_run_is_found_when_loading(
+    folder: Path, change: dict[str, object]
+) -> None:
+    _edit(folder / "scheduler" / "scheduler_config.json", **change)
+    with pytest.raises(CheckpointError, match=r"scheduler_config\.json"):
+        ritocco.load(folder)
+    assert [f.subject for f in verify(folder) if f.level == "error"] == ["checkpoint"]
+
+
+def test_a_scheduler_that_only_some_can_run_is_noted(folder: Path) -> None:
+    _edit(folder / "scheduler" / "scheduler_config.json", prediction_type="sample")
+    (found,) = [finding for finding in verify(folder) if finding.subject == "scheduler"]
+    assert found.level == "note"
+    assert "PNDM" in found.message
+
+
+@pytest.mark.parametrize(
+    ("file", "key", "value"),
+    [
+        ("unet", "norm_eps", 10**400),
+        ("vae", "scaling_factor", 10**400),
+        ("text_encoder", "layer_norm_eps", 10**400),
+        ("text_encoder", "hidden_act", ["gelu", "quick_gelu"]),
+        ("text_encoder", "hidden_act", []),
+        ("vae", "act_fn", []),
+    ],
+)
+def test_numbers_and_names_that_are_none(folder: Path, file: str, key: str, value: object) -> None:
+    _edit(folder / file / "config.json", **{key: value})
+    with pytest.raises(CheckpointError, match=key) as caught:
+        open_checkpoint(folder)
+    assert len(str(caught.value)) < 300 + len(str(folder))

@@ -295,3 +295,14 @@ def test_a_process_of_its_own(pictures: list[str], tiny_checkpoint: Path, tmp_pa
     assert answer["output"] == [str(Path("made") / "here" / "out-0.png")]
     with Image.open(tmp_path / answer["output"][0]) as picture:
         assert picture.size == (64, 64)
+
+
+def test_a_link_in_the_folder_is_replaced_not_followed(predict: Run, tmp_path: Path) -> None:
+    victim = tmp_path / "victim.txt"
+    victim.write_text("mine")
+    (tmp_path / "out").mkdir(exist_ok=True)
+    (tmp_path / "out" / "out-0.png").symlink_to(victim)
+    assert predict()[0] == 0
+    assert victim.read_text() == "mine"
+    assert not (tmp_path / "out" / "out-0.png").is_symlink()
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["out-0.png"]

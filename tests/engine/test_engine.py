@@ -660,3 +660,36 @@ def test_load_refuses_what_this_machine_cannot(
 ) -> None:
     with pytest.raises(BackendError, match=words):
         ritocco.load(tiny_checkpoint, **cast(Any, {"device": "cpu"} | options))
+
+
+@pytest.mark.parametrize("act", ["predict", "close"])
+def test_on_step_can_not_wait_for_its_own_engine(tiny_engine: Engine, ask: Ask, act: str) -> None:
+    def on_step(done: int, total: int) -> None:
+        if act == "predict":
+            tiny_engine.predict(ask())
+        else:
+            tiny_engine.close()
+
+    with pytest.raises(BackendError, match="on_step"):
+        tiny_engine.predict(ask(), on_step=on_step)
+    assert tiny_engine.predict(ask()).status == "succeeded"
+
+
+def test_prompts_are_read_before_the_device_is_asked_for(
+    tiny_engine: Engine, ask: Ask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order: list[str] = []
+    encode, text = tiny_engine._tokenizer.encode, tiny_engine.runtime.encode_text
+
+    def tokens(texts: Any) -> Any:
+        order.append(f"tokens, device {'held' if tiny_engine._device.locked() else 'free'}")
+        return encode(texts)
+
+    def encoder(ids: Any) -> Any:
+        order.append("text encoder")
+        return text(ids)
+
+    monkeypatch.setattr(tiny_engine._tokenizer, "encode", tokens)
+    monkeypatch.setattr(tiny_engine.runtime, "encode_text", encoder)
+    tiny_engine.predict(ask())
+    assert order == ["tokens, device free", "text encoder"]

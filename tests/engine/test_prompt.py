@@ -206,3 +206,17 @@ def test_a_tokenizer_of_another_kind_is_refused(tmp_path: Path) -> None:
 def test_tables_without_a_special_token() -> None:
     with pytest.raises(CheckpointError, match="bos token"):
         Tokenizer(TokenizerTables(vocab={"a": 0}, merges=()))
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["a" * 10**6, "cat " * 250_000, " " * 10**6 + "cat", "\u0301" * 10**6, "7" * 10**6],
+    ids=["word", "words", "spaces", "marks", "digits"],
+)
+def test_a_megabyte_reads_like_its_beginning(tiny_checkpoint: Path, text: str) -> None:
+    tokenizer = Tokenizer.from_folder(tiny_checkpoint / "tokenizer")
+    ids, notes = tokenizer.encode([text])
+    assert len(tokenizer._readable(text)) < 100_000
+    start = text.lstrip()[:5000]
+    np.testing.assert_array_equal(ids, tokenizer.encode([start])[0])
+    assert len(notes) == (len(start) > 3)

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ritocco.checkpoint import open_checkpoint
-from ritocco.errors import CheckpointError
+from ritocco.errors import CheckpointError, NonFiniteError
 from ritocco.safety import NSFW_ERROR, ImagePreparation, SafetyChecker, flag_embeds
 
 SIZES = [(48, 64), (64, 48), (33, 97), (20, 31), (32, 32), (7, 300)]
@@ -182,3 +182,19 @@ def test_a_crop_that_the_network_does_not_read(safe: Path) -> None:
     assert any("feature_extractor" in note for note in opened.notes)
     with pytest.raises(CheckpointError, match="reads 32 x 32"):
         SafetyChecker.load(opened)
+
+
+@pytest.mark.parametrize("bad", ["embeds", "thresholds", "care_thresholds"])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_what_cannot_be_judged_does_not_pass(bad: str, value: float) -> None:
+    arrays = {
+        "embeds": np.ones((1, 4), np.float32),
+        "concepts": -np.ones((2, 4), np.float32),
+        "thresholds": np.ones(2, np.float32),
+        "care": -np.ones((1, 4), np.float32),
+        "care_thresholds": np.ones(1, np.float32),
+    }
+    assert flag_embeds(*arrays.values()) == [False]
+    arrays[bad].flat[0] = value
+    with pytest.raises(NonFiniteError, match="nothing was judged"), np.errstate(invalid="ignore"):
+        flag_embeds(*arrays.values())

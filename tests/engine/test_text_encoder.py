@@ -9,8 +9,9 @@ import pytest
 import torch
 import transformers
 from safetensors import safe_open
-from torch import Tensor, nn
+from torch import Tensor
 
+from random_networks import randomise, relative_error
 from ritocco.errors import CheckpointError
 from ritocco.nets.io import text_encoder_io
 from ritocco.nets.text_encoder import TextEncoder, TextSpec
@@ -40,18 +41,6 @@ SMALL: dict[str, Any] = {
 CONFIGS = {"sd2": {**SD2, **SMALL}, "sd1": {**SD1, **SMALL}}
 
 
-def randomise(module: nn.Module, seed: int) -> None:
-    """Weights that matter: transformers' own initialisation leaves norms at one and biases at zero."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in module.named_parameters():
-            parameter.normal_(generator=generator)
-            if parameter.ndim == 1:
-                parameter.mul_(0.2).add_(1.0 if name.endswith("weight") else 0.0)
-            elif "embedding" not in name:
-                parameter.mul_(parameter[0].numel() ** -0.5)
-
-
 def reference_text_encoder(config: dict[str, Any]) -> Any:
     make: Any = transformers.CLIPTextModel
     encoder = make(transformers.CLIPTextConfig(**config)).eval().requires_grad_(False)
@@ -76,10 +65,6 @@ def sharing_text_encoder(reference: Any) -> TextEncoder:
 
 def tokens(vocabulary: int, rows: int = 3) -> Tensor:
     return torch.randint(0, vocabulary, (rows, 77), generator=torch.Generator().manual_seed(1))
-
-
-def relative_error(result: Tensor, truth: Tensor) -> float:
-    return float((result.float() - truth.float()).abs().max() / truth.float().abs().max())
 
 
 @pytest.mark.parametrize("name", list(CONFIGS))

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from random_networks import randomise, relative_error
 from ritocco.errors import CheckpointError
 from ritocco.nets.blocks import Attention, ResnetBlock
 from ritocco.nets.io import unet_io
@@ -57,18 +58,6 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }
 
 
-def randomise(module: nn.Module, seed: int) -> None:
-    """Weights that matter: diffusers' own initialisation leaves norms at one and biases near zero."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in module.named_parameters():
-            parameter.normal_(generator=generator)
-            if parameter.ndim == 1:
-                parameter.mul_(0.2).add_(1.0 if name.endswith("weight") else 0.0)
-            else:
-                parameter.mul_(parameter[0].numel() ** -0.5)
-
-
 def reference_unet(config: dict[str, Any], seed: int = 0) -> nn.Module:
     make: Any = diffusers.UNet2DConditionModel
     unet: nn.Module = make(**config).eval().requires_grad_(False)
@@ -90,10 +79,6 @@ def inputs(spec: UNetSpec, rows: int, height: int, width: int) -> tuple[Tensor, 
     sample = torch.randn(rows, spec.in_channels, height, width, generator=generator)
     timestep = torch.tensor([999.0, 3.25, 500.0, 1.0])[:rows]
     return sample, timestep, torch.randn(rows, 77, spec.context_dim, generator=generator)
-
-
-def relative_error(result: Tensor, truth: Tensor) -> float:
-    return float((result.float() - truth.float()).abs().max() / truth.float().abs().max())
 
 
 def evaluate(reference: nn.Module, sample: Tensor, timestep: Tensor, context: Tensor) -> Tensor:

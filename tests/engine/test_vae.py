@@ -7,8 +7,9 @@ from typing import Any
 import diffusers
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from random_networks import randomise, relative_error
 from ritocco.errors import CheckpointError
 from ritocco.nets.io import vae_decoder_io, vae_encoder_io
 from ritocco.nets.vae import VAE, VAESpec
@@ -43,18 +44,6 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }
 
 
-def randomise(module: nn.Module, seed: int) -> None:
-    """Weights that matter: diffusers' own initialisation leaves norms at one and biases near zero."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in module.named_parameters():
-            parameter.normal_(generator=generator)
-            if parameter.ndim == 1:
-                parameter.mul_(0.2).add_(1.0 if name.endswith("weight") else 0.0)
-            else:
-                parameter.mul_(parameter[0].numel() ** -0.5)
-
-
 def reference_vae(config: dict[str, Any]) -> Any:
     make: Any = diffusers.AutoencoderKL
     vae = make(**config).eval().requires_grad_(False)
@@ -72,10 +61,6 @@ def sharing_vae(reference: Any) -> VAE:
 
 def noise(*shape: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(1))
-
-
-def relative_error(result: Tensor, truth: Tensor) -> float:
-    return float((result.float() - truth.float()).abs().max() / truth.float().abs().max())
 
 
 def encoded(reference: Any, pixels: Tensor) -> Tensor:

@@ -10,8 +10,9 @@ import torch
 import transformers
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 from safetensors import safe_open
-from torch import Tensor, nn
+from torch import Tensor
 
+from random_networks import randomise, relative_error
 from ritocco.errors import CheckpointError
 from ritocco.nets.vision import SafetyVision, VisionSpec
 
@@ -35,18 +36,6 @@ REAL: dict[str, Any] = {
         "patch_size": 14,
     },
 }
-
-
-def randomise(module: nn.Module, seed: int) -> None:
-    """Weights that matter: transformers' own initialisation leaves norms at one and biases at zero."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in module.named_parameters():
-            parameter.normal_(generator=generator)
-            if parameter.ndim == 1:
-                parameter.mul_(0.2).add_(1.0 if name.endswith("weight") else 0.0)
-            elif "embedding" not in name:
-                parameter.mul_(parameter[0].numel() ** -0.5)
 
 
 def reference_checker(config: dict[str, Any]) -> Any:
@@ -79,10 +68,6 @@ def pixels(size: int) -> Tensor:
 def reference_embeds(reference: Any, images: Tensor) -> Tensor:
     embeds: Tensor = reference.visual_projection(reference.vision_model(images)[1])
     return embeds
-
-
-def relative_error(result: Tensor, truth: Tensor) -> float:
-    return float((result.float() - truth.float()).abs().max() / truth.float().abs().max())
 
 
 @pytest.fixture(scope="module", params=["quick_gelu", "gelu"])

@@ -6,18 +6,26 @@ same); a key that nobody here knows is ignored, as they ignore it.
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from ritocco.errors import CheckpointError
+from ritocco.shown import shown
 
 MAX_SIZE = 1 << 20
 """Largest channel count, width or vocabulary believed."""
 
 MAX_COUNT = 256
-"""Largest number of blocks, layers or heads believed: a damaged file must not keep a constructor busy."""
+"""Largest number of layers or heads believed."""
+
+MAX_LEVELS = 8
+MAX_BLOCKS = 600
+"""Most blocks of a whole network: a damaged file must not keep a constructor busy."""
+
+
+_LARGEST = sys.float_info.max
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,19 +37,21 @@ class ConfigReader:
 
     def error(self, key: str, rule: str) -> CheckpointError:
         """The error for a key whose value breaks a rule."""
-        return CheckpointError(f"{self.network} config: {key} is {self.config.get(key)!r}; {rule}")
+        return CheckpointError(f"{self.network} config: {key} is {shown(self.config.get(key))}; {rule}")
 
     def refuse_unless(self, allowed: Mapping[str, tuple[Any, ...]]) -> None:
         """Raise CheckpointError for the first key that is present with a value outside its tuple.
 
-        Compared by type as well: 1 is not True. Lists are compared element by element.
+        Compared by type as well: 1 is not True. Lists are compared element by element, where
+        a value may differ from block to block: not those that are texts.
         """
         for key, values in allowed.items():
             if key not in self.config:
                 continue
             value = self.config[key]
-            elements = value if isinstance(value, (list, tuple)) else [value]
-            if not all(any(_same(element, v) for v in values) for element in elements):
+            several = isinstance(value, (list, tuple)) and not all(isinstance(v, str) for v in values)
+            elements = value if several else [value]
+            if not elements or not all(any(_same(element, v) for v in values) for element in elements):
                 raise self.error(key, f"supported: {', '.join(map(repr, values))}")
 
     def flag(self, key: str, default: bool) -> bool:
@@ -61,7 +71,7 @@ class ConfigReader:
     def number(self, key: str, default: float) -> float:
         """A finite number, zero or above."""
         value = self.config.get(key, default)
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= _LARGEST:
             raise self.error(key, "it must be a finite number, zero or above")
         return float(value)
 
@@ -74,11 +84,11 @@ class ConfigReader:
             return (int(value),) * count
         if (
             not isinstance(value, (list, tuple))
-            or not 1 <= len(value) <= MAX_COUNT
+            or not 1 <= len(value) <= MAX_LEVELS
             or not all(_is_integer(element, 1, most) for element in value)
         ):
             either = "" if count is None else "an integer or "
-            raise self.error(key, f"it must be {either}a list of integers from 1 to {most}")
+            raise self.error(key, f"it must be {either}a list of up to {MAX_LEVELS} integers, 1 to {most}")
         if count is not None and len(value) != count:
             raise self.error(key, f"it must have {count} entries, one for each block")
         return tuple(int(element) for element in value)
@@ -92,7 +102,7 @@ class ConfigReader:
             raise self.error(key, "it must be a list of block names")
         for element in value:
             if element not in allowed:
-                raise self.error(key, f"{element!r} is not supported; supported: {', '.join(allowed)}")
+                raise self.error(key, f"{shown(element)} is not supported; supported: {', '.join(allowed)}")
         if len(value) != count:
             raise self.error(key, f"it must have {count} entries, one for each of block_out_channels")
         return tuple(value)

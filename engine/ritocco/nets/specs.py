@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ritocco.nets.config import MAX_COUNT, ConfigReader
+from ritocco.nets.config import MAX_BLOCKS, MAX_COUNT, MAX_LEVELS, ConfigReader
 
 _UNET_NONE_ONLY = (
     "num_attention_heads",
@@ -107,14 +107,19 @@ class UNetSpec:
         if config.get("time_embedding_dim") is not None:
             time_dim = read.integer("time_embedding_dim", time_dim)
         read.flag("upcast_attention", False)
+        layers = read.integers("layers_per_block", 2, most=MAX_COUNT, count=count)
+        transformers = read.integers("transformer_layers_per_block", 1, most=MAX_COUNT, count=count)
+        if sum(n * (1 + deep) for n, deep in zip(layers, transformers, strict=True)) > MAX_BLOCKS:
+            rule = f"with layers_per_block {layers} that makes more than {MAX_BLOCKS} blocks"
+            raise read.error("transformer_layers_per_block", rule)
         return cls(
             in_channels=read.integer("in_channels", 4),
             out_channels=read.integer("out_channels", 4),
             channels=channels,
-            layers=read.integers("layers_per_block", 2, most=MAX_COUNT, count=count),
+            layers=layers,
             down_attention=tuple(name == _DOWN[0] for name in down),
             up_attention=tuple(name == _UP[0] for name in reversed(up)),
-            transformer_layers=read.integers("transformer_layers_per_block", 1, most=MAX_COUNT, count=count),
+            transformer_layers=transformers,
             heads=heads,
             context_dim=context_dims[0],
             groups=groups,
@@ -182,7 +187,7 @@ class VAESpec:
             out_channels=read.integer("out_channels", 3),
             latent_channels=read.integer("latent_channels", 4),
             channels=channels,
-            layers=read.integer("layers_per_block", 1, most=MAX_COUNT),
+            layers=read.integer("layers_per_block", 1, most=MAX_BLOCKS // MAX_LEVELS),
             groups=groups,
             scaling_factor=scaling_factor,
             force_upcast=read.flag("force_upcast", True),
