@@ -14,23 +14,17 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from torch import Tensor
 
 from pocket.data import Painter
+from pocket.initial import start_as_block_means
 from pocket.models import VAE
 from pocket.norm import quicken
 from pocket.training import Schedule, Trainer, run, start
 
 NOISE = 0.05  # standard deviation added to the latents, which are held near 1
 SIZE_WEIGHT = 1e-3
-COLOUR_WEIGHT = (
-    5.0  # of coarse colour differences: a short run else learns no green, which luminance explains away
-)
-GUIDED_STEPS = (
-    400  # over which the first three latent channels learn to start as the picture, 8 times smaller
-)
 LOGVAR = -6.0  # of the posterior that the file states; training does not learn one
 
 
@@ -56,7 +50,7 @@ def crops(painter: Painter, *, batch: int, size: int, seed: int) -> Iterator[Ten
             yield ready.result()
 
 
-def reconstruction_loss(model: Any, pixels: Tensor, step: int) -> tuple[Tensor, dict[str, float]]:
+def reconstruction_loss(model: Any, pixels: Tensor) -> tuple[Tensor, dict[str, float]]:
     """Loss of one batch, and the parts to log."""
     pixels = pixels.to(memory_format=torch.channels_last)
     mean = model.encode(pixels).latent_dist.mean
@@ -66,26 +60,10 @@ def reconstruction_loss(model: Any, pixels: Tensor, step: int) -> tuple[Tensor, 
         error[..., 1:] - error[..., :-1]
     ).abs().mean()
     size = mean.float().square().mean()
-    small = F.avg_pool2d(pixels.float(), 8)
-    guide = max(0.0, 1.0 - step / GUIDED_STEPS) * (mean[:, :3].float() - 2.0 * small).square().mean()
-    coarse = F.avg_pool2d(error, 4)
-    colour = (coarse[:, 0] - coarse[:, 1]).square().mean() + (coarse[:, 2] - coarse[:, 1]).square().mean()
-    mse = error.square().mean()
-    loss = (
-        COLOUR_WEIGHT * colour
-        + 0.2 * guide
-        + error.abs().mean()
-        + 2.0 * mse
-        + 0.5 * edges
-        + SIZE_WEIGHT * size
-    )
-    parts = {
-        "mse": mse.item(),
-        "psnr": 10 * float(np.log10(4.0 / mse.item())),
-        "colour": colour.item(),
-        "std": size.sqrt().item(),
-    }
-    return loss, parts
+    each = error.square().mean((1, 2, 3))
+    loss = error.abs().mean() + 2.0 * each.mean() + 0.5 * edges + SIZE_WEIGHT * size
+    psnr = (10 * torch.log10(4.0 / each)).mean()
+    return loss, {"mse": each.mean().item(), "psnr": psnr.item(), "std": size.sqrt().item()}
 
 
 def main() -> None:
@@ -93,10 +71,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--assets", type=Path, required=True)
     parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=4000)
-    parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--size", type=int, default=128)
-    parser.add_argument("--peak", type=float, default=4e-4)
+    parser.add_argument("--steps", type=int, default=2600)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--size", type=int, default=96)
+    parser.add_argument("--peak", type=float, default=1e-3)
     args = parser.parse_args()
     rank, _ = start()
     torch.manual_seed(0)
@@ -104,16 +82,17 @@ def main() -> None:
     with torch.no_grad():
         model.quant_conv.weight[4:] = 0.0
         model.quant_conv.bias[4:] = LOGVAR
+    start_as_block_means(model)
     quicken(model)
     trainer = Trainer(
         modules={"vae": model},
         folder=args.work / "vae",
-        schedule=Schedule(steps=args.steps, peak=args.peak, warmup=20),
+        schedule=Schedule(steps=args.steps, peak=args.peak, warmup=100, cooldown=0.4),
         ema_decay=0.998,
     )
     torch.manual_seed(rank)
     batches = crops(Painter(args.assets), batch=args.batch, size=args.size, seed=rank)
-    run(trainer, batches, lambda pixels: reconstruction_loss(model, pixels, trainer.step))
+    run(trainer, batches, lambda pixels: reconstruction_loss(model, pixels))
     if rank:
         return
     weights = trainer.averaged()["vae"]

@@ -1,8 +1,10 @@
 """Train the text encoder and the UNet together: `torchrun --nproc-per-node 2 -m pocket.denoiser`.
 
-Composites are encoded once and drawn several times from a rolling store, each time with another caption,
-noise and timestep: the autoencoder then costs a fraction of a step. The loss is that of v-prediction
-(Salimans & Ho 2022, arXiv:2202.00512, appendix D), weighted towards the hole.
+Training begins on small pictures, where a sample costs a sixteenth of what it costs at 512 pixels, and grows:
+what subjects look like is learned first, how large pictures look last. Composites are encoded once and drawn
+several times from a rolling store, each time with another caption, noise and timestep: the autoencoder then
+costs a fraction of a step. The loss is that of v-prediction (Salimans & Ho 2022, arXiv:2202.00512,
+appendix D), weighted towards the hole.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +26,14 @@ from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from pocket.data import Painter, caption_of
-from pocket.models import SCHEDULER, TEXT, UNET, make_vocabulary
+from pocket.initial import start_at_zero
+from pocket.models import SCHEDULER, TEXT, UNET
 from pocket.norm import quicken
 from pocket.training import Schedule, Trainer, run, start
+from pocket.vocabulary import make_vocabulary
 
+CAPACITY = 8000  # composites kept of each size
+REHEARSAL = 0.25
 OUTSIDE_WEIGHT = 0.15  # of the loss outside the hole, where the answer is given by the condition
 
 
@@ -41,41 +48,62 @@ class Encoded:
     subject: str
 
 
+@dataclass(frozen=True, slots=True)
+class Stages:
+    """What size each step trains on: `sizes[i]` pixels for `steps[i]` steps, then the next.
+
+    From the second stage on, a share REHEARSAL of the steps goes back to an earlier size.
+    """
+
+    sizes: tuple[int, ...]
+    steps: tuple[int, ...]
+
+    @classmethod
+    def parse(cls, text: str) -> Stages:
+        """From `128:4000,256:2000`."""
+        pairs = [part.split(":") for part in text.split(",")]
+        return cls(tuple(int(size) for size, _ in pairs), tuple(int(steps) for _, steps in pairs))
+
+    @property
+    def total(self) -> int:
+        """Steps of all stages."""
+        return sum(self.steps)
+
+    def size_of(self, step: int) -> int:
+        """Pixels of step `step` (0-based): the same in every process, so that none waits for another."""
+        stage = 0
+        while stage < len(self.steps) - 1 and step >= sum(self.steps[: stage + 1]):
+            stage += 1
+        rng = np.random.default_rng((7, step))
+        if stage and rng.random() < REHEARSAL:
+            stage = int(rng.integers(stage))
+        return self.sizes[stage]
+
+
 class Store:
     """A rolling store of encoded composites of several sizes.
 
-    sizes: pixels -> share of the batches. batch, fresh: pictures of a batch at 256 pixels and how many of
-    them are new; larger pictures make smaller batches. capacity: composites kept of each size.
-    seed: of the composites and the draws.
+    batch, fresh: pictures of a batch at 128 pixels and how many of them are new; larger pictures make smaller
+    batches of the same number of pixels. capacity: composites kept of each size. seed: of the composites and
+    the draws.
     """
 
     def __init__(
-        self,
-        painter: Painter,
-        vae: Any,
-        tokenizer: CLIPTokenizer,
-        *,
-        sizes: dict[int, float],
-        batch: int,
-        fresh: int,
-        capacity: int,
-        seed: int,
+        self, painter: Painter, vae: Any, tokenizer: CLIPTokenizer, *, batch: int, fresh: int, seed: int
     ) -> None:
         self.painter, self.vae, self.tokenizer = painter, vae, tokenizer
-        self.sizes, self.batch, self.fresh, self.capacity, self.seed = sizes, batch, fresh, capacity, seed
-        self.items: dict[int, list[Encoded]] = {size: [] for size in sizes}
+        self.batch, self.fresh, self.seed = batch, fresh, seed
+        self.items: dict[int, list[Encoded]] = {}
 
-    def batches(self, start: int) -> Iterator[tuple[Tensor, ...]]:
+    def batches(self, stages: Stages, start: int) -> Iterator[tuple[Tensor, ...]]:
         """Endless batches (latents, masked, mask, tokens) from step `start` on."""
         rng = np.random.default_rng((self.seed, start))
-        # The same on every process, so that none waits for another's larger batch.
-        turns = np.random.default_rng(start)
-        while True:
-            size = int(turns.choice(list(self.sizes), p=list(self.sizes.values())))
-            batch = max(1, round(self.batch * (256 / size) ** 2))
-            items = self.items[size]
-            new = max(1, round(self.fresh * (256 / size) ** 2))
-            new = min(batch, max(new, batch * 8 - len(items)))
+        for step in count(start):
+            size = stages.size_of(step)
+            batch = max(1, round(self.batch * (128 / size) ** 2))
+            items = self.items.setdefault(size, [])
+            new = max(1, round(self.fresh * (128 / size) ** 2))
+            new = min(batch, max(new, batch * 4 - len(items)))
             self._encode(rng, new, size)
             picks = items[-new:] + [items[i] for i in rng.integers(len(items), size=batch - new)]
             captions = [
@@ -108,7 +136,7 @@ class Store:
             Encoded(latents[i].clone(), masked[i].clone(), small[i].clone(), s.caption, s.subject)
             for i, s in enumerate(samples)
         ]
-        del items[: -self.capacity]
+        del items[:-CAPACITY]
 
 
 def v_loss(
@@ -116,8 +144,9 @@ def v_loss(
 ) -> tuple[Tensor, dict[str, float]]:
     """Loss of one batch, and the parts to log."""
     latents, masked, mask, tokens = batch
-    count = latents.shape[0]
-    share = torch.rand(count) ** 0.75  # a little more weight on high noise, where the subject is decided
+    share = (
+        torch.rand(latents.shape[0]) ** 0.75
+    )  # a little more weight on high noise, where the subject is decided
     timesteps = (share * 999.999).long()
     signal = alpha_bar[timesteps].sqrt().view(-1, 1, 1, 1)
     sigma = (1 - alpha_bar[timesteps]).sqrt().view(-1, 1, 1, 1)
@@ -140,17 +169,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--assets", type=Path, required=True)
     parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=12000)
-    parser.add_argument("--batch", type=int, default=16, help="per process")
-    parser.add_argument("--fresh", type=int, default=4, help="new composites per batch and process")
-    parser.add_argument("--capacity", type=int, default=8000)
-    parser.add_argument("--sizes", default="256:1", help="pixels:share, comma-separated; the shares sum to 1")
-    parser.add_argument("--peak", type=float, default=3e-4)
+    parser.add_argument("--stages", type=Stages.parse, default="128:3700,256:3650,512:900")
+    parser.add_argument("--batch", type=int, default=32, help="of 128 pixels, per process")
+    parser.add_argument("--fresh", type=int, default=4, help="new composites among them")
+    parser.add_argument("--peak", type=float, default=5e-4)
     parser.add_argument("--others", type=float, default=1.0, help="weight of subjects not among the first")
     parser.add_argument(
         "--init", type=Path, help="start from the weights of this folder, e.g. the packed model"
     )
-    parser.add_argument("--cooldown", type=float, default=0.25)
+    parser.add_argument("--cooldown", type=float, default=0.3, help="share of the steps with a falling rate")
     args = parser.parse_args()
     rank, _ = start()
     model = args.work / "model"
@@ -171,7 +198,7 @@ def main() -> None:
     trainer = Trainer(
         modules={"unet": unet, "text_encoder": text},
         folder=args.work / "denoiser",
-        schedule=Schedule(steps=args.steps, peak=args.peak, warmup=300, cooldown=args.cooldown),
+        schedule=Schedule(steps=args.stages.total, peak=args.peak, warmup=300, cooldown=args.cooldown),
         ema_decay=0.996,
     )
     config = {key: value for key, value in SCHEDULER.items() if key != "skip_prk_steps"}
@@ -181,16 +208,12 @@ def main() -> None:
         Painter(args.assets, others=args.others),
         vae,
         tokenizer,
-        sizes={
-            int(size): float(share) for size, share in (part.split(":") for part in args.sizes.split(","))
-        },
         batch=args.batch,
         fresh=args.fresh,
-        capacity=args.capacity,
         seed=rank,
     )
     trainer.resume()
-    run(trainer, store.batches(trainer.step), lambda batch: v_loss(unet, text, alpha_bar, batch))
+    run(trainer, store.batches(args.stages, trainer.step), lambda batch: v_loss(unet, text, alpha_bar, batch))
 
 
 def networks(model: Path) -> tuple[Any, Any, Any]:
@@ -198,7 +221,9 @@ def networks(model: Path) -> tuple[Any, Any, Any]:
     tokenizer = CLIPTokenizer.from_pretrained(str(model / "tokenizer"))
     ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
     config = CLIPTextConfig(**TEXT, vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id, **ends)
-    return tokenizer, CLIPTextModel(config), UNet2DConditionModel(**UNET)  # type: ignore[no-untyped-call]
+    unet: Any = UNet2DConditionModel(**UNET)  # type: ignore[no-untyped-call]
+    start_at_zero(unet)
+    return tokenizer, CLIPTextModel(config), unet
 
 
 def load_weights(folder: Path, module: Any) -> None:

@@ -1,16 +1,8 @@
-"""The three networks and the vocabulary, as diffusers and transformers define them."""
+"""The shapes of the three networks and the schedule, as diffusers and transformers define them."""
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any
-
-import numpy as np
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
-
-from pocket.data import caption_of
-from pocket.subjects import SUBJECTS
 
 VAE: dict[str, Any] = {
     "down_block_types": ("DownEncoderBlock2D",) * 4,
@@ -55,57 +47,3 @@ SCHEDULER: dict[str, Any] = {
     "skip_prk_steps": True,
     "clip_sample": False,
 }
-VOCABULARY = 1152
-BOS, EOS = "<|startoftext|>", "<|endoftext|>"
-
-
-def make_vocabulary(folder: Path) -> None:
-    """Train the byte-pair vocabulary on the captions; write `vocab.json` and `merges.txt` as CLIP's are."""
-    rng = np.random.default_rng(0)
-    codes = tuple(SUBJECTS)
-    captions = [caption_of(rng, code) for code in codes for _ in range(40)]
-    captions += [name for names in SUBJECTS.values() for name in names] * 10 + [
-        "background",
-        "nothing",
-        "empty",
-    ] * 20
-    tokenizer = Tokenizer(models.BPE(continuing_subword_prefix="", end_of_word_suffix="</w>"))
-    tokenizer.normalizer = normalizers.Lowercase()
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Whitespace(), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY - 258,
-        show_progress=False,
-        end_of_word_suffix="</w>",
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-    )
-    tokenizer.train_from_iterator(captions, trainer)
-    merges = json.loads(tokenizer.to_str())["model"]["merges"]
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    words = alphabet + [letter + "</w>" for letter in alphabet]
-    vocabulary = {word: i for i, word in enumerate(words)}
-    for left, right in merges:
-        vocabulary.setdefault(left + right, len(vocabulary))
-    for special in (BOS, EOS):
-        vocabulary[special] = len(vocabulary)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False), encoding="utf-8")
-    lines = ["#version: 0.2", *(f"{left} {right}" for left, right in merges)]
-    (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    (folder / "tokenizer_config.json").write_text(
-        json.dumps(
-            {
-                "tokenizer_class": "CLIPTokenizer",
-                "bos_token": BOS,
-                "eos_token": EOS,
-                "unk_token": EOS,
-                "pad_token": EOS,
-                "model_max_length": 77,
-                "do_lower_case": True,
-                "add_prefix_space": False,
-            },
-            indent=2,
-        ),
-        encoding="utf-8",
-    )

@@ -184,4 +184,4 @@ FIRST = frozenset(
         "1f381",
     ]
 )
-"""Subjects that training shows three times as often: what people try first."""
+"""Subjects that training shows twice as often: what people try first."""

@@ -1,0 +1,232 @@
+"""Measure the embedded model on placements and photographs kept out of training: `python -m pocket.evaluate`.
+
+Four questions: does it draw what it is asked for (a judge looks at the hole), does it continue a background
+(against the mean colour of the ring around the hole and OpenCV's Telea), how well does the autoencoder
+reconstruct, and what do schedulers and guidance change. Every picture is a row of a JSON-lines file,
+written at once; a second run goes on where the first stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+from scipy.stats import binomtest
+from tqdm import tqdm
+
+import ritocco
+from pocket.data import HELD_OUT, Mask, Painter, Pixels, caption_of, hole
+from pocket.judge import load_judge
+from pocket.subjects import SUBJECTS
+
+SCHEDULERS = ("DPMSolverMultistep", "DDIM", "K_EULER", "K_EULER_ANCESTRAL", "PNDM", "KLMS")
+STEPS = 25
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Case:
+    """One picture to paint. code: the subject; empty where a background is to be continued."""
+
+    code: str
+    index: int
+    size: int
+    scheduler: str = SCHEDULERS[0]
+    guidance: float = 7.5
+
+    @property
+    def key(self) -> str:
+        """Identifies the row."""
+        return "/".join(str(value) for value in asdict(self).values())
+
+    def rng(self) -> np.random.Generator:
+        """The same hole, background and words for every scheduler, guidance and size."""
+        return np.random.default_rng((2024, self.index, int(self.code or "0", 16)))
+
+
+class Examiner:
+    """Paints cases and keeps their rows.
+
+    rows: the JSON-lines file, appended to; rows of the same model's version in it are not painted again.
+    """
+
+    def __init__(self, engine: ritocco.Engine, painter: Painter, judge: Path | None, rows: Path) -> None:
+        self.engine, self.painter = engine, painter
+        self.judge = None if judge is None else load_judge(judge)[0]
+        self.path = rows
+        self.rows = {row["key"]: row for row in read_rows(rows) if row["version"] == engine.version}
+
+    def run(self, cases: Sequence[Case]) -> list[Row]:
+        """The rows of all cases; paints what is missing."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a", encoding="utf-8") as file:
+            if file.tell():
+                file.write("\n")  # ends a row that was cut short; empty lines are no rows
+            for case in tqdm([case for case in cases if case.key not in self.rows], mininterval=5):
+                row = {"key": case.key, "version": self.engine.version, **asdict(case)}
+                row |= (self.subject if case.code else self.fill)(case)
+                self.rows[case.key] = row
+                file.write(json.dumps(row) + "\n")
+                file.flush()
+        return [self.rows[case.key] for case in cases]
+
+    def subject(self, case: Case) -> Row:
+        """Paint a subject; what the judge sees in the hole."""
+        assert self.judge is not None
+        rng = case.rng()
+        canvas = self.painter.background(rng, case.size)
+        mask, centre, side = wide_hole(rng, case.size, least=0.4, most=0.9)
+        prompt = caption_of(rng, case.code)
+        painted = self.paint(canvas, mask, prompt, case)
+        ranked = self.judge.ranked([window(painted, centre, side)])[0]
+        place = ranked.index(case.code) + 1
+        return {"prompt": prompt, "seen": SUBJECTS[ranked[0]][0], "place": place}
+
+    def fill(self, case: Case) -> Row:
+        """Take a part of a background out; PSNR in the hole of three ways to fill it."""
+        rng = case.rng()
+        canvas = self.painter.background(rng, case.size)
+        mask, _, _ = wide_hole(rng, case.size, least=0.22, most=0.5)
+        ring = cv2.dilate(mask.astype(np.uint8), np.ones((17, 17))).astype(bool) & ~mask
+        flat = canvas.copy()
+        flat[mask] = canvas[ring].mean(0)
+        telea = cv2.inpaint(canvas, mask.astype(np.uint8) * 255, 5, cv2.INPAINT_TELEA)
+        painted = self.paint(canvas, mask, "", case)
+        ways = {"ours": painted, "ring_mean": flat, "telea": telea.astype(np.uint8)}
+        share = float(mask.mean())
+        return {"share": share, **{name: psnr(way[mask], canvas[mask]) for name, way in ways.items()}}
+
+    def paint(self, canvas: Pixels, mask: Mask, prompt: str, case: Case) -> Pixels:
+        """One prediction. Raises AssertionError where a pixel outside the hole changed."""
+        prediction = self.engine.predict(
+            {
+                "image": canvas,
+                "mask": mask,
+                "prompt": prompt,
+                "width": case.size,
+                "height": case.size,
+                "num_inference_steps": STEPS,
+                "scheduler": case.scheduler,
+                "guidance_scale": case.guidance,
+                "seed": 1000 + case.index,
+            }
+        )
+        painted = np.asarray(prediction.images[0])
+        assert (painted[~mask] == canvas[~mask]).all(), f"{case.key}: pixels outside the hole changed"
+        return painted
+
+
+def read_rows(path: Path) -> Iterator[Row]:
+    """The whole rows of a file; a line that an interruption cut short is left out."""
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        try:
+            yield json.loads(line)
+        except ValueError:
+            continue
+
+
+def wide_hole(
+    rng: np.random.Generator, size: int, *, least: float, most: float
+) -> tuple[Mask, tuple[float, float], int]:
+    """A hole whose subject is `least` to `most` of the picture's side."""
+    while True:
+        mask, centre, side = hole(rng, size)
+        if least <= side / size <= most and mask.mean() <= 0.85:
+            return mask, centre, side
+
+
+def window(picture: Pixels, centre: tuple[float, float], side: int) -> Pixels:
+    """The square of the hole, cut at the picture's edges, a little wider than the subject."""
+    half = int(side * 0.54)
+    y, x = round(centre[0]), round(centre[1])
+    return picture[max(0, y - half) : y + half, max(0, x - half) : x + half]
+
+
+def psnr(result: Pixels, truth: Pixels) -> float:
+    """Decibels over 255."""
+    error = float(np.square(result.astype(np.float64) - truth.astype(np.float64)).mean())
+    return float(10 * np.log10(255.0**2 / max(error, 1e-9)))
+
+
+def reconstruction(engine: ritocco.Engine, painter: Painter, count: int) -> list[float]:
+    """PSNR of the autoencoder on held-out composites of 256 pixels."""
+    rng, out = np.random.default_rng(77), []
+    for _ in range(count):
+        image = painter.sample(rng, 256).image
+        pixels = image.astype(np.float32).transpose(2, 0, 1)[None] / 127.5 - 1
+        decoded = engine.runtime.decode(engine.runtime.encode_image(pixels))[0].transpose(1, 2, 0)
+        out.append(psnr(np.clip(np.rint((decoded + 1) * 127.5), 0, 255).astype(np.uint8), image))
+    return out
+
+
+def subject_cases(size: int, each: int, **settings: Any) -> list[Case]:
+    """`each` pictures of every subject."""
+    return [Case(code=code, index=i, size=size, **settings) for code in SUBJECTS for i in range(each)]
+
+
+def recognised(rows: Sequence[Row]) -> str:
+    """Share of the pictures in which the judge names the subject first, with its 95 % Wilson interval."""
+    right = sum(row["place"] == 1 for row in rows)
+    bounds = binomtest(right, len(rows)).proportion_ci(method="wilson")
+    share = f"{100 * right / len(rows):.1f} % ({100 * bounds.low:.1f} to {100 * bounds.high:.1f})"
+    return f"{share} of {len(rows)}"
+
+
+def report(examiner: Examiner, parts: Sequence[str], *, quick: bool) -> Iterator[str]:
+    """Lines of a Markdown table; paints as it goes."""
+    size, each = (256, 1) if quick else (512, 4)
+    if "subjects" in parts:
+        rows = examiner.run(subject_cases(size, each))
+        yield f"| subject recognised, DPMSolverMultistep | {recognised(rows)} |"
+        missed = [code for code in SUBJECTS if not any(r["place"] == 1 for r in rows if r["code"] == code)]
+        yield f"| subjects never recognised | {', '.join(SUBJECTS[c][0] for c in missed) or 'none'} |"
+    if "guidance" in parts:
+        for guidance in (1.0, 3.0, 15.0):
+            rows = examiner.run(subject_cases(size, 1, guidance=guidance))
+            yield f"| recognised at guidance {guidance:g} | {recognised(rows)} |"
+    if "schedulers" in parts:
+        for scheduler in SCHEDULERS[1:]:
+            rows = examiner.run(subject_cases(size, 1, scheduler=scheduler))
+            yield f"| recognised with {scheduler} | {recognised(rows)} |"
+    if "background" in parts:
+        cases = [Case(code="", index=i, size=size) for i in range(24 if quick else 60)]
+        rows = [row for row in examiner.run(cases) if 0.05 <= row["share"] <= 0.25]
+        means = ", ".join(
+            f"{name} {np.mean([row[name] for row in rows]):.2f} dB" for name in ("ours", "ring_mean", "telea")
+        )
+        yield f"| background continued, PSNR in the hole, mean of {len(rows)} | {means} |"
+    if "autoencoder" in parts:
+        values = reconstruction(examiner.engine, examiner.painter, 24 if quick else 100)
+        spread = f"{np.min(values):.1f} to {np.max(values):.1f}"
+        yield f"| autoencoder, mean of {len(values)} | {np.mean(values):.2f} dB ({spread}) |"
+
+
+def main(say: Callable[[str], None] = print) -> None:
+    """Command line."""
+    every = ("subjects", "guidance", "schedulers", "background", "autoencoder")
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("parts", nargs="*", default=every, help=", ".join(every))
+    parser.add_argument("--assets", type=Path, required=True)
+    parser.add_argument("--model", type=Path, help="default: the embedded one")
+    parser.add_argument("--judge", type=Path, help="made by pocket.judge")
+    parser.add_argument("--rows", type=Path, required=True, help="a JSON-lines file")
+    parser.add_argument("--quick", action="store_true", help="256 pixels, one picture a subject")
+    args = parser.parse_args()
+    torch.set_grad_enabled(False)
+    examiner = Examiner(
+        ritocco.load(args.model), Painter(args.assets, photographs=HELD_OUT), args.judge, args.rows
+    )
+    say("| measured | result |\n|---|---|")
+    for line in report(examiner, args.parts, quick=args.quick):
+        say(line)
+
+
+if __name__ == "__main__":
+    main()

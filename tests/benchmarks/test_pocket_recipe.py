@@ -1,0 +1,183 @@
+"""The recipe of the embedded model: its data, its start, its training loop, its judge. No training of use."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, ClassVar
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKL
+from torch import nn
+
+from pocket.data import HELD_OUT, PHOTOGRAPHS, caption_of, hole, paste
+from pocket.denoiser import REHEARSAL, Stages
+from pocket.evaluate import Case, Examiner, Row, psnr, recognised, subject_cases, wide_hole, window
+from pocket.initial import start_as_block_means
+from pocket.judge import CODES, SIDE, Judge
+from pocket.models import VAE
+from pocket.norm import quicken
+from pocket.subjects import FIRST, SUBJECTS
+from pocket.training import Schedule, Trainer
+from pocket.vocabulary import learn_merges, make_vocabulary
+from ritocco.engine import pocket_model
+
+
+def smooth_picture(side: int = 64) -> torch.Tensor:
+    """float [1,3,side,side] in [-1,1] without detail that block means would lose."""
+    ys, xs = torch.meshgrid(*(torch.linspace(0, 1, side),) * 2, indexing="ij")
+    return torch.stack([0.8 * xs - 0.2, 0.5 - ys, xs * ys])[None]
+
+
+def test_the_autoencoder_starts_as_block_means() -> None:
+    torch.manual_seed(0)
+    model: Any = AutoencoderKL(**VAE).eval()  # type: ignore[no-untyped-call, attr-defined]
+    picture = smooth_picture()
+    with torch.no_grad():
+        start_as_block_means(model)
+        latents = model.encode(picture).latent_dist.mean
+        decoded = model.decode(latents).sample
+    means = torch.nn.functional.avg_pool2d(picture, 8)
+    ratio = latents[:, :3] / means
+    near = means.abs() > 0.1
+    assert float((ratio[near] / 2 - 1).abs().max()) < 0.15
+    assert float((decoded - picture)[..., 8:-8, 8:-8].square().mean()) < 6e-3
+
+
+def test_stages_grow_and_look_back() -> None:
+    stages = Stages.parse("128:300,256:200")
+    assert stages.total == 500
+    sizes = [stages.size_of(step) for step in range(600)]
+    assert set(sizes[:300]) == {128}
+    back = sizes[300:].count(128) / 300
+    assert abs(back - REHEARSAL) < 0.08
+    assert sizes == [stages.size_of(step) for step in range(600)]
+
+
+@pytest.mark.parametrize("size", [128, 256, 512])
+def test_a_subject_fits_its_hole(size: int) -> None:
+    rng = np.random.default_rng(3)
+    for _ in range(40):
+        mask, centre, side = hole(rng, size)
+        assert mask.shape == (size, size)
+        assert 36 <= side <= size
+        assert mask[min(size - 1, round(centre[0])), min(size - 1, round(centre[1]))]
+        drawn = np.zeros((size, size, 3), np.uint8)
+        paste(drawn, np.full((32, 32, 4), 255, np.uint8), centre, side, mask)
+        assert drawn[mask].any()
+        assert not drawn[~mask].any()
+
+
+def test_captions_name_the_subject() -> None:
+    rng = np.random.default_rng(0)
+    for code, names in SUBJECTS.items():
+        phrase = caption_of(rng, code).lower()
+        assert any(name in phrase for name in names)
+    assert set(SUBJECTS) >= FIRST
+    assert len(SUBJECTS) >= 100
+    assert not set(HELD_OUT) & set(PHOTOGRAPHS)
+
+
+def test_merges_are_learned_in_a_fixed_order() -> None:
+    merges = learn_merges(Counter({"abab": 3, "ba": 1, "cd": 6}), 3)
+    assert merges == [("c", "d</w>"), ("a", "b"), ("a", "b</w>")]
+
+
+def test_the_vocabulary_is_the_embedded_one(tmp_path: Path) -> None:
+    make_vocabulary(tmp_path)
+    for name in ("vocab.json", "merges.txt"):
+        assert (tmp_path / name).read_bytes() == (pocket_model() / "tokenizer" / name).read_bytes()
+
+
+def test_the_quick_group_norm_has_the_gradients_of_torch() -> None:
+    torch.manual_seed(0)
+    norm = nn.GroupNorm(4, 12).double()
+    with torch.no_grad():
+        norm.weight.normal_()
+    x = torch.randn(2, 12, 5, 3, dtype=torch.float64, requires_grad=True)
+    weights = torch.randn(2, 12, 5, 3, dtype=torch.float64)
+    results = []
+    for _ in range(2):
+        out = (norm(x.contiguous(memory_format=torch.channels_last)) * weights).sum()
+        results.append(torch.autograd.grad(out, (x, norm.weight, norm.bias)))
+        quicken(norm)
+    for slow, quick in zip(*results, strict=True):
+        torch.testing.assert_close(quick, slow, rtol=1e-5, atol=1e-6)
+
+
+def test_training_resumes_where_it_stopped(tmp_path: Path) -> None:
+    def trainer() -> Trainer:
+        torch.manual_seed(1)
+        net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 3, 3))
+        return Trainer(modules={"net": net}, folder=tmp_path, schedule=Schedule(steps=9, peak=1e-2, warmup=2))
+
+    def steps(one: Trainer, count: int) -> None:
+        for _ in range(count):
+            batch = torch.randn(
+                2, 3, 8, 8, generator=torch.Generator().manual_seed(one.step), dtype=torch.float32
+            )
+            one.update(one.modules["net"](batch.bfloat16()).float().square().mean())
+
+    through, first = trainer(), trainer()
+    before = {name: t.clone() for name, t in through.averaged()["net"].items()}
+    steps(through, 6)
+    steps(first, 3)
+    first.save()
+    second = trainer()
+    assert second.resume()
+    assert second.step == 3
+    steps(second, 3)
+    for name, tensor in through.averaged()["net"].items():
+        torch.testing.assert_close(second.averaged()["net"][name], tensor, rtol=0, atol=0)
+        assert not torch.equal(tensor, before[name])
+
+
+def test_the_judge_ranks_every_subject() -> None:
+    torch.manual_seed(0)
+    pictures = [np.full((side, side, 3), 90, np.uint8) for side in (SIDE, 200)]
+    ranked = Judge().eval().ranked(pictures)
+    assert [sorted(row) for row in ranked] == [sorted(CODES)] * 2
+
+
+def test_the_evaluation_asks_the_same_of_everyone() -> None:
+    cases = subject_cases(256, 2)
+    assert len({case.key for case in cases}) == 2 * len(SUBJECTS)
+    one, other = cases[0], Case(code=cases[0].code, index=0, size=512, scheduler="PNDM")
+    assert one.key != other.key
+    assert one.rng().random() == other.rng().random()
+    mask, centre, side = wide_hole(one.rng(), 256, least=0.4, most=0.9)
+    assert 0.4 <= side / 256 <= 0.9
+    assert window(np.zeros((256, 256, 3), np.uint8), centre, side).shape[0] <= 256
+    assert mask.any()
+
+
+def test_figures_of_the_evaluation() -> None:
+    black, grey = np.zeros((4, 4, 3), np.uint8), np.full((4, 4, 3), 51, np.uint8)
+    assert psnr(grey, black) == pytest.approx(20 * np.log10(5))
+    rows = [{"place": 1}] * 85 + [{"place": 2}] * 15
+    assert recognised(rows) == "85.0 % (76.7 to 90.7) of 100"
+
+
+def test_an_evaluation_goes_on_where_it_stopped(tmp_path: Path) -> None:
+    class Plain(Examiner):
+        painted: ClassVar[list[str]] = []
+
+        def fill(self, case: Case) -> Row:
+            self.painted.append(case.key)
+            return {"ours": 1.0}
+
+    cases, rows = [Case(code="", index=i, size=64) for i in range(4)], tmp_path / "rows.jsonl"
+    engine: Any = SimpleNamespace(version="one")
+    painter: Any = None
+    Plain(engine, painter, None, rows).run(cases[:2])
+    rows.write_text(rows.read_text() + '{"key": "cut sh')
+    found = Plain(engine, painter, None, rows).run(cases)
+    assert Plain.painted == [case.key for case in cases]
+    assert [row["index"] for row in found] == [0, 1, 2, 3]
+    Plain(engine, painter, None, rows).run(cases)
+    assert len(Plain.painted) == 4
+    Plain(SimpleNamespace(version="two"), painter, None, rows).run(cases[:1])  # type: ignore[arg-type]
+    assert len(Plain.painted) == 5
