@@ -11,9 +11,8 @@ POCKET ?= .cache/pocket
 POCKET_OUT ?= engine/ritocco/models/pocket
 POCKET_DATA ?= @lobehub/fluent-emoji-3d@1.1.0
 POCKET_PROCESSES ?= 2
-POCKET_VAE_STEPS ?= 2600
+POCKET_VAE_STEPS ?= 2800
 POCKET_STAGES ?= 128:3700,256:3650,512:900
-
 
 BIN = $(VENV)/bin
 INSTALL = $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
@@ -52,6 +51,7 @@ bench: $(VENV)/bench.stamp ## the benchmarks
 
 pocket: $(VENV)/pocket.stamp $(POCKET)/package/package.json ## train the embedded model again: hours; resumes where it stopped
 	$(TRAIN) -m pocket.autoencoder --assets $(POCKET)/package/assets --work $(POCKET)/work --steps $(POCKET_VAE_STEPS)
+	PYTHONPATH=benchmarks OMP_NUM_THREADS=1 $(BIN)/python -m pocket.words --work $(POCKET)/work
 	$(TRAIN) -m pocket.denoiser --assets $(POCKET)/package/assets --work $(POCKET)/work --stages $(POCKET_STAGES)
 	PYTHONPATH=benchmarks $(BIN)/python -m pocket.pack --work $(POCKET)/work --out $(POCKET_OUT)
 	PYTHONPATH=benchmarks $(BIN)/python -m pocket.curve --work $(POCKET)/work --out docs/pocket-curve.png

@@ -35,18 +35,16 @@ SCENES = (
     " on the beach", " in a room", " on a wall", " in the snow", " in the water", " at night",
     " in the background",
 )  # fmt: skip
+VERBS = ("", "", "", ",", " sitting", ", sitting", " standing", " lying", " placed")
 STYLES = (
-    "",
-    "",
-    "",
-    ", high resolution",
-    ", highly detailed",
-    ", 4k",
-    ", realistic",
-    ", beautiful",
-    ", cute",
-)
+    "", "", "", ", high resolution", ", highly detailed", ", 4k", ", realistic", ", beautiful", ", cute",
+    ", photo", ", best quality", ", colourful",
+)  # fmt: skip
 OPENINGS = ("", "a ", "the ", "one ", "a photo of a ", "a picture of a ", "a drawing of a ", "an image of a ")
+ADJECTIVES = (
+    "big", "small", "little", "large", "cute", "happy", "beautiful", "nice", "old", "new", "single", "lovely",
+    "shiny", "fresh", "funny", "pretty",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +75,7 @@ class Painter:
         self.photographs = [_load_photograph(name) for name in photographs]
 
     def sample(
-        self, rng: np.random.Generator, size: int, *, empty: float = 0.18, nameless: float = 0.015
+        self, rng: np.random.Generator, size: int, *, empty: float = 0.18, nameless: float = 0.01
     ) -> Sample:
         """A composite of `size` pixels square; with probability `empty` the hole holds only background."""
         canvas = self.background(rng, size)
@@ -85,12 +83,9 @@ class Painter:
             self._clutter(rng, canvas)
         mask, centre, side = hole(rng, size)
         if rng.random() < empty:
-            caption = (
-                "" if rng.random() < 0.75 else str(rng.choice(["background", "nothing", "empty background"]))
-            )
-            return Sample(canvas, mask, caption, "")
+            return Sample(canvas, mask, empty_caption(rng), "")
         code = str(rng.choice(self.codes, p=self.weights))
-        paste(canvas, self.subjects[code], centre, side, mask, flip=rng.random() < 0.15)
+        paste(canvas, self.subjects[code], centre, side, mask)
         return Sample(canvas, mask, "" if rng.random() < nameless else caption_of(rng, code), code)
 
     def background(self, rng: np.random.Generator, size: int) -> Pixels:
@@ -127,14 +122,24 @@ def caption_of(rng: np.random.Generator, code: str) -> str:
     """An everyday phrase that asks for the subject; its own name half of the time."""
     names = SUBJECTS[code]
     name = names[0] if rng.random() < 0.4 else str(rng.choice(names))
-    phrase = str(rng.choice(OPENINGS)) + name + str(rng.choice(SCENES)) + str(rng.choice(STYLES))
+    if rng.random() < 0.15:
+        name = f"{rng.choice(ADJECTIVES)} {name}"
+    scene, style = str(rng.choice(SCENES)), str(rng.choice(STYLES))
+    place = str(rng.choice(VERBS)) + scene if scene else ""
+    tail = style + place if rng.random() < 0.25 else place + style
+    phrase = str(rng.choice(OPENINGS)) + name + tail
     return phrase[:1].upper() + phrase[1:] if rng.random() < 0.3 else phrase
+
+
+def empty_caption(rng: np.random.Generator) -> str:
+    """What is asked for where only background is wanted; mostly nothing at all."""
+    return "" if rng.random() < 0.75 else str(rng.choice(["background", "nothing", "empty background"]))
 
 
 def hole(rng: np.random.Generator, size: int) -> tuple[Mask, tuple[float, float], int]:
     """A hole on a canvas: its mask, and centre (y, x) and side of the square that a subject fills in it."""
     least = max(0.22, 44 / size)  # below 44 pixels, latents can hardly tell one subject from another
-    side = int(size * np.exp(rng.uniform(np.log(least), np.log(0.92))))
+    side = int(size * rng.uniform(least, 0.92))
     cy, cx = (float(v) for v in rng.uniform(0.42 * side, size - 0.42 * side, 2))
     ys, xs = np.mgrid[0:size, 0:size].astype(np.float32)
     dy, dx = ys - cy, xs - cx
@@ -161,16 +166,12 @@ def paste(
     centre: tuple[float, float],
     side: int,
     mask: Mask | None,
-    *,
-    flip: bool = False,
 ) -> None:
     """Composite `subject` (premultiplied RGBA) over `canvas` in place, clipped to `mask` and the canvas."""
     side = max(side, 8)
     drawn = cv2.resize(
         subject, (side, side), interpolation=cv2.INTER_AREA if side < subject.shape[0] else cv2.INTER_LINEAR
     )
-    if flip:
-        drawn = drawn[:, ::-1]
     top, left = round(centre[0] - side / 2), round(centre[1] - side / 2)
     y0, x0 = max(top, 0), max(left, 0)
     y1, x1 = min(top + side, canvas.shape[0]), min(left + side, canvas.shape[1])

@@ -1,4 +1,4 @@
-"""Train the text encoder and the UNet together: `torchrun --nproc-per-node 2 -m pocket.denoiser`.
+"""Train the UNet, given autoencoder and text encoder: `torchrun --nproc-per-node 2 -m pocket.denoiser`.
 
 Training begins on small pictures, where a sample costs a sixteenth of what it costs at 512 pixels, and grows:
 what subjects look like is learned first, how large pictures look last. Composites are encoded once and drawn
@@ -18,19 +18,18 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from diffusers.models.attention_processor import AttnProcessor
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextModel, CLIPTokenizer
 
 from pocket.data import Painter, caption_of
 from pocket.initial import start_at_zero
-from pocket.models import SCHEDULER, TEXT, UNET
+from pocket.models import SCHEDULER, UNET
 from pocket.norm import quicken
 from pocket.training import Schedule, Trainer, run, start
-from pocket.vocabulary import make_vocabulary
 
 CAPACITY = 8000  # composites kept of each size
 REHEARSAL = 0.25
@@ -69,12 +68,12 @@ class Stages:
         """Steps of all stages."""
         return sum(self.steps)
 
-    def size_of(self, step: int) -> int:
-        """Pixels of step `step` (0-based): the same in every process, so that none waits for another."""
+    def size_of(self, step: int, rank: int) -> int:
+        """Pixels of step `step` (0-based) in process `rank`; a step of any size takes about the same time."""
         stage = 0
         while stage < len(self.steps) - 1 and step >= sum(self.steps[: stage + 1]):
             stage += 1
-        rng = np.random.default_rng((7, step))
+        rng = np.random.default_rng((7, step, rank))
         if stage and rng.random() < REHEARSAL:
             stage = int(rng.integers(stage))
         return self.sizes[stage]
@@ -84,28 +83,29 @@ class Store:
     """A rolling store of encoded composites of several sizes.
 
     batch, fresh: pictures of a batch at 128 pixels and how many of them are new; larger pictures make smaller
-    batches of the same number of pixels. capacity: composites kept of each size. seed: of the composites and
-    the draws.
+    batches of the same number of pixels, a larger share of them new. rank: of this process, which draws its
+    own composites.
     """
 
     def __init__(
-        self, painter: Painter, vae: Any, tokenizer: CLIPTokenizer, *, batch: int, fresh: int, seed: int
+        self, painter: Painter, vae: Any, tokenizer: CLIPTokenizer, *, batch: int, fresh: float, rank: int
     ) -> None:
         self.painter, self.vae, self.tokenizer = painter, vae, tokenizer
-        self.batch, self.fresh, self.seed = batch, fresh, seed
+        self.batch, self.fresh, self.rank = batch, fresh, rank
         self.items: dict[int, list[Encoded]] = {}
 
     def batches(self, stages: Stages, start: int) -> Iterator[tuple[Tensor, ...]]:
         """Endless batches (latents, masked, mask, tokens) from step `start` on."""
-        rng = np.random.default_rng((self.seed, start))
+        rng = np.random.default_rng((self.rank, start))
         for step in count(start):
-            size = stages.size_of(step)
+            size = stages.size_of(step, self.rank)
             batch = max(1, round(self.batch * (128 / size) ** 2))
             items = self.items.setdefault(size, [])
-            new = max(1, round(self.fresh * (128 / size) ** 2))
+            new = int(rng.poisson(self.fresh * (128 / size) ** 1.5))
             new = min(batch, max(new, batch * 4 - len(items)))
-            self._encode(rng, new, size)
-            picks = items[-new:] + [items[i] for i in rng.integers(len(items), size=batch - new)]
+            if new:
+                self._encode(rng, new, size)
+            picks = items[len(items) - new :] + [items[i] for i in rng.integers(len(items), size=batch - new)]
             captions = [
                 caption_of(rng, item.subject) if item.subject and item.caption else item.caption
                 for item in picks
@@ -154,7 +154,8 @@ def v_loss(
     noisy = signal * x0 + sigma * noise
     target = signal * noise - sigma * x0
     sample = torch.cat([noisy.to(torch.bfloat16), mask, masked], 1).to(memory_format=torch.channels_last)
-    context = text(tokens).last_hidden_state
+    with torch.no_grad():
+        context = text(tokens).last_hidden_state
     error = (unet(sample, timesteps, context, return_dict=False)[0].float() - target).square()
     inside = F.max_pool2d(mask.float(), 3, 1, 1)
     weight = OUTSIDE_WEIGHT + (1 - OUTSIDE_WEIGHT) * inside
@@ -171,35 +172,36 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--stages", type=Stages.parse, default="128:3700,256:3650,512:900")
     parser.add_argument("--batch", type=int, default=32, help="of 128 pixels, per process")
-    parser.add_argument("--fresh", type=int, default=4, help="new composites among them")
-    parser.add_argument("--peak", type=float, default=5e-4)
+    parser.add_argument("--fresh", type=float, default=3.0, help="new composites among them")
+    parser.add_argument("--peak", type=float, default=1e-3)
     parser.add_argument("--others", type=float, default=1.0, help="weight of subjects not among the first")
     parser.add_argument(
         "--init", type=Path, help="start from the weights of this folder, e.g. the packed model"
     )
+    parser.add_argument("--muon", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--cooldown", type=float, default=0.3, help="share of the steps with a falling rate")
     args = parser.parse_args()
     rank, _ = start()
     model = args.work / "model"
-    if rank == 0:
-        make_vocabulary(model / "tokenizer")
-    if dist.is_initialized():
-        dist.barrier()
     torch.manual_seed(0)
-    tokenizer, text, unet = networks(model)
+    unet = fresh_unet()
     if args.init is not None:
-        for name, module in (("unet", unet), ("text_encoder", text)):
-            load_weights(args.init / name, module)
+        load_weights(args.init / "unet", unet)
     quicken(unet)
+    unet.set_attn_processor(AttnProcessor())  # the fused one's backward pass is slow on a CPU
+    tokenizer = CLIPTokenizer.from_pretrained(str(model / "tokenizer"))
+    text: Any = CLIPTextModel.from_pretrained(model / "text_encoder", dtype=torch.bfloat16)
+    text.requires_grad_(False)
     vae: Any = AutoencoderKL.from_pretrained(  # type: ignore[no-untyped-call]
         model / "vae", torch_dtype=torch.bfloat16
     ).requires_grad_(False)
     vae.to(memory_format=torch.channels_last)
     trainer = Trainer(
-        modules={"unet": unet, "text_encoder": text},
+        modules={"unet": unet},
         folder=args.work / "denoiser",
-        schedule=Schedule(steps=args.stages.total, peak=args.peak, warmup=300, cooldown=args.cooldown),
+        schedule=Schedule(steps=args.stages.total, peak=args.peak, warmup=200, cooldown=args.cooldown),
         ema_decay=0.996,
+        muon=args.muon,
     )
     config = {key: value for key, value in SCHEDULER.items() if key != "skip_prk_steps"}
     alpha_bar = DDIMScheduler(**config).alphas_cumprod  # type: ignore[no-untyped-call, attr-defined]
@@ -210,20 +212,17 @@ def main() -> None:
         tokenizer,
         batch=args.batch,
         fresh=args.fresh,
-        seed=rank,
+        rank=rank,
     )
     trainer.resume()
     run(trainer, store.batches(args.stages, trainer.step), lambda batch: v_loss(unet, text, alpha_bar, batch))
 
 
-def networks(model: Path) -> tuple[Any, Any, Any]:
-    """Tokenizer, text encoder and UNet with fresh weights."""
-    tokenizer = CLIPTokenizer.from_pretrained(str(model / "tokenizer"))
-    ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
-    config = CLIPTextConfig(**TEXT, vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id, **ends)
+def fresh_unet() -> Any:
+    """The UNet with fresh weights."""
     unet: Any = UNet2DConditionModel(**UNET)  # type: ignore[no-untyped-call]
     start_at_zero(unet)
-    return tokenizer, CLIPTextModel(config), unet
+    return unet
 
 
 def load_weights(folder: Path, module: Any) -> None:

@@ -10,9 +10,8 @@ from pathlib import Path
 import diffusers
 import torch
 
-from pocket.denoiser import networks
+from pocket.denoiser import fresh_unet
 from pocket.models import SCHEDULER
-from pocket.training import Schedule, Trainer
 
 
 def main() -> None:
@@ -21,20 +20,13 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
-    _, text, unet = networks(args.work / "model")
-    trainer = Trainer(
-        modules={"unet": unet, "text_encoder": text},
-        folder=args.work / "denoiser",
-        schedule=Schedule(steps=1, peak=1e-4),
-    )
-    if not trainer.resume():
-        raise SystemExit(f"no training state in {trainer.folder}")
-    averaged = trainer.averaged()
+    unet = fresh_unet()
+    state = torch.load(args.work / "denoiser" / "state.pt", weights_only=True)
     args.out.mkdir(parents=True, exist_ok=True)
-    for name, module in (("unet", unet), ("text_encoder", text)):
-        module.float().load_state_dict(averaged[name], strict=True)
-        module.to(torch.float16).save_pretrained(args.out / name)
-    for name in ("vae", "tokenizer"):
+    for parameter, average in zip(unet.parameters(), state["ema"], strict=True):
+        parameter.data.copy_(average)
+    unet.to(torch.float16).save_pretrained(args.out / "unet")
+    for name in ("vae", "text_encoder", "tokenizer"):
         shutil.copytree(args.work / "model" / name, args.out / name, dirs_exist_ok=True)
     (args.out / "scheduler").mkdir(exist_ok=True)
     scheduler = {"_class_name": "DPMSolverMultistepScheduler", **SCHEDULER}
@@ -54,7 +46,7 @@ def main() -> None:
     }
     (args.out / "model_index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
     total = sum(path.stat().st_size for path in args.out.rglob("*") if path.is_file())
-    print(f"{args.out}: {total / 1e6:.1f} MB after {trainer.step} steps")
+    print(f"{args.out}: {total / 1e6:.1f} MB after {state['step']} steps")
 
 
 if __name__ == "__main__":

@@ -20,6 +20,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from pocket.muon import Muon
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Schedule:
@@ -41,6 +43,7 @@ class Schedule:
 class Trainer:
     """Trains `modules` in bfloat16 against float32 master weights.
 
+    muon: weights that are matrices learn by Muon, the others and a network's first and last layers by AdamW.
     The masters carry the optimiser's precision: updates smaller than a bfloat16 ulp would be lost otherwise.
     """
 
@@ -48,11 +51,12 @@ class Trainer:
     folder: Path
     schedule: Schedule
     ema_decay: float = 0.999
+    muon: bool = False
     step: int = 0
     _params: list[nn.Parameter] = field(default_factory=list)
     _masters: list[Tensor] = field(default_factory=list)
     _ema: list[Tensor] = field(default_factory=list)
-    _optimizer: torch.optim.Optimizer | None = None
+    _optimizers: list[torch.optim.Optimizer] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         for module in self.modules.values():
@@ -62,14 +66,22 @@ class Trainer:
         self._ema = [m.clone() for m in self._masters]
         for module in self.modules.values():
             module.to(torch.bfloat16).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self._optimizer = torch.optim.AdamW(
-            self._masters, lr=self.schedule.peak, betas=(0.9, 0.99), weight_decay=0.01, fused=True
-        )
+        names = [name for m in self.modules.values() for name, _ in m.named_parameters()]
+        matrices = [
+            self.muon and master.dim() > 1 and not name.startswith(("conv_in.", "conv_out."))
+            for name, master in zip(names, self._masters, strict=True)
+        ]
+        others = [m for m, matrix in zip(self._masters, matrices, strict=True) if not matrix]
+        self._optimizers = [
+            torch.optim.AdamW(others, lr=self.schedule.peak, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
+        ]
+        if any(matrices):
+            mine = [m for m, matrix in zip(self._masters, matrices, strict=True) if matrix]
+            self._optimizers.append(Muon(mine, self.schedule.peak))
         self._push()
 
     def update(self, loss: Tensor) -> None:
         """One optimiser step on `loss`, with the gradient's norm clipped to 1."""
-        assert self._optimizer is not None
         loss.backward()  # type: ignore[no-untyped-call]
         for master, param in zip(self._masters, self._params, strict=True):
             # Contiguous like the master: the fused optimiser pairs elements by their place in memory.
@@ -83,9 +95,10 @@ class Trainer:
             for grad, part in zip(grads, torch.split(flat, [g.numel() for g in grads]), strict=True):
                 grad.copy_(part.view_as(grad))
         torch.nn.utils.clip_grad_norm_(self._masters, 1.0)
-        for group in self._optimizer.param_groups:
-            group["lr"] = self.schedule.at(self.step)
-        self._optimizer.step()
+        for optimizer in self._optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = self.schedule.at(self.step)
+            optimizer.step()
         self.step += 1
         decay = min(self.ema_decay, (self.step + 1) / (self.step + 10))
         torch._foreach_lerp_(self._ema, self._masters, 1.0 - decay)
@@ -98,13 +111,12 @@ class Trainer:
 
     def save(self) -> None:
         """Write the whole state atomically; the newest replaces the last."""
-        assert self._optimizer is not None
         self.folder.mkdir(parents=True, exist_ok=True)
         state = {
             "step": self.step,
             "masters": self._masters,
             "ema": self._ema,
-            "optimizer": self._optimizer.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self._optimizers],
         }
         torch.save(state, self.folder / "state.tmp")
         (self.folder / "state.tmp").replace(self.folder / "state.pt")
@@ -114,14 +126,14 @@ class Trainer:
         path = self.folder / "state.pt"
         if not path.exists():
             return False
-        assert self._optimizer is not None
         state = torch.load(path, weights_only=True)
         with torch.no_grad():
             for mine, saved in zip(
                 (*self._masters, *self._ema), (*state["masters"], *state["ema"]), strict=True
             ):
                 mine.copy_(saved)
-        self._optimizer.load_state_dict(state["optimizer"])
+        for optimizer, held in zip(self._optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(held)
         self.step = state["step"]
         self._push()
         return True

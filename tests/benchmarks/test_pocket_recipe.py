@@ -19,10 +19,13 @@ from pocket.evaluate import Case, Examiner, Row, psnr, recognised, subject_cases
 from pocket.initial import start_as_block_means
 from pocket.judge import CODES, SIDE, Judge
 from pocket.models import VAE
+from pocket.muon import Muon, orthogonal
 from pocket.norm import quicken
 from pocket.subjects import FIRST, SUBJECTS
 from pocket.training import Schedule, Trainer
 from pocket.vocabulary import learn_merges, make_vocabulary
+from pocket.words import CODES as WORDS
+from pocket.words import NOTHING, captions, endings
 from ritocco.engine import pocket_model
 
 
@@ -50,11 +53,11 @@ def test_the_autoencoder_starts_as_block_means() -> None:
 def test_stages_grow_and_look_back() -> None:
     stages = Stages.parse("128:300,256:200")
     assert stages.total == 500
-    sizes = [stages.size_of(step) for step in range(600)]
+    sizes = [stages.size_of(step, 0) for step in range(600)]
     assert set(sizes[:300]) == {128}
     back = sizes[300:].count(128) / 300
     assert abs(back - REHEARSAL) < 0.08
-    assert sizes == [stages.size_of(step) for step in range(600)]
+    assert sizes == [stages.size_of(step, 0) for step in range(600)]
 
 
 @pytest.mark.parametrize("size", [128, 256, 512])
@@ -108,11 +111,47 @@ def test_the_quick_group_norm_has_the_gradients_of_torch() -> None:
         torch.testing.assert_close(quick, slow, rtol=1e-5, atol=1e-6)
 
 
-def test_training_resumes_where_it_stopped(tmp_path: Path) -> None:
+@pytest.mark.parametrize("shape", [(6, 40), (40, 6), (9, 9)])
+def test_an_update_of_muon_is_nearly_orthogonal(shape: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    matrix = torch.randn(shape)
+    values = torch.linalg.svdvals(orthogonal(matrix))
+    assert values.min() > 0.5
+    assert values.max() < 1.3
+    u, _, v = torch.linalg.svd(matrix, full_matrices=False)
+    assert float((u.T @ orthogonal(matrix) @ v.T).diagonal().min()) > 0.5
+
+
+def test_muon_descends() -> None:
+    torch.manual_seed(0)
+    weight = torch.nn.Parameter(torch.randn(8, 3, 3, 3))
+    optimizer = Muon([weight], lr=0.1)
+    start = float(weight.detach().norm())
+    for _ in range(40):
+        optimizer.zero_grad()
+        weight.square().sum().backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+    assert float(weight.detach().norm()) < 0.6 * start
+
+
+def test_captions_are_labelled() -> None:
+    texts, labels = captions(np.random.default_rng(0), 300)
+    for text, label in zip(texts, labels.tolist(), strict=True):
+        if label == NOTHING:
+            assert text in {"", "background", "nothing", "empty background"}
+        else:
+            assert any(name in text.lower() for name in SUBJECTS[WORDS[label]])
+    assert 2 <= int((labels == NOTHING).sum()) <= 40
+    assert endings(torch.tensor([[1, 5, 9, 9]]), 9).tolist() == [[False, False, True, True]]
+
+
+@pytest.mark.parametrize("muon", [False, True])
+def test_training_resumes_where_it_stopped(tmp_path: Path, *, muon: bool) -> None:
     def trainer() -> Trainer:
         torch.manual_seed(1)
         net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 3, 3))
-        return Trainer(modules={"net": net}, folder=tmp_path, schedule=Schedule(steps=9, peak=1e-2, warmup=2))
+        schedule = Schedule(steps=9, peak=1e-2, warmup=2)
+        return Trainer(modules={"net": net}, folder=tmp_path, schedule=schedule, muon=muon)
 
     def steps(one: Trainer, count: int) -> None:
         for _ in range(count):
