@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -42,12 +43,15 @@ AWKWARD = [
     "cat " * 76,
     "the quick brown dogs " * 60,
 ]
+if version("transformers").startswith("4."):
+    # 5.x finds end tokens that a prompt spells in capitals, and so do we; 4.57 does so in some folders only.
+    AWKWARD.remove("a <|ENDOFTEXT|> cat")
 
 
 def _reference_ids(folder: Path, prompts: list[str], **options: Any) -> list[list[int]]:
-    from transformers import CLIPTokenizer
+    from transformers import CLIPTokenizerFast  # in 5.x another name of CLIPTokenizer
 
-    tokenizer = CLIPTokenizer.from_pretrained(folder, **options)
+    tokenizer = CLIPTokenizerFast.from_pretrained(folder, **options)
     encoded = tokenizer(prompts, padding="max_length", max_length=77, truncation=True)
     ids: list[list[int]] = encoded["input_ids"]
     return ids
@@ -95,10 +99,10 @@ def test_special_tokens_written_as_objects(
 
 
 def test_folder_that_transformers_5_wrote(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    from transformers import CLIPTokenizer
+    from transformers import CLIPTokenizerFast
 
     written = tmp_path / "written"
-    CLIPTokenizer.from_pretrained(tiny_checkpoint / "tokenizer").save_pretrained(written)
+    CLIPTokenizerFast.from_pretrained(tiny_checkpoint / "tokenizer").save_pretrained(written)
     for name in ("vocab.json", "merges.txt"):
         (written / name).unlink(missing_ok=True)
     again, _ = Tokenizer.from_folder(written).encode(AWKWARD)
@@ -106,10 +110,10 @@ def test_folder_that_transformers_5_wrote(tiny_checkpoint: Path, tmp_path: Path)
 
 
 def test_tokenizer_in_memory(tiny_checkpoint: Path) -> None:
-    from transformers import CLIPTokenizer
+    from transformers import CLIPTokenizerFast
 
     folder = tiny_checkpoint / "tokenizer"
-    ids, _ = Tokenizer.from_transformers(CLIPTokenizer.from_pretrained(folder)).encode(AWKWARD)
+    ids, _ = Tokenizer.from_transformers(CLIPTokenizerFast.from_pretrained(folder)).encode(AWKWARD)
     assert ids.tolist() == _reference_ids(folder, AWKWARD)
 
 
