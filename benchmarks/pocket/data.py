@@ -74,9 +74,7 @@ class Painter:
         self.weights = weights / weights.sum()
         self.photographs = [_load_photograph(name) for name in photographs]
 
-    def sample(
-        self, rng: np.random.Generator, size: int, *, empty: float = 0.18, nameless: float = 0.01
-    ) -> Sample:
+    def sample(self, rng: np.random.Generator, size: int, *, empty: float = 0.18) -> Sample:
         """A composite of `size` pixels square; with probability `empty` the hole holds only background."""
         canvas = self.background(rng, size)
         if rng.random() < 0.3:
@@ -86,7 +84,7 @@ class Painter:
             return Sample(canvas, mask, empty_caption(rng), "")
         code = str(rng.choice(self.codes, p=self.weights))
         paste(canvas, self.subjects[code], centre, side, mask)
-        return Sample(canvas, mask, "" if rng.random() < nameless else caption_of(rng, code), code)
+        return Sample(canvas, mask, caption_of(rng, code), code)
 
     def background(self, rng: np.random.Generator, size: int) -> Pixels:
         """A background of `size` pixels square."""
