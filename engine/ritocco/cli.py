@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -36,6 +37,26 @@ Model = Annotated[
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 Dtype = Annotated[str, typer.Option(help="auto, float32, float16 or bfloat16.")]
 Backend = Annotated[str, typer.Option(help="auto or torch.")]
+Variant = Annotated[str | None, typer.Option(help="fp16 and such, where a folder holds several.")]
+TokenizerFolder = Annotated[
+    Path | None, typer.Option(help="Folder of vocab.json and merges.txt, for a single file.")
+]
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"ritocco {version('ritocco')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    *,
+    show_version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Stable Diffusion inpainting on your own hardware."""
 
 
 @app.command()
@@ -57,7 +78,9 @@ def predict(
         str | None, typer.Option(help="One of the six names; see the README. Default: DPMSolverMultistep.")
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the noise. Default: random.")] = None,
-    disable_safety_checker: Annotated[bool, typer.Option("--disable-safety-checker")] = False,
+    disable_safety_checker: Annotated[
+        bool, typer.Option("--disable-safety-checker", help="Return every picture, whatever it shows.")
+    ] = False,
     output_format: Annotated[str | None, typer.Option(help="png, jpg or webp. Default: png.")] = None,
     mask_feather: Annotated[float | None, typer.Option(help="Soft seam inside the mask, pixels.")] = None,
     paste_back: Annotated[bool, typer.Option(help="Put the kept pixels back, bit for bit.")] = True,
@@ -72,11 +95,14 @@ def predict(
     device: Device = "auto",
     dtype: Dtype = "auto",
     backend: Backend = "auto",
+    variant: Variant = None,
+    tokenizer: TokenizerFolder = None,
 ) -> None:
     """Repaint the white part of a mask."""
     import numpy as np
 
     from ritocco.images import encode
+    from ritocco.schema import Options, parse_input
 
     given = {
         "image": image,
@@ -92,13 +118,16 @@ def predict(
         "seed": seed,
         "disable_safety_checker": disable_safety_checker,
     }
+    # Before the model is loaded, which may take a while.
+    parse_input(given, allow_local=True)
+    Options().override(output_format=output_format, mask_feather=mask_feather, strength=strength)
     suffix = output_format or "png"
     with _disk(out):  # before the work, so that it is not lost
         out.mkdir(parents=True, exist_ok=True)
         for path in (out / f"out-{index}.{suffix}" for index in range(min(num_outputs or 1, 4))):
             if path.is_dir():
                 raise IsADirectoryError(f"{path} is a folder")
-    with _engine(model, device, dtype, backend) as engine:
+    with _engine(model, device, dtype, backend, variant, tokenizer) as engine:
         prediction = _run(engine, given, output_format, mask_feather, paste_back, strength)
     paths = [out / f"out-{index}.{suffix}" for index in range(len(prediction.images))]
     with _disk(out):
@@ -123,13 +152,15 @@ def demo(
     model: Model = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
+    variant: Variant = None,
+    tokenizer: TokenizerFolder = None,
 ) -> None:
     """Repaint the photograph that ships with ritocco; prints the contact sheet's path last."""
     from ritocco import demo as room
 
     with _disk(out):
         out.mkdir(parents=True, exist_ok=True)
-    with _engine(model, device, dtype, "auto") as engine, _disk(out):
+    with _engine(model, device, dtype, "auto", variant, tokenizer) as engine, _disk(out):
         typer.echo(room.run(engine, out, say=typer.echo))
 
 
@@ -175,10 +206,12 @@ def _replace(path: Path, data: bytes) -> None:
         part.unlink(missing_ok=True)
 
 
-def _engine(model: str | None, device: str, dtype: str, backend: str) -> Engine:
+def _engine(
+    model: str | None, device: str, dtype: str, backend: str, variant: str | None, tokenizer: Path | None
+) -> Engine:
     from ritocco.engine import load
 
-    return load(model, device=device, dtype=dtype, backend=backend)
+    return load(model, device=device, dtype=dtype, backend=backend, variant=variant, tokenizer=tokenizer)
 
 
 def _run(

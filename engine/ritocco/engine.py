@@ -21,7 +21,7 @@ from PIL import Image
 
 from ritocco.backends.runtime import Floats, Lane, LatentSize, Runtime
 from ritocco.denoise import denoise
-from ritocco.errors import BackendError
+from ritocco.errors import BackendError, CheckpointError, NonFiniteError
 from ritocco.fetch import Fetcher
 from ritocco.images import (
     data_uri,
@@ -37,7 +37,7 @@ from ritocco.prediction import MODEL, Prediction, timestamp
 from ritocco.progress import Log
 from ritocco.request import Request, prepare
 from ritocco.safety import NSFW_ERROR, SafetyChecker
-from ritocco.schema import Options, parse_input
+from ritocco.schema import Options, PredictionInput, parse_input
 
 if TYPE_CHECKING:
     from ritocco.checkpoint import Checkpoint
@@ -79,7 +79,7 @@ class Engine:
 
     def predict(
         self,
-        input: Mapping[str, Any],
+        input: Mapping[str, Any] | PredictionInput,
         *,
         on_step: OnStep | None = None,
         output_format: str | None = None,
@@ -100,6 +100,8 @@ class Engine:
         Raises RequestError and FetchError before anything is computed, NonFiniteError after.
         """
         self._refuse_closed()
+        if isinstance(input, PredictionInput):
+            input = input.model_dump()
         prediction = Prediction(model=MODEL, version=self.version, status="processing")
         prediction.started_at = prediction.created_at
         begun = time.perf_counter()
@@ -173,9 +175,11 @@ class Engine:
         """Text, condition, loop, decode: float32 [N,3,H,W], or None where `on_step` cancelled."""
         with request.timed("text"):
             context, unconditional = self._contexts(request)
+            _refuse_non_finite("text encoder", context, unconditional)
         with request.timed("encode"):
             condition = self._condition(request)
             starts = self._starts(request)
+            _refuse_non_finite("autoencoder's encoder", condition, *starts)
         lanes = [
             Lane(
                 table=request.table,
@@ -262,6 +266,12 @@ class Engine:
         return [i for i in everything if not flagged[i]]
 
 
+def _refuse_non_finite(network: str, *outputs: Floats | None) -> None:
+    if not all(np.isfinite(output).all() for output in outputs if output is not None):
+        message = f"the {network} gave NaN or infinity before the first step; try dtype float32 or bfloat16"
+        raise NonFiniteError(message, step=-1)
+
+
 def _listed(keys: Sequence[str]) -> str:
     """Somebody's keys for the log: plain, on one line, not endless."""
     shown = [ascii(key)[1:-1][:40] for key in sorted(keys)]
@@ -288,16 +298,23 @@ def load(
     """
     from ritocco.checkpoint import open_checkpoint
 
-    path = Path(model or os.environ.get("RITOCCO_MODEL") or pocket_model())
+    if model is None:
+        model = os.environ.get("RITOCCO_MODEL") or pocket_model()
+    elif not str(model):
+        raise CheckpointError("model is ''; it must name a folder or a .safetensors file")
+    path = Path(model)
     return _engine(
         open_checkpoint(path, variant=variant, tokenizer=tokenizer), device, dtype, backend, fetcher
     )
 
 
-def from_diffusers(pipe: Any, *, device: str | None = None, dtype: str | None = None) -> Engine:
+def from_diffusers(
+    pipe: Any, *, device: str | None = None, dtype: str | None = None, fetcher: Fetcher | None = None
+) -> Engine:
     """An engine from a diffusers `StableDiffusionInpaintPipeline` in memory, sharing its tensors.
 
-    device, dtype: None keeps the pipeline's own, and then no weight is copied.
+    device, dtype: None takes those of the pipeline's UNet; tensors that have them are not copied. fetcher: as
+    for `load`.
     Raises CheckpointError where the pipeline is not one for inpainting, and BackendError.
     """
     from ritocco.checkpoint import from_diffusers as checkpoint_of
@@ -309,7 +326,7 @@ def from_diffusers(pipe: Any, *, device: str | None = None, dtype: str | None = 
         device or str(weight.device),
         dtype or str(weight.dtype).removeprefix("torch."),
         "torch",
-        None,
+        fetcher,
     )
 
 
@@ -328,7 +345,7 @@ def _engine(checkpoint: Checkpoint, device: str, dtype: str, backend: str, fetch
     # An operator's mistake shows here, not in the first request that holds a URL.
     fetcher = fetcher or Fetcher.from_environment()
     scheduler = from_pipeline(checkpoint.scheduler)
-    check_scheduler(scheduler)
+    warnings = [f"Warning: {problem}" for problem in check_scheduler(scheduler)]
     safety = None
     if checkpoint.safety_checker is not None:
         safety = SafetyChecker.load(checkpoint, device=choice.device, dtype=choice.dtype)
@@ -338,7 +355,7 @@ def _engine(checkpoint: Checkpoint, device: str, dtype: str, backend: str, fetch
         scheduler,
         safety=safety,
         version=fingerprint(checkpoint),
-        notes=(*checkpoint.notes, f"Running {'; '.join(choice.reasons)}"),
+        notes=(*checkpoint.notes, *warnings, f"Running {'; '.join(choice.reasons)}"),
         fetcher=fetcher,
     )
 
@@ -347,7 +364,7 @@ _default: Engine | None = None
 _default_lock = threading.Lock()
 
 
-def predict(input: Mapping[str, Any], **options: Any) -> Prediction:
+def predict(input: Mapping[str, Any] | PredictionInput, **options: Any) -> Prediction:
     """`Engine.predict` on one lazily made engine: the checkpoint in RITOCCO_MODEL, else the pocket model."""
     global _default
     with _default_lock:

@@ -43,7 +43,8 @@ class BackendError(RitoccoError, RuntimeError):
 class NonFiniteError(RitoccoError, ArithmeticError):
     """A network produced NaN or infinity.
 
-    step: index of the first table row (0-based) whose result was not finite.
+    step: index of the first table row (0-based) whose result was not finite; -1 where a network before or
+        after the loop gave it, and then the message names that one.
     """
 
     def __init__(self, message: str, *, step: int) -> None:

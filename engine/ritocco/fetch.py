@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from ritocco.addresses import Address, Network, parse_network, refusal
 from ritocco.errors import FetchError, RequestError
+from ritocco.shown import shown
 
 if TYPE_CHECKING:
     import ssl
@@ -60,6 +61,13 @@ def redacted(url: str) -> str:
     return shown if len(shown) <= 100 else shown[:97] + "..."
 
 
+def _strings(name: str, given: object) -> tuple[str, ...]:
+    listed = tuple(given) if isinstance(given, Iterable) and not isinstance(given, str) else (None,)
+    if not all(isinstance(text, str) for text in listed):
+        raise RequestError(f"{name} is {shown(given)}; it must be a list of strings")
+    return cast("tuple[str, ...]", listed)
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Target:
     """One hop, checked: what to ask for and which addresses may be asked."""
@@ -79,7 +87,8 @@ class Fetcher:
     max_bytes: most bytes of a body. timeout_s: seconds for the whole fetch, redirects included.
     max_redirects: most redirects followed. ssl_context: own certificates; by default those of
         SSL_CERT_FILE, else certifi's.
-    Raises RequestError where a network is not valid CIDR or a cap is not positive. Threads may share one.
+    Raises RequestError where a list is none of strings, a network not valid CIDR or a cap not
+        positive. Threads may share one.
     """
 
     allow_networks: Iterable[str] = ()
@@ -91,13 +100,12 @@ class Fetcher:
     _opened: tuple[Network, ...] = field(default=(), init=False, repr=False)
 
     def __post_init__(self) -> None:
-        if isinstance(self.allow_networks, str) or isinstance(self.allow_hosts, str):
-            raise RequestError("allow_networks and allow_hosts are lists of strings, not one string")
-        networks = tuple(self.allow_networks)
+        networks = _strings("allow_networks", self.allow_networks)
         object.__setattr__(self, "allow_networks", networks)
         object.__setattr__(self, "_opened", tuple(parse_network(text) for text in networks))
         if self.allow_hosts is not None:
-            hosts = tuple(host.strip().lower().rstrip(".") for host in self.allow_hosts)
+            listed = _strings("allow_hosts", self.allow_hosts)
+            hosts = tuple(host.strip().lower().rstrip(".") for host in listed)
             object.__setattr__(self, "allow_hosts", hosts)
         if not (self.max_bytes > 0 and self.timeout_s > 0 and self.max_redirects >= 0):
             raise RequestError("max_bytes and timeout_s must be above 0 and max_redirects at least 0")

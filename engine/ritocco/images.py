@@ -67,18 +67,18 @@ def load_inputs(
     """
     loader = Loader(allow_local=allow_local, fetcher=fetcher, max_bytes=max_bytes, max_pixels=max_pixels)
     # One after the other: a picture may be hundreds of times larger than what is made of it.
-    picture = loader.load(image, field="input.image")
+    picture = loader.flat(image, field="input.image", ground=WHITE)
     across, down = picture.size
-    pixels = np.array(_on_colour(picture, WHITE).resize((width, height), Image.Resampling.LANCZOS))
+    pixels = np.array(picture.resize((width, height), Image.Resampling.LANCZOS))
     del picture
-    stencil = loader.load(mask, field="input.mask")
+    stencil = loader.flat(mask, field="input.mask", ground=BLACK)
     notes = []
     if stencil.size != (across, down):
         notes.append(
             f"Warning: the mask has {stencil.width}x{stencil.height} pixels and the image {across}x{down}; "
             "the mask is stretched over it"
         )
-    grey = np.asarray(_on_colour(stencil, BLACK).convert("L"))
+    grey = np.asarray(stencil.convert("L"))
     del stencil
     white = Image.fromarray(np.where(grey >= 128, np.uint8(255), np.uint8(0)))
     repaint = np.asarray(white.resize((width, height), Image.Resampling.BOX)) >= 128
@@ -93,16 +93,6 @@ def _mask_notes(mask: Mask) -> tuple[str, ...]:
     if not mask_to_latent(mask).any():
         return ("Warning: the white of the mask is too thin: the network sees every 8th pixel of it",)
     return ()
-
-
-def _on_colour(picture: Image.Image, colour: tuple[int, int, int]) -> Image.Image:
-    """RGB: the picture itself where opaque, else laid on the colour. Other colour spaces: Pillow's rules."""
-    if not picture.has_transparency_data:
-        return picture.convert("RGB")
-    if picture.mode in ("La", "PA"):
-        picture = picture.convert("LA" if picture.mode == "La" else "RGBA")
-    ground = Image.new("RGBA", picture.size, (*colour, 255))
-    return Image.alpha_composite(ground, picture.convert("RGBA")).convert("RGB")
 
 
 def to_model(pixels: Pixels) -> Floats:

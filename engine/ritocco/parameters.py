@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 from safetensors import SafetensorError, safe_open
 
 from ritocco.errors import CheckpointError
+from ritocco.shown import plain
 from ritocco.weight_files import FLOATS, StoredTensor, content_digest
 
 if TYPE_CHECKING:
@@ -113,7 +114,8 @@ def choose_variant(
         if name in variants:
             return name, variants[name]
     if len(variants) > 1:
-        raise CheckpointError(f"several variants and none is plain; name one: {', '.join(sorted(variants))}")
+        listed = ", ".join(plain(name) for name in sorted(variants))
+        raise CheckpointError(f"several variants and none is plain; name one: {listed}")
     return next(iter(variants.items()))
 
 

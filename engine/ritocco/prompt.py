@@ -21,7 +21,7 @@ import tokenizers
 from tokenizers import models, normalizers, pre_tokenizers
 
 from ritocco.errors import CheckpointError
-from ritocco.shown import shown
+from ritocco.shown import plain, shown
 from ritocco.weight_files import read_json, read_text
 
 BOS = "<|startoftext|>"
@@ -318,7 +318,7 @@ def _build_bpe(tables: TokenizerTables) -> tokenizers.Tokenizer:
         )
     except Exception as error:  # the library raises bare Exception, e.g. for a merge whose result has no id
         raise CheckpointError(
-            f"{tables.source}: vocabulary and merges do not fit together ({error})"
+            f"{tables.source}: vocabulary and merges do not fit together ({plain(str(error))})"
         ) from error
     bpe.normalizer = normalizers.Sequence(
         [normalizers.NFC(), normalizers.Replace(tokenizers.Regex(r"\s+"), " "), normalizers.Lowercase()]

@@ -16,7 +16,7 @@ import numpy as np
 
 from ritocco.backends.runtime import Floats, Tokens
 from ritocco.errors import RequestError
-from ritocco.fetch import Fetcher
+from ritocco.fetch import MAX_BYTES, Fetcher
 from ritocco.images import Inputs, load_inputs
 from ritocco.noise import UINT64_END
 from ritocco.progress import Log
@@ -100,6 +100,7 @@ def prepare(
         height=fields.height,
         allow_local=allow_local,
         fetcher=fetcher,
+        max_bytes=MAX_BYTES if fetcher is None else fetcher.max_bytes,
     )
     log.note(*notes, *table.notes, *inputs.notes)
     request = Request(

@@ -46,6 +46,7 @@ _FORMATS: tuple[tuple[str, Callable[[bytes], bool], Callable[[io.BytesIO], Image
     ("GIF", lambda data: data.startswith((b"GIF87a", b"GIF89a")), GifImageFile),
     ("BMP", lambda data: data.startswith(b"BM"), BmpImageFile),
 )
+_REMOTE = ("http://", "https:/", "data:")
 _ORIENTATION_TAG = 0x0112
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -79,8 +80,8 @@ class Loader:
         FetchError for a URL.
         """
         try:
-            if isinstance(source, str) and source[:7].lower().startswith(("http://", "https:/", "data:")):
-                picture = self._decode(self._remote(source, field))
+            if isinstance(source, str) and source.strip()[:7].lower().startswith(_REMOTE):
+                picture = self._decode(self._remote(source.strip(), field))
             elif not self.allow_local:
                 raise _Unusable("is not allowed here; image and mask are http(s) URLs or data URIs")
             elif isinstance(source, np.ndarray):
@@ -92,6 +93,15 @@ class Loader:
         except _Unusable as why:
             raise RequestError(f"{field}: {describe(source)} {why}", field=field) from why.__cause__
         return picture
+
+    def flat(self, source: Any, *, field: str, ground: tuple[int, int, int]) -> Image.Image:
+        """The picture upright in RGB, its transparent parts laid on the colour `ground`. Raises as `load`."""
+        picture = self.load(source, field=field)
+        try:
+            return _on_colour(picture, ground)
+        except Exception as error:  # a palette or transparency that fits no picture; Pillow raises any class
+            why = f"can't be read as colours ({_first_line(error)})"
+            raise RequestError(f"{field}: {describe(source)} {why}", field=field) from error
 
     def _remote(self, source: str, field: str) -> bytes:
         if source[:5].lower() == "data:":
@@ -248,6 +258,8 @@ def _read_local(source: Any, max_bytes: int) -> bytes:
     if isinstance(source, str | os.PathLike):
         try:
             path = Path(os.fsdecode(source))
+            if not os.fsdecode(source).strip():
+                raise _Unusable("is an empty path")
             if not path.is_file():
                 raise _Unusable("is not a file" if path.exists() else "does not exist")
             with path.open("rb") as file:
@@ -262,7 +274,8 @@ def _read_local(source: Any, max_bytes: int) -> bytes:
 def _read_open_file(file: Any, max_bytes: int) -> bytes:
     """From where the file stands to its end; the position is put back, so that a file can be passed twice."""
     try:
-        start = file.tell() if file.seekable() else None
+        seekable = getattr(file, "seekable", None)
+        start = file.tell() if seekable is not None and seekable() else None
         data = bytearray()
         while len(data) <= max_bytes and (part := file.read(max_bytes + 1 - len(data))):
             data += part
@@ -317,6 +330,16 @@ def _eight_bits(picture: Image.Image) -> Image.Image:
     if picture.mode in ("I", "F"):
         raise _Unusable("has a mode whose white is not defined; convert it to L, or pass an array")
     return picture
+
+
+def _on_colour(picture: Image.Image, colour: tuple[int, int, int]) -> Image.Image:
+    """RGB: the picture itself where opaque, else laid on the colour. Other colour spaces: Pillow's rules."""
+    if not picture.has_transparency_data:
+        return picture.convert("RGB")
+    if picture.mode in ("La", "PA"):
+        picture = picture.convert("LA" if picture.mode == "La" else "RGBA")
+    ground = Image.new("RGBA", picture.size, (*colour, 255))
+    return Image.alpha_composite(ground, picture.convert("RGBA")).convert("RGB")
 
 
 def _first_line(error: BaseException) -> str:

@@ -168,11 +168,12 @@ def _entry(file: Path, key: str, entry: object) -> tuple[StoredTensor, int]:
             raise CheckpointError(f"{file}: corrupt, the header's entry for {shown(key)} makes no sense")
     if dtype not in ITEM_BYTES:
         raise CheckpointError(
-            f"{file}: {key} is stored as {dtype}, which ritocco does not read; use float32 or float16 weights"
+            f"{file}: {shown(key)} is stored as {shown(dtype)}, which ritocco does not read; "
+            "use float32 or float16 weights"
         )
     if begin < 0 or end - begin != math.prod(shape) * ITEM_BYTES[dtype]:
         raise CheckpointError(
-            f"{file}: corrupt, {key} has the shape {shape} in {end - begin} bytes of {dtype}"
+            f"{file}: corrupt, {shown(key)} has the shape {shown(shape)} in {end - begin} bytes of {dtype}"
         )
     return StoredTensor(file, key, dtype, tuple(shape)), end
 
@@ -240,13 +241,15 @@ def _read_shards(index: Path, root: Path) -> dict[str, StoredTensor]:
             raise CheckpointError(f"{index}: corrupt, it names a tensor {shown(key)}")
         if not isinstance(name, str) or not _plain_name(name):
             raise CheckpointError(
-                f"{index}: {key} is said to lie in {shown(name)}; "
+                f"{index}: {shown(key)} is said to lie in {shown(name)}; "
                 "a shard is the plain name of a .safetensors file beside the index"
             )
         if name not in shards:
             shards[name] = read_header(inside(index.parent / name, root))
         if key not in shards[name]:
-            raise CheckpointError(f"{index}: {key} is said to lie in {name}, which does not hold it")
+            raise CheckpointError(
+                f"{index}: {shown(key)} is said to lie in {shown(name)}, which does not hold it"
+            )
         tensors[key] = shards[name][key]
     return tensors
 

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -383,7 +384,12 @@ def test_damaged_weights(folder: Path, data: bytes, said: str) -> None:
         ({"dtype": "F32", "shape": [-1], "data_offsets": [0, 4]}, "makes no sense"),
         ({"dtype": "F32", "shape": [1], "data_offsets": [-4, 0]}, "corrupt"),
         ({"dtype": "F32", "shape": [10**9], "data_offsets": [0, 4 * 10**9]}, "truncated"),
-        ({"dtype": "F4", "shape": [1], "data_offsets": [0, 4]}, "stored as F4"),
+        ({"dtype": "F4", "shape": [1], "data_offsets": [0, 4]}, "stored as 'F4'"),
+        ({"dtype": "X\n\x1b[31m", "shape": [1], "data_offsets": [0, 4]}, r"stored as 'X\\+n\\+x1b\[31m'"),
+        (
+            {"dtype": "F32", "shape": [1] * 999, "data_offsets": [0, 2]},
+            r"shape \[1, 1, 1, .*\.\.\.\] in 2 bytes",
+        ),
         ({"dtype": "F32", "shape": [1.5], "data_offsets": [0, 4]}, "makes no sense"),
     ],
 )
@@ -449,6 +455,11 @@ def test_config_that_is_not_text_or_too_big(folder: Path) -> None:
     (folder / "unet/config.json").write_bytes(b" " * (17 << 20))
     with pytest.raises(CheckpointError, match="more than"):
         open_checkpoint(folder)
+
+
+def test_an_empty_name_is_not_the_embedded_model() -> None:
+    with pytest.raises(CheckpointError, match="model is ''"):
+        ritocco.load("")
 
 
 def test_paths_that_are_no_checkpoint(tmp_path: Path) -> None:
@@ -633,6 +644,11 @@ def test_a_scheduler_that_only_some_can_run_is_noted(folder: Path) -> None:
     (found,) = [finding for finding in verify(folder) if finding.subject == "scheduler"]
     assert found.level == "note"
     assert "PNDM" in found.message
+    with ritocco.load(folder) as engine:
+        size = {"width": 64, "height": 64, "num_inference_steps": 1}
+        picture = np.zeros((64, 64), np.uint8)
+        logs = engine.predict({"image": picture, "mask": picture, **size}).logs
+    assert "Warning: scheduler is 'PNDM'" in logs
 
 
 @pytest.mark.parametrize(

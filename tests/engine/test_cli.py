@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +105,22 @@ def test_every_option_reaches_the_engine(predict: Run, tmp_path: Path) -> None:
     with Image.open(answer["output"][2]) as picture:
         assert (picture.format, picture.size) == ("WEBP", (128, 64))
     assert "2/2 [" in answer["logs"]  # half of four steps
+
+
+def test_fields_are_checked_before_the_model_is_loaded(predict: Run, tmp_path: Path) -> None:
+    status, _, err = predict("--width", 100, "--model", tmp_path / "nowhere")
+    assert (status, "input.width is 100" in err) == (2, True)
+
+
+def test_the_variant_and_the_tokenizer_can_be_named(predict: Run, tiny_checkpoint: Path) -> None:
+    assert predict("--tokenizer", tiny_checkpoint / "tokenizer")[0] == 0
+    assert "nothing here" in predict("--tokenizer", "nothing here")[2]
+    assert "has no variant 'int3'" in predict("--variant", "int3")[2]
+
+
+def test_the_version(run: Run) -> None:
+    status, out, _ = run("--version")
+    assert (status, out) == (0, f"ritocco {version('ritocco')}\n")
 
 
 def test_json_alone_is_on_stdout(predict: Run, tmp_path: Path) -> None:

@@ -22,11 +22,12 @@ from PIL import Image
 from torch import Tensor
 
 import ritocco
-from ritocco import BackendError, Engine, NonFiniteError, Prediction, RequestError
+from ritocco import BackendError, Engine, NonFiniteError, Prediction, PredictionInput, RequestError
 from ritocco import engine as engine_module
 from ritocco.backends.network import NetworkBatch
 from ritocco.backends.torch_ import TorchRuntime
 from ritocco.checkpoint import load_tokenizer, open_checkpoint
+from ritocco.images import data_uri, encode
 from ritocco.noise import normal
 from ritocco.safety import NSFW_ERROR, SafetyChecker
 
@@ -217,6 +218,14 @@ def test_output_formats(tiny_engine: Engine, ask: Ask, name: str, kind: str) -> 
         overridden = tiny_engine.predict(given, output_format="jpg").output
         assert overridden is not None
         assert opened(overridden[0]).format == "JPEG"
+
+
+def test_a_checked_input_may_be_passed(tiny_engine: Engine, ask: Ask) -> None:
+    pixels = np.zeros((64, 64, 3), np.uint8)
+    uri = data_uri(encode(pixels))
+    given = ask(num_inference_steps=1) | {"image": uri, "mask": uri}
+    checked = PredictionInput.model_validate(given)
+    assert tiny_engine.predict(checked).input["image"].startswith("data:")
 
 
 def test_extensions_count_under_their_key_and_nowhere_else(tiny_engine: Engine, ask: Ask) -> None:
@@ -439,8 +448,10 @@ def test_other_networks_that_break_are_errors_too(
 ) -> None:
     original = getattr(spied_engine.runtime, stage)
     monkeypatch.setattr(spied_engine.runtime, stage, lambda array: original(array) * np.float32(np.nan))
-    with pytest.raises(NonFiniteError):
+    network = {"encode_text": "text encoder", "encode_image": "autoencoder's encoder", "decode": "decoded"}
+    with pytest.raises(NonFiniteError, match=network[stage]) as caught:
         spied_engine.predict(ask())
+    assert caught.value.step == -1
 
 
 def test_the_engine_runs_on_any_runtime(spied_engine: Engine, ask: Ask) -> None:

@@ -467,6 +467,10 @@ def test_networks_from_the_environment(server: Server, monkeypatch: pytest.Monke
         {"timeout_s": float("nan")},
         {"max_redirects": -1},
         {"allow_hosts": "a.b"},
+        {"allow_hosts": [5]},
+        {"allow_networks": [5]},
+        {"allow_networks": None},
+        {"allow_networks": "10.0.0.0/8"},
     ],
 )
 def test_settings_are_checked(settings: dict[str, Any]) -> None:

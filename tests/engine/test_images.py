@@ -357,10 +357,36 @@ def test_files_are_what_they_say() -> None:
         encode(PHOTO, "gif")
 
 
+def palette_png(transparency: bytes) -> bytes:
+    """8 x 8 pixels of the first of 256 colours."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    parts = {
+        b"IHDR": struct.pack(">IIBBBBB", 8, 8, 8, 3, 0, 0, 0),
+        b"PLTE": bytes(768),
+        b"tRNS": transparency,
+        b"IDAT": zlib.compress(bytes(9 * 8)),
+        b"IEND": b"",
+    }
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(kind, data) for kind, data in parts.items())
+
+
+def with_transparency(mode: str, value: object) -> Image.Image:
+    picture = Image.new(mode, (8, 8))
+    picture.info["transparency"] = value
+    return picture
+
+
 @pytest.mark.parametrize("field", ["image", "mask"])
 @pytest.mark.parametrize(
     ("source", "why"),
     [
+        (palette_png(b"\1" * 300), "can't be read as colours"),
+        (with_transparency("RGB", "garbage"), "can't be read as colours"),
+        (with_transparency("L", b"abc"), "can't be read as colours"),
+        (with_transparency("P", 999), "can't be read as colours"),
         (b"", "is empty"),
         (b"\x00" * 100, "none of the formats"),
         (b'<svg xmlns="http://www.w3.org/2000/svg" width="9" height="9"/>', "none of the formats"),
@@ -393,7 +419,7 @@ def test_files_are_what_they_say() -> None:
         (b"RIFF\x40\x00\x00\x00WEBPVP8L\x0a\x00\x00\x00\x2f\xff\xff\xff\x0f" + b"\0" * 30, "16384x16384"),
     ],
 )
-def test_hostile_bytes(field: str, source: bytes, why: str) -> None:
+def test_hostile_bytes(field: str, source: bytes | Image.Image, why: str) -> None:
     assert why in refused(source, field)
 
 
@@ -467,6 +493,8 @@ def test_files_are_capped_and_must_be_files(tmp_path: pathlib.Path) -> None:
         ("data:image/png;base64,@@@@", "not valid base64"),
         ("data:image/png;base64,A", "not valid base64"),
         ("data:,", "is empty"),
+        ("", "is an empty path"),
+        (" ", "is an empty path"),
     ],
 )
 def test_sources_that_are_refused(source: Any, why: str) -> None:
@@ -559,6 +587,17 @@ def test_sides_are_capped_too(size: tuple[int, int], field: str) -> None:
 
 def test_a_data_uri_of_escapes_is_refused() -> None:
     assert "percent-encoded" in refused("data:image/png," + "%41" * 1_100_000)
+
+
+def test_an_open_file_needs_only_read() -> None:
+    class Stream:
+        def __init__(self) -> None:
+            self.rest = io.BytesIO(saved(PHOTO))
+
+        def read(self, size: int) -> bytes:
+            return self.rest.read(min(size, 1000))
+
+    assert np.array_equal(load(Stream()).pixels, PHOTO)
 
 
 @pytest.mark.parametrize("error", [KeyError("x"), RuntimeError("x"), ZeroDivisionError()])

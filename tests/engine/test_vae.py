@@ -32,7 +32,6 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "use_quant_conv": False,
         "use_post_quant_conv": False,
         "scaling_factor": 0.7,
-        "force_upcast": False,
     },
     "two-levels": {
         "block_out_channels": [16, 32],
@@ -124,13 +123,7 @@ def test_io_describes_the_network(pair: tuple[Any, VAE]) -> None:
 
 def test_specs() -> None:
     real = VAESpec.from_config(SD)
-    assert (real.factor, real.scaling_factor, real.force_upcast, real.mid_attention) == (
-        8,
-        0.18215,
-        True,
-        True,
-    )
-    assert VAESpec.from_config(CONFIGS["plain"]).force_upcast is False
+    assert (real.factor, real.scaling_factor, real.mid_attention) == (8, 0.18215, True)
     neutral = {"shift_factor": None, "latents_mean": None, "sample_size": 256, "nobody_knows": 1}
     assert VAESpec.from_config({**SD, **neutral}) == real
     with torch.device("meta"):
@@ -152,7 +145,6 @@ def test_specs() -> None:
         ("scaling_factor", float("inf")),
         ("norm_num_groups", 24),
         ("latent_channels", None),
-        ("force_upcast", "no"),
         ("block_out_channels", 128),
     ],
 )

@@ -144,7 +144,6 @@ class VAESpec:
     """Shape of one autoencoder; `channels` has one entry per resolution, finest first.
 
     scaling_factor: the UNet's latents are the posterior times this.
-    force_upcast: the checkpoint asks for float32.
     """
 
     in_channels: int
@@ -154,7 +153,6 @@ class VAESpec:
     layers: int
     groups: int
     scaling_factor: float
-    force_upcast: bool
     quant_conv: bool
     post_quant_conv: bool
     mid_attention: bool
@@ -190,7 +188,6 @@ class VAESpec:
             layers=read.integer("layers_per_block", 1, most=MAX_BLOCKS // MAX_LEVELS),
             groups=groups,
             scaling_factor=scaling_factor,
-            force_upcast=read.flag("force_upcast", True),
             quant_conv=read.flag("use_quant_conv", True),
             post_quant_conv=read.flag("use_post_quant_conv", True),
             mid_attention=read.flag("mid_block_add_attention", True),
