@@ -12,7 +12,7 @@ POCKET_OUT ?= engine/ritocco/models/pocket
 POCKET_DATA ?= @lobehub/fluent-emoji-3d@1.1.0
 POCKET_PROCESSES ?= 2
 POCKET_VAE_STEPS ?= 2800
-POCKET_STAGES ?= 128:1500,256:1700,512:1100
+POCKET_STAGES ?= 128:1500,256:500,512:2100
 
 BIN = $(VENV)/bin
 INSTALL = $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt

@@ -32,7 +32,7 @@ from pocket.norm import quicken
 from pocket.training import Schedule, Trainer, run, start
 
 CAPACITY = 8000  # composites kept of each size
-REHEARSAL = 0.25
+REHEARSAL = 0.4
 # Guidance pushes away from what an empty prompt gives. While a picture is mostly noise that is background,
 # as it has to be; once a subject shows, the empty prompt must see it too, or guidance pushes on and burns it.
 # So captions are dropped (Ho & Salimans 2022, arXiv:2207.12598, algorithm 1) at timesteps where it shows.
@@ -56,7 +56,7 @@ class Encoded:
 class Stages:
     """What size each step trains on: `sizes[i]` pixels for `steps[i]` steps, then the next.
 
-    From the second stage on, a share REHEARSAL of the steps goes back to an earlier size.
+    From the second stage on, a share REHEARSAL of the steps goes back to an earlier size, mostly the last.
     """
 
     sizes: tuple[int, ...]
@@ -80,7 +80,7 @@ class Stages:
             stage += 1
         rng = np.random.default_rng((7, step, rank))
         if stage and rng.random() < REHEARSAL:
-            stage = int(rng.integers(stage))
+            stage = max(0, stage - int(rng.geometric(0.7)))
         return self.sizes[stage]
 
 
@@ -176,7 +176,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--assets", type=Path, required=True)
     parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--stages", type=Stages.parse, default="128:1500,256:1700,512:1100")
+    parser.add_argument("--stages", type=Stages.parse, default="128:1500,256:500,512:2100")
     parser.add_argument("--batch", type=int, default=32, help="of 128 pixels, per process")
     parser.add_argument("--fresh", type=float, default=3.0, help="new composites among them")
     parser.add_argument("--peak", type=float, default=1e-3)
