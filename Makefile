@@ -12,7 +12,8 @@ POCKET_OUT ?= engine/ritocco/models/pocket
 POCKET_DATA ?= @lobehub/fluent-emoji-3d@1.1.0
 POCKET_PROCESSES ?= 2
 POCKET_VAE_STEPS ?= 2800
-POCKET_STAGES ?= 128:1500,256:500,512:2100
+POCKET_OTHERS ?= 0.3
+POCKET_STAGES ?= 128:1500,256:1000,384:1400,512:400
 
 BIN = $(VENV)/bin
 INSTALL = $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
@@ -52,7 +53,7 @@ bench: $(VENV)/bench.stamp ## the benchmarks
 pocket: $(VENV)/pocket.stamp $(POCKET)/package/package.json ## train the embedded model again: hours; resumes where it stopped
 	$(TRAIN) -m pocket.autoencoder --assets $(POCKET)/package/assets --work $(POCKET)/work --steps $(POCKET_VAE_STEPS)
 	PYTHONPATH=benchmarks OMP_NUM_THREADS=1 $(BIN)/python -m pocket.words --work $(POCKET)/work
-	$(TRAIN) -m pocket.denoiser --assets $(POCKET)/package/assets --work $(POCKET)/work --stages $(POCKET_STAGES)
+	$(TRAIN) -m pocket.denoiser --assets $(POCKET)/package/assets --work $(POCKET)/work --stages $(POCKET_STAGES) --others $(POCKET_OTHERS)
 	PYTHONPATH=benchmarks $(BIN)/python -m pocket.pack --work $(POCKET)/work --out $(POCKET_OUT)
 	PYTHONPATH=benchmarks $(BIN)/python -m pocket.curve --work $(POCKET)/work --out docs/pocket-curve.png
 

@@ -176,7 +176,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--assets", type=Path, required=True)
     parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--stages", type=Stages.parse, default="128:1500,256:500,512:2100")
+    parser.add_argument("--stages", type=Stages.parse, default="128:1500,256:1000,384:1400,512:400")
     parser.add_argument("--batch", type=int, default=32, help="of 128 pixels, per process")
     parser.add_argument("--fresh", type=float, default=3.0, help="new composites among them")
     parser.add_argument("--peak", type=float, default=1e-3)
