@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from ritocco.engine import Engine
 
-PROMPTS = ("yellow cat face", "a red apple", "a doughnut", "a green frog", "")
+PROMPTS = ("yellow cat face", "a green frog", "a red car", "a hamburger", "a rocket", "a red heart")
 SEED = 7
 STEPS = 25
 SIDE = 512
