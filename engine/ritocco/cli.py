@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -243,11 +244,8 @@ def _run(
 
 def _notes_of(prediction: Prediction) -> str:
     """The log without its progress lines."""
-    return "".join(
-        line
-        for line in prediction.logs.splitlines(keepends=True)
-        if "it/s]" not in line and "s/it]" not in line
-    )
+    lines = prediction.logs.splitlines(keepends=True)
+    return "".join(line for line in lines if not re.match(r"\s*\d+%\|", line))
 
 
 def main() -> None:
