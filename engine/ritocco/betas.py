@@ -49,9 +49,9 @@ def alphas_cumprod(betas: F32, *, zero_snr: bool) -> F32:
 def _rescale_to_zero_snr(betas: F32) -> F32:
     """Shifts and scales the signal so that none is left at the last timestep.
 
-    [Lin et al. 2023, arXiv:2305.08891, Alg. 1] Square roots are rounded correctly here; torch's are one
-    ulp off on some processors (measured: AMD EPYC, torch 2.13), and then diffusers' tables differ from these by that ulp, which the
-    differences near the last timestep enlarge to as much as 3e-5 of a value.
+    [Lin et al. 2023, arXiv:2305.08891, Alg. 1] Square roots are rounded correctly here; torch's are one ulp
+    off on some processors (measured: AMD EPYC, torch 2.13). There diffusers' tables differ from these by that
+    ulp, which the differences near the last timestep enlarge to as much as 3e-5 of a value.
     """
     one = np.float32(1.0)
     signal = np.sqrt(alphas_cumprod(betas, zero_snr=False))
