@@ -159,11 +159,29 @@ def fill(
     One tensor at a time: mapped, converted, dropped. A tensor on the CPU that is stored in the wanted dtype
     is used straight from the mapped file (privately mapped: writing to it would not change the file).
     """
+    import torch
+
+    place = torch.device(device)
     with ExitStack() as stack:
         read = _Reader(stack)
-        state = {name: read(tensor).to(device=device, dtype=dtype) for name, tensor in matched.items()}
+        state = {name: _placed(read(tensor), place, dtype) for name, tensor in matched.items()}
     module.load_state_dict(state, strict=True, assign=True)
     return module.eval().requires_grad_(False)
+
+
+def _placed(tensor: torch.Tensor, device: torch.device, dtype: torch.dtype | None) -> torch.Tensor:
+    """On `device` in `dtype`. A convolution's weights that are copied anyway are laid out channels last.
+
+    The torch runtime's pictures lie so, except in float32 on a CPU; otherwise every call would copy the
+    weights again.
+    """
+    import torch
+
+    wanted = tensor.dtype if dtype is None else dtype
+    plain = device.type == "cpu" and wanted == torch.float32
+    if tensor.dim() != 4 or plain or (wanted == tensor.dtype and device == tensor.device):
+        return tensor.to(device=device, dtype=wanted)
+    return tensor.to(device=device, dtype=wanted, memory_format=torch.channels_last)
 
 
 def weights_digest(tensors: Mapping[str, Stored]) -> str:

@@ -331,6 +331,15 @@ def test_weights_that_do_not_fit_are_named(folder: Path) -> None:
     assert ("error", "unet") in [(finding.level, finding.subject) for finding in verify(folder)]
 
 
+def test_copied_convolutions_lie_channels_last(tiny_checkpoint: Path) -> None:
+    opened = open_checkpoint(tiny_checkpoint)
+    for dtype, last in ((torch.bfloat16, True), (torch.float32, False), (None, False)):
+        weight = load_network(opened, "unet", dtype=dtype).get_parameter("conv_in.weight")
+        assert weight.shape[2:] == (3, 3)
+        assert weight.is_contiguous(memory_format=torch.channels_last) is last
+        assert weight.is_contiguous() is not last
+
+
 def test_few_of_many_names(folder: Path) -> None:
     _edit(folder / "text_encoder/config.json", num_hidden_layers=9)
     with pytest.raises(CheckpointError, match=r"and \d+ more") as raised:
