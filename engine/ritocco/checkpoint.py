@@ -28,7 +28,7 @@ from ritocco.parameters import (
     weights_digest,
 )
 from ritocco.prompt import Tokenizer, TokenizerTables, read_tables, tables_of
-from ritocco.shown import shown
+from ritocco.shown import plain, shown
 from ritocco.weight_files import PICKLES, find_variants, inside, pickle_message, read_header, read_json
 
 if TYPE_CHECKING:
@@ -246,7 +246,7 @@ def _open_folder(
     weights: dict[str, Mapping[str, Mapping[str, Stored]]]
     weights = {n: find_variants(root / n, root=root, stem=_STEMS[n]) for n in networks}
     if variant is not None and not any(variant in found for found in weights.values()):
-        held = sorted({v or "(plain)" for found in weights.values() for v in found})
+        held = sorted({plain(v) or "(plain)" for found in weights.values() for v in found})
         raise CheckpointError(f"{root}: has no variant {shown(variant)}; it has {', '.join(held)}")
     extractor = root / "feature_extractor" / "preprocessor_config.json"
     notes = [] if safety else [f"{root.name}: this checkpoint has no safety checker, so none is run"]

@@ -125,7 +125,7 @@ def predict(
     suffix = output_format or "png"
     with _disk(out):  # before the work, so that it is not lost
         out.mkdir(parents=True, exist_ok=True)
-        for path in (out / f"out-{index}.{suffix}" for index in range(min(num_outputs or 1, 4))):
+        for path in (out / f"out-{index}.{suffix}" for index in range(num_outputs or 1)):
             if path.is_dir():
                 raise IsADirectoryError(f"{path} is a folder")
     with _engine(model, device, dtype, backend, variant, tokenizer) as engine:

@@ -38,6 +38,7 @@ from ritocco.progress import Log
 from ritocco.request import Request, prepare
 from ritocco.safety import NSFW_ERROR, SafetyChecker
 from ritocco.schema import Options, PredictionInput, parse_input
+from ritocco.shown import plain
 
 if TYPE_CHECKING:
     from ritocco.checkpoint import Checkpoint
@@ -274,7 +275,7 @@ def _refuse_non_finite(network: str, *outputs: Floats | None) -> None:
 
 def _listed(keys: Sequence[str]) -> str:
     """Somebody's keys for the log: plain, on one line, not endless."""
-    shown = [ascii(key)[1:-1][:40] for key in sorted(keys)]
+    shown = [plain(key, 40) for key in sorted(keys)]
     return ", ".join(shown[:20]) + (f" and {len(shown) - 20} more" if len(shown) > 20 else "")
 
 
