@@ -178,12 +178,13 @@ def load_network(
     *,
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
+    later: tuple[str, ...] = (),
 ) -> nn.Module:
     """A network with its weights, in eval mode and without gradients.
 
     dtype: of every parameter; None keeps what is stored. On the CPU a tensor stored in that dtype is used
-    straight from
-    the mapped file, any other is converted one by one: no second copy of the weights exists at any time.
+    straight from the mapped file, any other is converted one by one: no second copy of the weights exists at
+    any time. later: beginnings of names that are checked and mapped, but converted only by `place`.
     Raises CheckpointError where names or shapes do not fit the config.
     """
     module = build(network, checkpoint.config(network))
@@ -193,7 +194,7 @@ def load_network(
             f"{checkpoint.source} ({network}): the weights do not fit the config. {'; '.join(problems)}. "
             "Download the model again, or correct the config"
         )
-    return fill(module, matched, device=device, dtype=dtype)
+    return fill(module, matched, device=device, dtype=dtype, later=later)
 
 
 def check_network(

@@ -10,6 +10,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
@@ -19,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from ritocco.backends.host_memory import give_back_freed_memory
 from ritocco.backends.runtime import Floats, Lane, LatentSize, Runtime
 from ritocco.denoise import denoise
 from ritocco.errors import BackendError, CheckpointError, NonFiniteError
@@ -149,6 +151,7 @@ class Engine:
             self._closed = True
             self.__dict__.pop("runtime", None)
             self._safety = None
+            give_back_freed_memory()
 
     @contextmanager
     def _on_device(self) -> Iterator[None]:
@@ -348,11 +351,15 @@ def _engine(checkpoint: Checkpoint, device: str, dtype: str, backend: str, fetch
     scheduler = from_pipeline(checkpoint.scheduler)
     warnings = [f"Warning: {problem}" for problem in check_scheduler(scheduler)]
     safety = None
-    if checkpoint.safety_checker is not None:
-        safety = SafetyChecker.load(checkpoint, device=choice.device, dtype=choice.dtype)
+    # The tokenizer's tables are read while torch converts weights, which needs no Python.
+    with ThreadPoolExecutor(1, thread_name_prefix="ritocco-tokenizer") as pool:
+        tokenizer = pool.submit(load_tokenizer, checkpoint)
+        runtime = TorchRuntime(checkpoint, device=choice.device, dtype=choice.dtype)
+        if checkpoint.safety_checker is not None:
+            safety = SafetyChecker.load(checkpoint, device=choice.device, dtype=choice.dtype)
     return Engine(
-        TorchRuntime(checkpoint, device=choice.device, dtype=choice.dtype),
-        load_tokenizer(checkpoint),
+        runtime,
+        tokenizer.result(),
         scheduler,
         safety=safety,
         version=fingerprint(checkpoint),

@@ -152,21 +152,36 @@ def match_tensors(module: nn.Module, stored: Mapping[str, Stored]) -> tuple[dict
 
 
 def fill(
-    module: nn.Module, matched: Mapping[str, Stored], *, device: torch.device | str, dtype: torch.dtype | None
+    module: nn.Module,
+    matched: Mapping[str, Stored],
+    *,
+    device: torch.device | str,
+    dtype: torch.dtype | None,
+    later: tuple[str, ...] = (),
 ) -> nn.Module:
     """Give a meta module its parameters; in eval mode and without gradients afterwards.
 
     One tensor at a time: mapped, converted, dropped. A tensor on the CPU that is stored in the wanted dtype
     is used straight from the mapped file (privately mapped: writing to it would not change the file).
+    later: beginnings of names whose tensors stay mapped as stored, until `place`.
     """
     import torch
 
-    place = torch.device(device)
+    to = torch.device(device)
+    state: dict[str, torch.Tensor] = {}
     with ExitStack() as stack:
         read = _Reader(stack)
-        state = {name: _placed(read(tensor), place, dtype) for name, tensor in matched.items()}
+        for name, stored in matched.items():
+            tensor = read(stored)
+            state[name] = tensor if later and name.startswith(later) else _placed(tensor, to, dtype)
     module.load_state_dict(state, strict=True, assign=True)
     return module.eval().requires_grad_(False)
+
+
+def place(module: nn.Module, *, device: torch.device, dtype: torch.dtype) -> None:
+    """Convert the parameters that `fill` left for later, one tensor at a time; nothing where that is done."""
+    for parameter in module.parameters():
+        parameter.data = _placed(parameter.data, device, dtype)
 
 
 def _placed(tensor: torch.Tensor, device: torch.device, dtype: torch.dtype | None) -> torch.Tensor:

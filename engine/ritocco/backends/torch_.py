@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from math import prod
 from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ritocco.backends.host_memory import LARGEST_KEPT_BYTES, keep_freed_memory
 from ritocco.backends.runtime import Floats, Lane, LaneState, LatentSize, Tokens, Traits
 from ritocco.checkpoint import Checkpoint, load_network
 from ritocco.nets.blocks import KeysValues
@@ -18,6 +20,7 @@ from ritocco.nets.text_encoder import TextEncoder
 from ritocco.nets.unet import UNet
 from ritocco.nets.vae import VAE
 from ritocco.noise import normal
+from ritocco.parameters import place
 from ritocco.steps import advance, stack
 
 _STEPS_AHEAD = 2  # how many steps the host may queue before it waits for the device
@@ -32,8 +35,14 @@ class TorchRuntime:
         # In float32 on a CPU, torch's channels_last group norm loses digits (see `groupnorm_reference`).
         plain = device.type == "cpu" and dtype == torch.float32
         self.layout = torch.contiguous_format if plain else torch.channels_last
+        if device.type == "cpu" and _largest_weight_bytes(checkpoint) > LARGEST_KEPT_BYTES:
+            keep_freed_memory()
         self.unet = cast(UNet, load_network(checkpoint, "unet", device=device, dtype=dtype))
-        self.vae = cast(VAE, load_network(checkpoint, "vae", device=device, dtype=dtype))
+        # The decoder is not needed before the last step. On a GPU it moves at once: what does not fit there
+        # has to show now.
+        later = ("decoder.", "post_quant_conv.") if device.type == "cpu" else ()
+        self.vae = cast(VAE, load_network(checkpoint, "vae", device=device, dtype=dtype, later=later))
+        self._decodes = not later
         self.text_encoder = cast(
             TextEncoder, load_network(checkpoint, "text_encoder", device=device, dtype=dtype)
         )
@@ -57,6 +66,9 @@ class TorchRuntime:
     def decode(self, latents: Floats) -> Floats:
         """See `Runtime`. One picture at a time: the activations of a picture set the peak."""
         with inference(self.device):
+            if not self._decodes:
+                place(self.vae, device=self.device, dtype=self.dtype)
+                self._decodes = True
             return np.concatenate([_to_host(self.vae.decode(self._image(one))) for one in latents])
 
     def open(self, size: LatentSize, capacity: int) -> TorchBatch:
@@ -248,6 +260,12 @@ class TorchBatch:
         self._events.append(event)
         if len(self._events) > _STEPS_AHEAD:
             self._events.pop(0).synchronize()
+
+
+def _largest_weight_bytes(checkpoint: Checkpoint) -> int:
+    """Of the UNet, at two bytes a number."""
+    variants = checkpoint.weights["unet"].values()
+    return max(2 * prod(tensor.shape) for tensors in variants for tensor in tensors.values())
 
 
 @contextmanager
