@@ -7,7 +7,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ritocco.device import DTYPES, choose, installed
+from ritocco.backends import installed
+from ritocco.device import DTYPES, choose
 from ritocco.engine import pocket_model
 from ritocco.errors import RitoccoError
 from ritocco_bench.cases import Bench, BenchError, execute, startup, steps

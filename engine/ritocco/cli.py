@@ -7,7 +7,7 @@ import os
 import re
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from tqdm import tqdm
 
-from ritocco.errors import RequestError, RitoccoError
+from ritocco.errors import BackendError, RequestError, RitoccoError
 
 if TYPE_CHECKING:
     from ritocco.engine import Engine
@@ -32,12 +32,12 @@ app = typer.Typer(
 Model = Annotated[
     str | None,
     typer.Option(
-        help="Diffusers folder or .safetensors file. Default: RITOCCO_MODEL, else the embedded model."
+        help="Diffusers folder, .safetensors file or exported graphs. Default: RITOCCO_MODEL, else embedded."
     ),
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 Dtype = Annotated[str, typer.Option(help="auto, float32, float16 or bfloat16.")]
-Backend = Annotated[str, typer.Option(help="auto or torch.")]
+Backend = Annotated[str, typer.Option(help="auto, torch, onnxruntime or openvino.")]
 Variant = Annotated[str | None, typer.Option(help="fp16 and such, where a folder holds several.")]
 TokenizerFolder = Annotated[
     Path | None, typer.Option(help="Folder of vocab.json and merges.txt, for a single file.")
@@ -248,9 +248,17 @@ def _notes_of(prediction: Prediction) -> str:
     return "".join(line for line in lines if not re.match(r"\s*\d+%\|", line))
 
 
+def _add_plugins() -> None:
+    from ritocco.plugins import EXPORTER, exporter
+
+    with suppress(BackendError):
+        app.command(EXPORTER)(exporter().command)
+
+
 def main() -> None:
     """Entry point. Exit status 2 for a bad request, 1 for any other failure of ours."""
     try:
+        _add_plugins()
         app()
     except RequestError as error:
         typer.echo(f"error: {error}", err=True)

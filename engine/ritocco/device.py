@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from ritocco.errors import BackendError
@@ -50,14 +49,6 @@ def native_bfloat16() -> bool:
         return True
     probe = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
     return bool(probe is not None and probe())
-
-
-def installed(package: str) -> bool:
-    """Whether an optional package can be imported; looks, and imports nothing."""
-    try:
-        return find_spec(package) is not None
-    except (ImportError, ValueError):
-        return False
 
 
 def _device(name: str) -> torch.device:

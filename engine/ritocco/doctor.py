@@ -6,7 +6,8 @@ import platform
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 
-from ritocco.device import choose, installed, native_bfloat16
+from ritocco.backends import SESSION_BACKENDS, installed
+from ritocco.device import choose, native_bfloat16
 from ritocco.errors import BackendError
 
 
@@ -34,15 +35,18 @@ def examine() -> list[Line]:
         *_cuda(),
         _choice(),
         Line(level="ok", subject="backend torch", message="found"),
-        *(Line(level="missing", subject=f"backend {name}", message="not in this version") for name in _LATER),
+        *(
+            _optional(f"backend {name}", name, "runs exported graphs", e)
+            for name, e in SESSION_BACKENDS.items()
+        ),
+        Line(level="missing", subject="backend tensorrt", message="not in this version"),
     ]
-    return lines + [_optional(*row) for row in _OPTIONAL]
+    return lines + [_optional(package, package, purpose, extra) for package, purpose, extra in _OPTIONAL]
 
-
-_LATER = ("onnxruntime", "openvino", "tensorrt")
 
 # Package, what it is for, the extra that installs it.
 _OPTIONAL = (
+    ("onnx", "ritocco export", "onnx"),
     ("diffusers", "sharing a pipeline in memory; the reference in tests and benchmarks", "diffusers"),
 )
 
@@ -82,15 +86,15 @@ def _choice() -> Line:
     return Line(level="ok", subject="default", message="; ".join(choice.reasons))
 
 
-def _optional(package: str, purpose: str, extra: str) -> Line:
+def _optional(subject: str, package: str, purpose: str, extra: str) -> Line:
     if not installed(package):
         message = f'missing: {purpose}. pip install "ritocco[{extra}]"'
-        return Line(level="missing", subject=package, message=message)
+        return Line(level="missing", subject=subject, message=message)
     try:
         found = version(package)
     except PackageNotFoundError:
         found = "unknown version"
-    return Line(level="ok", subject=package, message=f"{found}: {purpose}")
+    return Line(level="ok", subject=subject, message=f"{found}: {purpose}")
 
 
 def report(lines: list[Line]) -> str:

@@ -20,6 +20,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from ritocco.artefacts import Artefacts, cache_root, is_artefacts, open_artefacts
+from ritocco.backends import SESSION_BACKENDS
 from ritocco.backends.host_memory import give_back_freed_memory
 from ritocco.backends.runtime import Floats, Lane, LatentSize, Runtime
 from ritocco.denoise import denoise
@@ -124,7 +126,7 @@ class Engine:
             log,
             tokenizer=self._tokenizer,
             scheduler=self._scheduler,
-            size_multiple=self.traits.size_multiple,
+            traits=self.traits,
             safety=self._safety,
             fetcher=self._fetcher,
             allow_local=allow_local,
@@ -294,22 +296,37 @@ def load(
 ) -> Engine:
     """Load a checkpoint.
 
-    model: a diffusers folder or a single `.safetensors` file; None takes RITOCCO_MODEL from the environment,
-    else the embedded pocket model. device, dtype, backend: see `device.choose`. variant: `fp16` and such,
-    where a folder holds several. tokenizer: folder of vocab.json and merges.txt, for single files.
+    model: a diffusers folder, a single `.safetensors` file, or a folder of exported graphs; None takes
+    RITOCCO_MODEL from the environment, else the embedded pocket model. device, dtype: see `device.choose`.
+    backend: `auto`, `torch`, `onnxruntime` or `openvino`; the last two export a checkpoint once, into the
+    cache. variant: `fp16` and such, where a folder holds several. tokenizer: folder of vocab.json and
+    merges.txt, for single files.
     fetcher: opens the URLs of requests; None makes one from the environment.
     Raises CheckpointError, BackendError, and RequestError where RITOCCO_ALLOW_NETWORKS can't be read.
     """
+    path = model_path(model)
+    if is_artefacts(path):
+        if variant is not None or tokenizer is not None:
+            raise CheckpointError(f"{path}: exported graphs; variant and tokenizer are for checkpoints")
+        return _from_artefacts(open_artefacts(path), device, dtype, backend, fetcher)
     from ritocco.checkpoint import open_checkpoint
 
+    checkpoint = open_checkpoint(path, variant=variant, tokenizer=tokenizer)
+    if backend in SESSION_BACKENDS:
+        return _from_artefacts(_exported(checkpoint), device, dtype, backend, fetcher)
+    return _engine(checkpoint, device, dtype, backend, fetcher)
+
+
+def model_path(model: str | Path | None) -> Path:
+    """Where a model lies: the one named, else RITOCCO_MODEL, else the embedded one.
+
+    Raises CheckpointError for an empty name.
+    """
     if model is None:
         model = os.environ.get("RITOCCO_MODEL") or pocket_model()
     elif not str(model):
         raise CheckpointError("model is ''; it must name a folder or a .safetensors file")
-    path = Path(model)
-    return _engine(
-        open_checkpoint(path, variant=variant, tokenizer=tokenizer), device, dtype, backend, fetcher
-    )
+    return Path(model)
 
 
 def from_diffusers(
@@ -366,6 +383,46 @@ def _engine(checkpoint: Checkpoint, device: str, dtype: str, backend: str, fetch
         notes=(*checkpoint.notes, *warnings, f"Running {'; '.join(choice.reasons)}"),
         fetcher=fetcher,
     )
+
+
+def _from_artefacts(
+    artefacts: Artefacts, device: str, dtype: str, backend: str, fetcher: Fetcher | None
+) -> Engine:
+    """An engine on exported graphs; imports no torch."""
+    from ritocco.backends import open_sessions
+    from ritocco.prompt import Tokenizer
+    from ritocco.scheduler_config import check_scheduler, from_pipeline
+
+    fetcher = fetcher or Fetcher.from_environment()
+    scheduler = from_pipeline(artefacts.scheduler)
+    warnings = [f"Warning: {problem}" for problem in check_scheduler(scheduler)]
+    runtime, reasons = open_sessions(artefacts, backend=backend, device=device, dtype=dtype)
+    return Engine(
+        runtime,
+        Tokenizer.from_folder(artefacts.path / "tokenizer"),
+        scheduler,
+        version=artefacts.version,
+        notes=(
+            *warnings,
+            f"{artefacts.path.name}: exported graphs carry no safety checker, so none is run",
+            f"Running {'; '.join(reasons)}",
+        ),
+        fetcher=fetcher,
+    )
+
+
+def _exported(checkpoint: Checkpoint) -> Artefacts:
+    """The checkpoint's graphs from the cache, exported into it where they are not there."""
+    from ritocco.checkpoint import fingerprint
+    from ritocco.plugins import exporter
+
+    version = fingerprint(checkpoint)
+    folder = cache_root() / "graphs" / version[:32]
+    try:
+        return open_artefacts(folder, version=version)
+    except CheckpointError:
+        exporter().export(checkpoint, folder, dtype="float32")
+    return open_artefacts(folder, version=version)
 
 
 _default: Engine | None = None

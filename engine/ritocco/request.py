@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ritocco.backends.runtime import Floats, Tokens
+from ritocco.backends.runtime import Floats, Tokens, Traits
 from ritocco.errors import RequestError
 from ritocco.fetch import MAX_BYTES, Fetcher
 from ritocco.images import Inputs, load_inputs
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from ritocco.prompt import Tokenizer
 
 RANDOM_SEEDS = 1 << 16  # of the original: 0 to 65535
+CELL = 8  # pixels per side of a latent cell
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -70,19 +71,20 @@ def prepare(
     *,
     tokenizer: Tokenizer,
     scheduler: Mapping[str, Any],
-    size_multiple: int,
+    traits: Traits,
     safety: SafetyChecker | None,
     fetcher: Fetcher | None,
     allow_local: bool,
 ) -> Request:
     """Check what the fields alone can't tell, open the pictures, build the table of steps.
 
-    scheduler: the checkpoint's config. size_multiple: of latent cells. fetcher, allow_local: for pictures.
+    scheduler: the checkpoint's config. traits: of the runtime, for the sizes that it takes.
+    fetcher, allow_local: for pictures.
     Raises RequestError and FetchError.
     """
     seed = secrets.randbelow(RANDOM_SEEDS) if fields.seed is None else fields.seed
     log.note(f"Using seed: {seed}")
-    _check_size(fields, 8 * size_multiple)
+    _check_size(fields, traits)
     shape = (4, fields.height // 8, fields.width // 8)
     noise = None
     if options.latents is not None:
@@ -103,6 +105,11 @@ def prepare(
         max_bytes=MAX_BYTES if fetcher is None else fetcher.max_bytes,
     )
     log.note(*notes, *table.notes, *inputs.notes)
+    if traits.whole_timesteps and (table.timesteps % 1).any():
+        log.note(
+            f"Warning: {fields.scheduler} uses fractional timesteps, and these graphs take whole ones: "
+            "fractions are cut off"
+        )
     request = Request(
         fields=fields,
         options=options,
@@ -118,10 +125,15 @@ def prepare(
     return request
 
 
-def _check_size(fields: PredictionInput, multiple: int) -> None:
-    for name, side in (("width", fields.width), ("height", fields.height)):
+def _check_size(fields: PredictionInput, traits: Traits) -> None:
+    multiple = CELL * traits.size_multiple
+    sides = (("width", fields.width, traits.widths), ("height", fields.height, traits.heights))
+    for name, side, cells in sides:
         if side % multiple:
             rule = f"this checkpoint takes multiples of {multiple}"
+            raise RequestError(f"input.{name} is {side}; {rule}", field=f"input.{name}")
+        if cells is not None and not cells[0] <= side // CELL <= cells[1]:
+            rule = f"these graphs take {CELL * cells[0]} to {CELL * cells[1]}; export others with --profile"
             raise RequestError(f"input.{name} is {side}; {rule}", field=f"input.{name}")
 
 

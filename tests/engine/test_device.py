@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from ritocco.device import choose, installed, native_bfloat16
+from ritocco.backends import installed
+from ritocco.device import choose, native_bfloat16
 from ritocco.errors import BackendError
 
 Machine = Callable[..., None]

@@ -21,12 +21,16 @@ class Traits:
 
     device, dtype: as torch writes them (`cuda:0`, `bfloat16`). lane_timesteps: whether the rows of one UNet
     call may have different timesteps. size_multiple: latent height and width are multiples of it (cells).
+    heights, widths: least and most cells; None where any size runs. whole_timesteps: fractions are cut off.
     """
 
     device: str
     dtype: str
     lane_timesteps: bool
     size_multiple: int
+    heights: tuple[int, int] | None = None
+    widths: tuple[int, int] | None = None
+    whole_timesteps: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -6,13 +6,27 @@ Symbols in shapes: N images or prompts, M UNet rows, H and W latent cells per si
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Literal
 
 from ritocco.nets.specs import TextSpec, UNetSpec, VAESpec
 
 Range = tuple[int, int, int]
 """Smallest, best and largest size."""
+
+GraphName = Literal["text_encoder", "unet", "vae_encoder", "vae_decoder"]
+GRAPHS: tuple[GraphName, ...] = ("text_encoder", "unet", "vae_encoder", "vae_decoder")
+
+Layout = Literal["ritocco", "optimum"]
+"""Whose names and conventions a set of graphs has.
+
+`ritocco`: a timestep for each UNet row; the autoencoder scales latents for the UNet, and its encoder gives
+the posterior's mean. `optimum`: one scalar timestep a call; latents as the autoencoder has them, and its
+encoder gives mean and log variance.
+"""
 
 CELLS: Range = (8, 64, 128)
 """Latent cells per side: 64 to 1024 pixels at 8 pixels per cell."""
@@ -55,56 +69,95 @@ class NetworkIO:
     multiples: Mapping[str, int]
 
 
-def unet_io(spec: UNetSpec, *, tokens: int, dtype: str) -> NetworkIO:
+Contract = Mapping[GraphName, NetworkIO]
+
+
+def contract_of(
+    unet: UNetSpec, vae: VAESpec, text: TextSpec, *, dtype: str, layout: Layout = "ritocco"
+) -> Contract:
+    """The contracts of a checkpoint's four graphs."""
+    return {
+        "text_encoder": text_encoder_io(text, dtype=dtype, layout=layout),
+        "unet": unet_io(unet, tokens=text.positions, dtype=dtype, layout=layout),
+        "vae_encoder": vae_encoder_io(vae, dtype=dtype, layout=layout),
+        "vae_decoder": vae_decoder_io(vae, dtype=dtype, layout=layout),
+    }
+
+
+def contract_digest(contract: Contract) -> str:
+    """64 hex digits that change when a name, shape, dtype or multiple does; ranges are a choice of each
+    export.
+    """
+    ports = {name: {**asdict(io), "ranges": None} for name, io in contract.items()}
+    return hashlib.sha256(json.dumps(ports, sort_keys=True).encode()).hexdigest()
+
+
+def unet_io(spec: UNetSpec, *, tokens: int, dtype: str, layout: Layout = "ritocco") -> NetworkIO:
     """sample, timestep, context -> noise (whatever the checkpoint predicts). tokens: `TextSpec.positions`."""
+    own = layout == "ritocco"
+    context = "context" if own else "encoder_hidden_states"
     return NetworkIO(
         inputs=(
             Port(name="sample", shape=("M", spec.in_channels, "H", "W"), dtype=dtype),
-            Port(name="timestep", shape=("M",), dtype="float32"),
-            Port(name="context", shape=("M", tokens, spec.context_dim), dtype=dtype),
+            Port(name="timestep", shape=("M",) if own else (), dtype="float32"),
+            Port(name=context, shape=("M", tokens, spec.context_dim), dtype=dtype),
         ),
-        outputs=(Port(name="noise", shape=("M", spec.out_channels, "H", "W"), dtype=dtype),),
+        outputs=(
+            Port(
+                name="noise" if own else "out_sample", shape=("M", spec.out_channels, "H", "W"), dtype=dtype
+            ),
+        ),
         ranges={"M": ROWS, "H": CELLS, "W": CELLS},
         multiples={"H": spec.size_multiple, "W": spec.size_multiple},
     )
 
 
-def vae_encoder_io(spec: VAESpec, *, dtype: str) -> NetworkIO:
-    """pixels in [-1,1] -> latents, scaled for the UNet."""
+def vae_encoder_io(spec: VAESpec, *, dtype: str, layout: Layout = "ritocco") -> NetworkIO:
+    """pixels in [-1,1] -> latents, scaled for the UNet; Optimum's: mean and log variance, not scaled."""
+    own = layout == "ritocco"
+    moments = Port(name="latent_parameters", shape=("N", 2 * spec.latent_channels, "H", "W"), dtype=dtype)
     return NetworkIO(
-        inputs=(_pixels(spec, spec.in_channels, dtype),),
-        outputs=(_latents(spec, dtype),),
+        inputs=(_pixels(spec, spec.in_channels, dtype, "pixels" if own else "sample"),),
+        outputs=(_latents(spec, dtype, "latents") if own else moments,),
         ranges={"N": IMAGES, "H": CELLS, "W": CELLS},
         multiples={},
     )
 
 
-def vae_decoder_io(spec: VAESpec, *, dtype: str) -> NetworkIO:
-    """latents, scaled as the UNet's -> pixels, about [-1,1]."""
+def vae_decoder_io(spec: VAESpec, *, dtype: str, layout: Layout = "ritocco") -> NetworkIO:
+    """latents, scaled as the UNet's (Optimum's: not scaled) -> pixels, about [-1,1]."""
+    own = layout == "ritocco"
     return NetworkIO(
-        inputs=(_latents(spec, dtype),),
-        outputs=(_pixels(spec, spec.out_channels, dtype),),
+        inputs=(_latents(spec, dtype, "latents" if own else "latent_sample"),),
+        outputs=(_pixels(spec, spec.out_channels, dtype, "pixels" if own else "sample"),),
         ranges={"N": IMAGES, "H": CELLS, "W": CELLS},
         multiples={},
     )
 
 
-def text_encoder_io(spec: TextSpec, *, dtype: str) -> NetworkIO:
+def text_encoder_io(spec: TextSpec, *, dtype: str, layout: Layout = "ritocco") -> NetworkIO:
     """tokens -> context."""
+    own = layout == "ritocco"
     return NetworkIO(
-        inputs=(Port(name="tokens", shape=("N", spec.positions), dtype="int64"),),
-        outputs=(Port(name="context", shape=("N", spec.positions, spec.width), dtype=dtype),),
+        inputs=(Port(name="tokens" if own else "input_ids", shape=("N", spec.positions), dtype="int64"),),
+        outputs=(
+            Port(
+                name="context" if own else "last_hidden_state",
+                shape=("N", spec.positions, spec.width),
+                dtype=dtype,
+            ),
+        ),
         ranges={"N": IMAGES},
         multiples={},
     )
 
 
-def _pixels(spec: VAESpec, channels: int, dtype: str) -> Port:
-    return Port(name="pixels", shape=("N", channels, f"{spec.factor}*H", f"{spec.factor}*W"), dtype=dtype)
+def _pixels(spec: VAESpec, channels: int, dtype: str, name: str) -> Port:
+    return Port(name=name, shape=("N", channels, f"{spec.factor}*H", f"{spec.factor}*W"), dtype=dtype)
 
 
-def _latents(spec: VAESpec, dtype: str) -> Port:
-    return Port(name="latents", shape=("N", spec.latent_channels, "H", "W"), dtype=dtype)
+def _latents(spec: VAESpec, dtype: str, name: str) -> Port:
+    return Port(name=name, shape=("N", spec.latent_channels, "H", "W"), dtype=dtype)
 
 
 def _resolve(dim: str, sizes: Mapping[str, int]) -> int:

@@ -19,6 +19,7 @@ import ritocco
 from ritocco import Engine
 from ritocco.backends.runtime import Batch, Floats, LatentSize, Runtime, Tokens
 from ritocco.checkpoint import load_tokenizer, open_checkpoint
+from ritocco.nets.io import Layout
 
 TEXT = (
     "a photograph of a yellow cat's face on a park bench, high resolution. they're the quick brown dogs "
@@ -310,3 +311,31 @@ def ask() -> Callable[..., dict[str, Any]]:
         return given | changes
 
     return make
+
+
+def _export(checkpoint: Path, out: Path, *, layout: Layout = "ritocco", dtype: str = "float32") -> Path:
+    from ritocco_export.exporter import export_checkpoint
+    from ritocco_export.profiles import Profile
+
+    export_checkpoint(
+        open_checkpoint(checkpoint), out, dtype=dtype, layout=layout, profiles=[Profile.parse("64..256@1..2")]
+    )
+    return out
+
+
+@pytest.fixture(scope="session")
+def tiny_graphs(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """float32, our layout. Read-only by agreement: copy it before you change it."""
+    return _export(tiny_checkpoint, tmp_path_factory.mktemp("graphs") / "own")
+
+
+@pytest.fixture(scope="session")
+def tiny_optimum_graphs(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """float32, Optimum's layout."""
+    return _export(tiny_checkpoint, tmp_path_factory.mktemp("graphs") / "optimum", layout="optimum")
+
+
+@pytest.fixture(scope="session")
+def tiny_half_graphs(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """float16, our layout."""
+    return _export(tiny_checkpoint, tmp_path_factory.mktemp("graphs") / "half", dtype="float16")

@@ -1,0 +1,255 @@
+"""Exported graphs on disk: what a folder of them holds, whose weights they are, and whether they are whole.
+
+The layout is Optimum's: a folder for each graph with `model.onnx` (large weights in `model.onnx.data` beside
+it), configs and tokenizer as in a diffusers folder. `ritocco.json`, the manifest, is ours; a folder without
+one is somebody's Optimum export. No torch here: what is exported starts without it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, cast
+
+from ritocco.errors import CheckpointError
+from ritocco.nets.io import GRAPHS, Contract, GraphName, Layout, Range, contract_digest, contract_of
+from ritocco.nets.specs import TextSpec, UNetSpec, VAESpec
+from ritocco.shown import shown
+from ritocco.weight_files import inside, read_json
+
+MANIFEST = "ritocco.json"
+FORMAT = 1
+GRAPH_FILE = "model.onnx"
+DTYPES = ("float32", "float16", "bfloat16")
+CONFIGS = {
+    "unet": "unet/config.json",
+    "vae": "vae_encoder/config.json",
+    "text_encoder": "text_encoder/config.json",
+    "scheduler": "scheduler/scheduler_config.json",
+}
+_WHOLE_BYTES = 64 << 20
+_BLOCKS, _BLOCK_BYTES = 64, 4096
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Manifest:
+    """What an export says of itself.
+
+    version: of the checkpoint, as in a prediction. dtype: of the graphs. contract: `contract_digest` of the
+    ports. ranges: for each graph and symbol the sizes it takes. files: every file of the graphs with its
+    digest. versions: of the packages that made it. parity: figures of the gate.
+    """
+
+    version: str
+    layout: Layout
+    dtype: str
+    opset: int
+    contract: str
+    ranges: Mapping[str, Mapping[str, Range]]
+    files: Mapping[str, str]
+    versions: Mapping[str, str]
+    parity: Mapping[str, Any] = field(default_factory=dict)
+    format: int = FORMAT
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Artefacts:
+    """A folder of graphs that was opened and found whole.
+
+    contract: names, shapes, dtypes and ranges of the graphs. scheduler: the checkpoint's config.
+    manifest: None for an Optimum export.
+    """
+
+    path: Path
+    unet: UNetSpec
+    vae: VAESpec
+    text: TextSpec
+    scheduler: Mapping[str, Any]
+    contract: Contract
+    layout: Layout
+    version: str
+    manifest: Manifest | None
+
+    def graph(self, name: GraphName) -> Path:
+        """The ONNX file of a graph."""
+        return self.path / name / GRAPH_FILE
+
+
+def is_artefacts(path: Path) -> bool:
+    """Whether a folder holds exported graphs, ours or Optimum's."""
+    return (path / MANIFEST).is_file() or (path / "unet" / GRAPH_FILE).is_file()
+
+
+def open_artefacts(path: Path, *, version: str | None = None) -> Artefacts:
+    """Open a folder of graphs; reads configs, the manifest and a sample of every file.
+
+    version: of the checkpoint whose graphs they must be; None takes any.
+    Raises CheckpointError, by name, for what is missing, half-written, changed since its export, written for
+    another contract, or made of other weights.
+    """
+    configs = {name: read_json(inside(path / file, path)) for name, file in CONFIGS.items()}
+    unet, vae = UNetSpec.from_config(configs["unet"]), VAESpec.from_config(configs["vae"])
+    text = TextSpec.from_config(configs["text_encoder"])
+    for name in GRAPHS:
+        if not inside(path / name / GRAPH_FILE, path).is_file():
+            raise CheckpointError(f"{path / name / GRAPH_FILE}: missing; export the checkpoint again")
+    manifest = read_manifest(path) if (path / MANIFEST).is_file() else None
+    layout: Layout = "optimum" if manifest is None else manifest.layout
+    dtype = "float32" if manifest is None else manifest.dtype
+    contract = dict(contract_of(unet, vae, text, dtype=dtype, layout=layout))
+    if manifest is not None:
+        _check(path, manifest, contract, version)
+        for graph, ranges in manifest.ranges.items():
+            name = cast(GraphName, graph)
+            contract[name] = replace(contract[name], ranges=ranges)
+    return Artefacts(
+        path=path,
+        unet=unet,
+        vae=vae,
+        text=text,
+        scheduler=configs["scheduler"],
+        contract=contract,
+        layout=layout,
+        version=manifest.version if manifest else _version_of(path),
+        manifest=manifest,
+    )
+
+
+def read_manifest(path: Path) -> Manifest:
+    """The manifest of a folder. Raises CheckpointError where it makes no sense or is of another format."""
+    file = path / MANIFEST
+    held = read_json(file)
+    if held.get("format") != FORMAT:
+        raise CheckpointError(
+            f"{file}: format is {shown(held.get('format'))}; this version of ritocco reads format {FORMAT}. "
+            "Export the checkpoint again"
+        )
+    match held:
+        case {
+            "version": str(),
+            "layout": "ritocco" | "optimum",
+            "dtype": "float32" | "float16" | "bfloat16",
+            "opset": int(),
+            "contract": str(),
+            "ranges": dict(ranges),
+            "files": dict(files),
+            "versions": dict(),
+            "parity": dict(),
+        } if set(held) == set(Manifest.__dataclass_fields__):
+            pass
+        case _:
+            raise CheckpointError(f"{file}: no manifest of an export; export the checkpoint again")
+    if not files or not all(isinstance(digest, str) for digest in files.values()):
+        raise CheckpointError(f"{file}: names no files; export the checkpoint again")
+    read = {graph: _ranges_of(file, graph, ranges.get(graph)) for graph in GRAPHS}
+    return Manifest(**{**held, "ranges": read})
+
+
+def write_manifest(path: Path, manifest: Manifest) -> None:
+    """Write the manifest, last of all files: without it the folder is no export of ours."""
+    text = json.dumps(asdict(manifest), indent=2, sort_keys=True) + "\n"
+    with (path / MANIFEST).open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+@contextmanager
+def written_whole(out: Path) -> Iterator[Path]:
+    """A new folder to write into, which becomes `out` at the block's end, or vanishes where it raises.
+
+    An older export in its place is replaced. Raises CheckpointError where `out` holds anything else.
+    """
+    if out.exists() and not (out.is_dir() and (is_artefacts(out) or not any(out.iterdir()))):
+        raise CheckpointError(f"{out}: exists and is no export; name another folder")
+    part = out.with_name(f".{out.name}.{os.getpid()}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    try:
+        yield part
+        if out.exists():
+            old = out.with_name(f".{out.name}.{os.getpid()}.old")
+            out.rename(old)
+            part.rename(out)
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            part.rename(out)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def file_digest(file: Path) -> str:
+    """sha256 over a file's size and bytes: all up to 64 MiB, evenly spread blocks of a larger file."""
+    size = file.stat().st_size
+    digest = hashlib.sha256(size.to_bytes(8, "little"))
+    with file.open("rb") as stream:
+        if size <= _WHOLE_BYTES:
+            digest.update(stream.read())
+            return digest.hexdigest()
+        for k in range(_BLOCKS):
+            stream.seek(max(0, size - _BLOCK_BYTES) * k // (_BLOCKS - 1))
+            digest.update(stream.read(_BLOCK_BYTES))
+    return digest.hexdigest()
+
+
+def graph_files(path: Path) -> dict[str, str]:
+    """Every file of a folder's graphs, as written in a manifest: relative name -> digest."""
+    found = sorted(file for name in GRAPHS for file in (path / name).iterdir() if file.is_file())
+    return {file.relative_to(path).as_posix(): file_digest(file) for file in found}
+
+
+def cache_root() -> Path:
+    """Where what can be made again is kept: RITOCCO_CACHE, else the platform's folder for caches."""
+    if named := os.environ.get("RITOCCO_CACHE"):
+        return Path(named)
+    if sys.platform == "win32":
+        return Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local") / "ritocco"
+    if sys.platform == "darwin":
+        return Path.home() / "Library" / "Caches" / "ritocco"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ritocco"
+
+
+def _check(path: Path, manifest: Manifest, contract: Contract, version: str | None) -> None:
+    if manifest.contract != contract_digest(contract):
+        raise CheckpointError(
+            f"{path}: written for other inputs and outputs than this version of ritocco feeds "
+            f"({manifest.versions.get('ritocco', 'an unknown version')} wrote it); export it again"
+        )
+    if version is not None and manifest.version != version:
+        raise CheckpointError(
+            f"{path}: stale, made of the checkpoint {manifest.version[:12]} and not of {version[:12]}; "
+            "export the checkpoint again"
+        )
+    for name, digest in manifest.files.items():
+        file = inside(path / name, path)
+        if not file.is_file():
+            raise CheckpointError(f"{file}: missing; export the checkpoint again")
+        if file_digest(file) != digest:
+            raise CheckpointError(f"{file}: changed since it was exported; export the checkpoint again")
+
+
+def _ranges_of(file: Path, graph: str, held: object) -> dict[str, Range]:
+    if not isinstance(held, dict):
+        raise CheckpointError(f"{file}: says nothing of the sizes of {graph}; export the checkpoint again")
+    out: dict[str, Range] = {}
+    for symbol, sizes in held.items():
+        match sizes:
+            case [int(least), int(best), int(most)] if 0 < least <= best <= most:
+                out[symbol] = (least, best, most)
+            case _:
+                raise CheckpointError(f"{file}: sizes of {graph}.{shown(symbol)} are {shown(sizes)}")
+    return out
+
+
+def _version_of(path: Path) -> str:
+    digest = hashlib.sha256()
+    for name, one in graph_files(path).items():
+        digest.update(f"{name} {one}\n".encode())
+    return digest.hexdigest()

@@ -1,0 +1,61 @@
+"""OpenVINO: compiled models on a CPU, in bfloat16 where the processor computes it natively."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy.typing as npt
+import openvino
+
+from ritocco.artefacts import Artefacts, cache_root
+from ritocco.backends.sessions import Arrays, SessionRuntime
+from ritocco.errors import BackendError, CheckpointError
+from ritocco.nets.io import GRAPHS, GraphName
+
+_PRECISIONS = {"float32": "f32", "bfloat16": "bf16"}
+_DTYPES = {"f32": "float32", "f16": "float16", "i64": "int64", "i32": "int32"}
+
+
+class OpenVinoSession:
+    """See `Session`."""
+
+    def __init__(self, core: openvino.Core, artefacts: Artefacts, graph: GraphName, precision: str) -> None:
+        """precision: `f32` or `bf16`. Raises CheckpointError for a graph that can't be compiled."""
+        file = artefacts.graph(graph)
+        options = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": precision}
+        try:
+            compiled = core.compile_model(str(file), "CPU", options)
+        except RuntimeError as error:
+            raise CheckpointError(f"{file}: OpenVINO can't compile it ({str(error)[:300]})") from error
+        self._request = compiled.create_infer_request()
+        self.dtypes: Mapping[str, str] = {
+            port.get_any_name(): _DTYPES.get(port.element_type.get_type_name(), "float32")
+            for port in compiled.inputs
+        }
+
+    def run(self, feeds: Arrays) -> npt.NDArray[Any]:
+        """See `Session`."""
+        self._request.infer(dict(feeds), share_inputs=True)
+        # A copy: the request's own tensor is overwritten by the next call.
+        output: npt.NDArray[Any] = self._request.get_output_tensor(0).data.copy()
+        return output
+
+
+def open_openvino(artefacts: Artefacts, *, device: str, dtype: str) -> SessionRuntime:
+    """A Runtime on OpenVINO's CPU plug-in; compiled models are kept in the cache.
+
+    device: `auto` or `cpu`. dtype: `float32`, `bfloat16`, or `auto`, which takes bfloat16 where the processor
+    has it. Raises BackendError and CheckpointError.
+    """
+    if device not in ("auto", "cpu"):
+        raise BackendError(f"device is {device!r}; the backend openvino runs on cpu")
+    core = openvino.Core()
+    able = core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    if dtype == "auto":
+        dtype = "bfloat16" if "BF16" in able else "float32"
+    if dtype not in _PRECISIONS:
+        raise BackendError(f"dtype is {dtype!r}; the backend openvino computes in float32 or bfloat16")
+    core.set_property({"CACHE_DIR": str(cache_root() / "openvino")})
+    sessions = {graph: OpenVinoSession(core, artefacts, graph, _PRECISIONS[dtype]) for graph in GRAPHS}
+    return SessionRuntime(artefacts, sessions, device="cpu", dtype=dtype, release=(core,))

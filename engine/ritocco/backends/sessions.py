@@ -1,0 +1,110 @@
+"""A Runtime around four exported graphs, whatever runs them: ONNX Runtime, OpenVINO."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from ritocco.artefacts import Artefacts
+from ritocco.backends.network import NetworkBatch
+from ritocco.backends.runtime import Floats, LatentSize, Tokens, Traits
+from ritocco.errors import BackendError
+from ritocco.nets.io import GRAPHS, GraphName, NetworkIO
+
+Arrays = Mapping[str, npt.NDArray[Any]]
+
+
+class Session(Protocol):
+    """One graph, ready to run; called by one thread at a time."""
+
+    dtypes: Mapping[str, str]
+    """What each input is declared as: `float32`, `float16`, `int64`, `int32`."""
+
+    def run(self, feeds: Arrays) -> npt.NDArray[Any]:
+        """The graph's first output."""
+
+
+class SessionRuntime:
+    """See `Runtime`. What runs a graph is a Session; names and ranges are the contract's."""
+
+    def __init__(
+        self,
+        artefacts: Artefacts,
+        sessions: Mapping[GraphName, Session],
+        *,
+        device: str,
+        dtype: str,
+        release: Sequence[Any] = (),
+    ) -> None:
+        """device, dtype: what is computed on and in, for `Traits`.
+
+        Raises BackendError where a graph does not have the inputs of the contract.
+        """
+        self._artefacts, self._sessions = artefacts, dict(sessions)
+        self._keep = release  # objects that the sessions need alive
+        for name in GRAPHS:
+            _check_inputs(name, artefacts.contract[name], self._sessions[name])
+        ranges = artefacts.contract["unet"].ranges
+        self._most_rows = ranges["M"][2]
+        self._scaling = 1.0 if artefacts.layout == "ritocco" else artefacts.vae.scaling_factor
+        self.traits = Traits(
+            device=device,
+            dtype=dtype,
+            lane_timesteps=artefacts.layout == "ritocco",
+            size_multiple=artefacts.unet.size_multiple,
+            heights=(ranges["H"][0], ranges["H"][2]),
+            widths=(ranges["W"][0], ranges["W"][2]),
+            whole_timesteps=self._sessions["unet"].dtypes["timestep"].startswith("int"),
+        )
+
+    def encode_text(self, tokens: Tokens) -> Floats:
+        """See `Runtime`."""
+        most = self._artefacts.contract["text_encoder"].ranges["N"][2]
+        parts = [self._call("text_encoder", tokens[i : i + most]) for i in range(0, len(tokens), most)]
+        return np.concatenate(parts)
+
+    def encode_image(self, pixels: Floats) -> Floats:
+        """See `Runtime`. One picture at a time: the activations of a picture set the peak."""
+        latents = np.concatenate([self._call("vae_encoder", one[None]) for one in pixels])
+        # Optimum's graph gives mean and log variance; the mean is the first half.
+        return latents[:, : self._artefacts.vae.latent_channels] * np.float32(self._scaling)
+
+    def decode(self, latents: Floats) -> Floats:
+        """See `Runtime`. One picture at a time: the activations of a picture set the peak."""
+        unscaled = latents / np.float32(self._scaling)
+        return np.concatenate([self._call("vae_decoder", one[None]) for one in unscaled])
+
+    def open(self, size: LatentSize, capacity: int) -> NetworkBatch:
+        """See `Runtime`."""
+        return NetworkBatch(self._unet, capacity=capacity, lane_timesteps=self.traits.lane_timesteps)
+
+    def _unet(self, sample: Floats, timestep: Floats, context: Floats) -> Floats:
+        if not self.traits.lane_timesteps:
+            timestep = timestep[:1].reshape(())
+        outputs = []
+        for i in range(0, len(sample), self._most_rows):
+            rows = slice(i, i + self._most_rows)
+            times = timestep[rows] if timestep.ndim else timestep
+            outputs.append(self._call("unet", sample[rows], times, context[rows]))
+        return np.concatenate(outputs)
+
+    def _call(self, graph: GraphName, *arrays: npt.NDArray[Any]) -> Floats:
+        session = self._sessions[graph]
+        ports = self._artefacts.contract[graph].inputs
+        feeds = {
+            port.name: np.asarray(array, dtype=session.dtypes[port.name], order="C")
+            for port, array in zip(ports, arrays, strict=True)
+        }
+        return session.run(feeds).astype(np.float32, copy=False)
+
+
+def _check_inputs(graph: str, io: NetworkIO, session: Session) -> None:
+    wanted, found = {port.name for port in io.inputs}, set(session.dtypes)
+    if wanted != found:
+        raise BackendError(
+            f"{graph}: the graph takes {', '.join(sorted(found))}; {', '.join(sorted(wanted))} are needed. "
+            "Export the checkpoint again"
+        )

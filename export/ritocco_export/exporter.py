@@ -1,0 +1,160 @@
+"""From a checkpoint to a folder of graphs: written whole, gated against torch, then given its manifest."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterable, Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import onnx
+import torch
+
+from ritocco.artefacts import (
+    CONFIGS,
+    DTYPES,
+    GRAPH_FILE,
+    Manifest,
+    graph_files,
+    write_manifest,
+    written_whole,
+)
+from ritocco.checkpoint import Checkpoint, fingerprint
+from ritocco.errors import CheckpointError, RequestError
+from ritocco.nets.io import GRAPHS, Contract, GraphName, Layout, NetworkIO, contract_digest, contract_of
+from ritocco.nets.specs import TextSpec, UNetSpec, VAESpec
+from ritocco_export.gate import Figures, compare
+from ritocco_export.graphs import OPSETS, graph_module, write_graph
+from ritocco_export.profiles import Profile, ranges_of
+
+TOKENIZER_FILES = (
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+)
+Say = Callable[[str], None]
+
+
+def export_checkpoint(
+    checkpoint: Checkpoint,
+    out: Path,
+    *,
+    dtype: str = "float32",
+    layout: Layout = "ritocco",
+    profiles: Iterable[Profile] = (),
+    static: bool = False,
+    say: Say = lambda line: None,
+) -> Manifest:
+    """Write the four graphs of a checkpoint, its configs and tokenizer to the folder `out`.
+
+    dtype: of weights and arithmetic. static: only the best size of the profile, which must be the only one.
+    say: takes a line for every stage.
+    Every graph passes `onnx.checker` in full and the parity gate before anything is kept; the folder appears
+    whole, or not at all.
+    Raises RequestError for options that don't fit together, CheckpointError where the gate is not passed or
+    `out` is something else, OSError where the disk refuses.
+    """
+    profiles = list(profiles)
+    if dtype not in DTYPES:
+        raise RequestError(f"--dtype is {dtype!r}; it must be fp32, fp16 or bf16", field="--dtype")
+    if static and len(profiles) != 1:
+        raise RequestError("--static needs exactly one --profile, whose best size it takes", field="--static")
+    contract = contract_for(checkpoint, dtype=dtype, layout=layout, profiles=profiles, static=static)
+    with written_whole(out) as part:
+        _write_configs(checkpoint, part)
+        parity: dict[str, Figures] = {}
+        for graph in GRAPHS:
+            say(f"{graph}: exporting")
+            file = part / graph / GRAPH_FILE
+            module = graph_module(checkpoint, graph, dtype=getattr(torch, dtype), layout=layout)
+            write_graph(module, contract[graph], file, opset=OPSETS[dtype], static=static)
+            del module
+            onnx.checker.check_model(str(file), full_check=True)
+            parity[graph] = compare(checkpoint, graph, file, contract[graph], layout=layout, static=static)
+            say(f"{graph}: {parity[graph].line()}")
+        manifest = Manifest(
+            version=fingerprint(checkpoint),
+            layout=layout,
+            dtype=dtype,
+            opset=OPSETS[dtype],
+            contract=contract_digest(contract),
+            ranges={graph: dict(io.ranges) for graph, io in contract.items()},
+            files=graph_files(part),
+            versions=_versions(),
+            parity={graph: figures.as_json() for graph, figures in parity.items()},
+        )
+        write_manifest(part, manifest)
+    return manifest
+
+
+def contract_for(
+    checkpoint: Checkpoint, *, dtype: str, layout: Layout, profiles: Iterable[Profile], static: bool
+) -> Contract:
+    """The contract of an export, its ranges those of the profiles."""
+    unet, vae = UNetSpec.from_config(checkpoint.unet), VAESpec.from_config(checkpoint.vae)
+    text = TextSpec.from_config(checkpoint.text_encoder)
+    ranges = ranges_of(profiles)
+    out: dict[GraphName, NetworkIO] = {}
+    for graph, io in contract_of(unet, vae, text, dtype=dtype, layout=layout).items():
+        held = ranges[graph]
+        if static:
+            held = {symbol: (best, best, best) for symbol, (_, best, _) in held.items()}
+        for symbol, multiple in io.multiples.items():
+            if any(size % multiple for size in held[symbol]):
+                raise RequestError(
+                    f"--profile: {8 * multiple} is what the sides must be multiples of for this checkpoint",
+                    field="--profile",
+                )
+        out[graph] = NetworkIO(inputs=io.inputs, outputs=io.outputs, ranges=held, multiples=io.multiples)
+    return out
+
+
+def _write_configs(checkpoint: Checkpoint, part: Path) -> None:
+    configs: Mapping[str, Mapping[str, Any]] = {
+        "unet": checkpoint.unet,
+        "vae": checkpoint.vae,
+        "text_encoder": checkpoint.text_encoder,
+        "scheduler": checkpoint.scheduler,
+    }
+    for name, file in CONFIGS.items():
+        _write_json(part / file, configs[name])
+    _write_json(part / "vae_decoder" / "config.json", checkpoint.vae)
+    index = {
+        "_class_name": "StableDiffusionInpaintPipeline",
+        "feature_extractor": [None, None],
+        "safety_checker": [None, None],
+        "scheduler": ["diffusers", checkpoint.scheduler.get("_class_name", "DPMSolverMultistepScheduler")],
+        "text_encoder": ["optimum.onnxruntime.modeling_diffusion", "ORTTextEncoder"],
+        "tokenizer": ["transformers", "CLIPTokenizer"],
+        "unet": ["optimum.onnxruntime.modeling_diffusion", "ORTUnet"],
+        "vae": ["optimum.onnxruntime.modeling_diffusion", "ORTVae"],
+    }
+    _write_json(part / "model_index.json", index)
+    if not isinstance(checkpoint.tokenizer, Path):
+        raise CheckpointError(
+            f"{checkpoint.source}: a pipeline in memory has no tokenizer files; save it with save_pretrained "
+            "and export that folder"
+        )
+    (part / "tokenizer").mkdir()
+    for name in TOKENIZER_FILES:
+        if (checkpoint.tokenizer / name).is_file():
+            shutil.copyfile(checkpoint.tokenizer / name, part / "tokenizer" / name)
+
+
+def _write_json(file: Path, value: Mapping[str, Any]) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in ("ritocco", "torch", "onnx", "onnxscript", "onnxruntime"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "unknown"
+    return found

@@ -1,0 +1,103 @@
+"""The parity gate: a graph's outputs beside torch's, before anybody may use it.
+
+The truth is torch in float32 on weights rounded to the graph's dtype. float16 graphs are run on a CPU, where
+ONNX Runtime computes them in float32: their structure and their weights are gated, their float16 arithmetic
+is not. ONNX Runtime's CPU does not run bfloat16 graphs: those are checked for validity only.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import torch
+
+from ritocco.checkpoint import Checkpoint
+from ritocco.errors import CheckpointError
+from ritocco.nets.io import GraphName, Layout, NetworkIO
+from ritocco_export.graphs import example_inputs, graph_module
+
+# Largest error over the largest value. float32: another order of sums (measured: 3e-6 on the full-size
+# networks). float16: outputs and what passes between graphs are rounded, half an ulp being 5e-4.
+LARGEST_ERROR: Mapping[str, float] = {"float32": 1e-4, "float16": 4e-3}
+LEAST_PSNR_DB: Mapping[str, float] = {"float32": 90.0, "float16": 55.0}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Figures:
+    """What the gate measured. error: largest, over the largest value. psnr_db: over the largest value.
+
+    arithmetic: in which the graph was run; empty where it was not.
+    """
+
+    error: float
+    psnr_db: float
+    arithmetic: str
+
+    def line(self) -> str:
+        """In words."""
+        if not self.arithmetic:
+            return "valid; not run, as ONNX Runtime's CPU has no bfloat16"
+        return f"error {self.error:.1e}, PSNR {self.psnr_db:.1f} dB against torch, in {self.arithmetic}"
+
+    def as_json(self) -> dict[str, Any]:
+        """For the manifest."""
+        return asdict(self)
+
+
+def compare(
+    checkpoint: Checkpoint, graph: GraphName, file: Path, io: NetworkIO, *, layout: Layout, static: bool
+) -> Figures:
+    """Run a graph and torch on the same inputs at two sizes. Raises CheckpointError where they disagree."""
+    dtype = io.outputs[0].dtype
+    if dtype == "bfloat16":
+        return Figures(error=math.nan, psnr_db=math.nan, arithmetic="")
+    rounded = graph_module(checkpoint, graph, dtype=getattr(torch, dtype), layout=layout).float()
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+    worst, least = 0.0, math.inf
+    for seed, sizes in enumerate(_sizes(io, static=static)):
+        inputs = example_inputs(io, sizes, seed=seed)
+        feeds = {port.name: value.numpy() for port, value in zip(io.inputs, inputs, strict=True)}
+        found = session.run(None, feeds)[0].astype(np.float64)
+        with torch.inference_mode():
+            wide = [value.float() if value.is_floating_point() else value for value in inputs]
+            wanted = rounded(*wide).double().numpy()
+        error, psnr = difference(found, wanted)
+        worst, least = max(worst, error), min(least, psnr)
+    figures = Figures(error=worst, psnr_db=least, arithmetic="float32")
+    if not (worst <= LARGEST_ERROR[dtype] and least >= LEAST_PSNR_DB[dtype]):
+        allowed = f"{LARGEST_ERROR[dtype]:.0e} and {LEAST_PSNR_DB[dtype]:.0f} dB"
+        raise CheckpointError(
+            f"{graph}: the {dtype} graph departs from torch by {worst:.1e} ({least:.1f} dB), where {allowed} "
+            "are allowed; nothing was kept"
+        )
+    return figures
+
+
+def difference(found: np.ndarray[Any, Any], wanted: np.ndarray[Any, Any]) -> tuple[float, float]:
+    """Largest error over the largest value, and PSNR over it. Infinite error where anything is not finite."""
+    if found.shape != wanted.shape or not np.isfinite(found).all():
+        return math.inf, -math.inf
+    peak = max(float(np.abs(wanted).max()), 1e-30)
+    error = np.abs(found - wanted)
+    mean = float(np.square(error / peak).mean())
+    return float(error.max()) / peak, (math.inf if mean == 0 else -10 * math.log10(mean))
+
+
+def _sizes(io: NetworkIO, *, static: bool) -> list[dict[str, int]]:
+    """The smallest size, and another one in which all symbols differ from it where the ranges allow that."""
+    if static:
+        return [{symbol: best for symbol, (_, best, _) in io.ranges.items()}]
+    small = {symbol: least for symbol, (least, _, _) in io.ranges.items()}
+    other = {}
+    for position, (symbol, (least, _, most)) in enumerate(io.ranges.items()):
+        multiple = io.multiples.get(symbol, 1)
+        other[symbol] = min(most, least + (1 + position) * max(multiple, 8 if symbol in "HW" else 1))
+    return [small, other]

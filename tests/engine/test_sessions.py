@@ -1,0 +1,257 @@
+"""Exported graphs on ONNX Runtime and OpenVINO: one conformance suite, beside the torch runtime."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+import ritocco
+from ritocco import BackendError, CheckpointError, Engine, RequestError
+from ritocco.artefacts import open_artefacts
+from ritocco.backends import SESSION_BACKENDS, open_sessions
+from ritocco.backends.runtime import Floats
+from ritocco.backends.sessions import SessionRuntime
+from ritocco.schedules import SCHEDULERS
+
+# On decoded floats, largest value about 1: float32 on both sides, in another order of sums. Measured: 6e-6.
+TOLERANCE = 1e-4
+
+Ask = Callable[..., dict[str, Any]]
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RITOCCO_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+@pytest.fixture(scope="module", params=sorted(SESSION_BACKENDS))
+def backend(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(scope="module")
+def engine(backend: str, tiny_graphs: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RITOCCO_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+        yield ritocco.load(tiny_graphs, backend=backend, dtype="float32")
+
+
+def floats(engine: Engine, given: dict[str, Any], **options: Any) -> Floats:
+    """What `predict` decoded, before it was rounded to bytes."""
+    kept: list[Floats] = []
+    runtime = cast(Any, engine.runtime)
+    decode = type(runtime).decode
+
+    def keep(latents: Floats) -> Floats:
+        kept.append(decode(runtime, latents))
+        return kept[-1]
+
+    runtime.decode = keep
+    try:
+        engine.predict(given, **options)
+    finally:
+        del runtime.decode
+    return kept[0]
+
+
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+def test_every_scheduler_paints_as_with_torch(
+    engine: Engine, tiny_engine: Engine, ask: Ask, scheduler: str
+) -> None:
+    given = ask(scheduler=scheduler, num_inference_steps=4)
+    difference = np.abs(floats(engine, given) - floats(tiny_engine, given)).max()
+    assert difference < TOLERANCE
+
+
+@pytest.mark.parametrize("size", [(64, 64), (192, 128)])
+@pytest.mark.parametrize("guidance", [1.0, 7.5])
+def test_sizes_and_guidance(
+    engine: Engine, tiny_engine: Engine, ask: Ask, size: tuple[int, int], guidance: float
+) -> None:
+    given = ask(size=size, guidance_scale=guidance, num_outputs=2)
+    found = floats(engine, given)
+    assert found.shape == (2, 3, size[1], size[0])
+    assert np.abs(found - floats(tiny_engine, given)).max() < TOLERANCE
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4])
+def test_output_i_of_seed_s_is_output_0_of_seed_s_plus_i(engine: Engine, ask: Ask, count: int) -> None:
+    """The graphs take two pictures at a time: three and four go in two calls."""
+    batch = floats(engine, ask(num_outputs=count, seed=7))
+    last = floats(engine, ask(num_outputs=1, seed=7 + count - 1))
+    assert np.abs(batch[-1] - last[0]).max() < TOLERANCE
+
+
+def test_cancellation(engine: Engine, ask: Ask) -> None:
+    steps: list[int] = []
+
+    def stop(done: int, total: int) -> bool:
+        steps.append(done)
+        return done < 2
+
+    assert engine.predict(ask(num_inference_steps=9), on_step=stop).status == "canceled"
+    assert steps == [1, 2]
+
+
+def test_a_size_outside_the_profile_is_refused_before_anything_runs(engine: Engine, ask: Ask) -> None:
+    with pytest.raises(RequestError, match=r"input\.width is 320; these graphs take 64 to 256"):
+        engine.predict(ask(size=(320, 64)))
+
+
+def test_the_log_says_what_runs(engine: Engine, backend: str, ask: Ask) -> None:
+    logs = engine.predict(ask()).logs
+    assert f"Running {backend} on cpu: as asked; in float32" in logs
+    assert "carry no safety checker" in logs
+
+
+def test_optimums_layout_paints_the_same(
+    backend: str, tiny_optimum_graphs: Path, tiny_engine: Engine, ask: Ask
+) -> None:
+    engine = ritocco.load(tiny_optimum_graphs, backend=backend, dtype="float32")
+    assert not engine.traits.lane_timesteps
+    for scheduler in ("DDIM", "K_EULER"):
+        given = ask(scheduler=scheduler, num_outputs=2)
+        assert np.abs(floats(engine, given) - floats(tiny_engine, given)).max() < TOLERANCE
+
+
+def test_half_graphs_on_a_cpu_are_near(
+    backend: str, tiny_half_graphs: Path, tiny_engine: Engine, ask: Ask
+) -> None:
+    engine = ritocco.load(tiny_half_graphs, backend=backend, dtype="auto")
+    difference = np.abs(floats(engine, ask()) - floats(tiny_engine, ask()))
+    assert difference.max() < 0.1
+    assert difference.mean() < 0.01
+
+
+WITHOUT_TORCH = """
+import sys
+import numpy as np
+import socket
+def refused(*args, **kwargs): raise AssertionError("a socket was opened")
+socket.socket.connect = refused
+import ritocco
+engine = ritocco.load(sys.argv[1], backend=sys.argv[2])
+image = np.zeros((64, 64, 3), np.uint8)
+p = engine.predict({"image": image, "mask": image[..., 0] + 255, "prompt": "x", "width": 64, "height": 64,
+                    "num_inference_steps": 1})
+assert p.status == "succeeded", p
+print(*[name for name in ("torch", "transformers", "diffusers", "onnx") if name in sys.modules])
+"""
+
+
+def test_graphs_run_without_torch_or_a_socket(backend: str, tiny_graphs: Path) -> None:
+    root = Path(__file__).parents[2]
+    paths = os.pathsep.join(str(root / name) for name in ("engine", "kernels", "export"))
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_TORCH, str(tiny_graphs), backend],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == ""
+
+
+def test_a_checkpoint_is_exported_once(
+    backend: str, tiny_checkpoint: Path, tiny_graphs: Path, ask: Ask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exports: list[Path] = []
+
+    class Stub:
+        def export(self, checkpoint: Any, out: Path, *, dtype: str) -> None:
+            import shutil
+
+            exports.append(out)
+            assert dtype == "float32"
+            shutil.copytree(tiny_graphs, out)
+
+    monkeypatch.setenv("RITOCCO_CACHE", str(Path(os.environ["RITOCCO_CACHE"]) / backend))
+    monkeypatch.setattr("ritocco.plugins.exporter", Stub)
+    first = ritocco.load(tiny_checkpoint, backend=backend, dtype="float32")
+    second = ritocco.load(tiny_checkpoint, backend=backend, dtype="float32")
+    assert len(exports) == 1
+    assert first.version == second.version == open_artefacts(tiny_graphs).version
+    assert (floats(first, ask()) == floats(second, ask())).all()
+
+
+def test_auto_takes_the_fastest_that_is_installed(tiny_graphs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    artefacts = open_artefacts(tiny_graphs)
+    opened: list[str] = []
+
+    def fake(artefacts: Any, name: str, *rest: str) -> tuple[None, tuple[str, ...]]:
+        opened.append(name)
+        return None, ()
+
+    monkeypatch.setattr("ritocco.backends._open", fake)
+    for absent in ((), ("openvino",), ("onnxruntime",)):
+        monkeypatch.setattr("ritocco.backends.installed", lambda name, absent=absent: name not in absent)
+        open_sessions(artefacts, backend="auto", device="auto", dtype="auto")
+    monkeypatch.setattr("ritocco.backends.installed", lambda name: True)
+    open_sessions(artefacts, backend="auto", device="cuda", dtype="auto")
+    assert opened == ["openvino", "onnxruntime", "openvino", "onnxruntime"]
+    monkeypatch.setattr("ritocco.backends.installed", lambda name: False)
+    with pytest.raises(BackendError, match=r'pip install "ritocco\[openvino\]" or "ritocco\[onnx\]"'):
+        open_sessions(artefacts, backend="auto", device="auto", dtype="auto")
+    monkeypatch.undo()
+    monkeypatch.setattr("ritocco.backends.installed", lambda name: False)
+    with pytest.raises(BackendError, match=r"openvino.*not installed; pip install"):
+        open_sessions(artefacts, backend="openvino", device="auto", dtype="auto")
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"backend": "torch"}, "exported graphs run on openvino or onnxruntime"),
+        ({"backend": "onnxruntime", "device": "cuda"}, "has no CUDAExecutionProvider"),
+        ({"backend": "onnxruntime", "dtype": "float16"}, "these graphs are float32"),
+        ({"backend": "onnxruntime", "device": "tpu"}, "cpu, cuda and cuda:N"),
+        ({"backend": "openvino", "device": "cuda"}, "runs on cpu"),
+        ({"backend": "openvino", "dtype": "float16"}, "float32 or bfloat16"),
+    ],
+)
+def test_what_can_not_run_is_refused(tiny_graphs: Path, options: dict[str, str], said: str) -> None:
+    with pytest.raises(BackendError, match=said):
+        ritocco.load(tiny_graphs, **options)  # type: ignore[arg-type]
+
+
+def test_options_of_checkpoints_are_refused_for_graphs(tiny_graphs: Path) -> None:
+    with pytest.raises(CheckpointError, match="variant and tokenizer are for checkpoints"):
+        ritocco.load(tiny_graphs, variant="fp16")
+
+
+def test_a_graph_with_other_inputs_is_refused(tiny_graphs: Path) -> None:
+    class Other:
+        dtypes = {"x": "float32"}  # noqa: RUF012
+
+        def run(self, feeds: Any) -> npt.NDArray[Any]:
+            raise AssertionError
+
+    with pytest.raises(BackendError, match="text_encoder: the graph takes x; tokens are needed"):
+        SessionRuntime(
+            open_artefacts(tiny_graphs),
+            dict.fromkeys(("text_encoder", "unet", "vae_encoder", "vae_decoder"), Other()),  # type: ignore[arg-type]
+            device="cpu",
+            dtype="float32",
+        )
+
+
+def test_whole_timesteps_are_warned_of_by_name(
+    engine: Engine, ask: Ask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert not engine.traits.whole_timesteps
+    monkeypatch.setattr(engine, "traits", replace(engine.traits, whole_timesteps=True))
+    spaced = {**engine._scheduler, "timestep_spacing": "linspace"}
+    monkeypatch.setattr(engine, "_scheduler", spaced)
+    warning = "uses fractional timesteps, and these graphs take whole ones"
+    assert f"K_EULER {warning}" in engine.predict(ask(scheduler="K_EULER")).logs
+    assert warning not in engine.predict(ask(scheduler="DDIM")).logs
