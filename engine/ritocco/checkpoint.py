@@ -50,7 +50,7 @@ _OTHER_UNETS = {
     7: "an upscaler",
     8: "an image-editing (InstructPix2Pix) model",
 }
-_TOKENIZER_FILES = (
+TOKENIZER_FILES = (
     "vocab.json",
     "merges.txt",
     "tokenizer.json",
@@ -225,7 +225,7 @@ def fingerprint(checkpoint: Checkpoint) -> str:
     if isinstance(held, TokenizerTables):
         digest.update(json.dumps([sorted(held.vocab.items()), list(held.merges), held.pad.content]).encode())
     else:
-        for name in _TOKENIZER_FILES:
+        for name in TOKENIZER_FILES:
             if (held / name).is_file():
                 digest.update(name.encode() + hashlib.sha256((held / name).read_bytes()).digest())
     for network, variants in sorted(checkpoint.weights.items()):
@@ -310,7 +310,7 @@ def _tokenizer_inside(root: Path) -> Path:
     folder = root / "tokenizer"
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: missing; download this folder of the model too")
-    for name in _TOKENIZER_FILES:
+    for name in TOKENIZER_FILES:
         inside(folder / name, root)
     return folder
 

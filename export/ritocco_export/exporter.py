@@ -21,7 +21,7 @@ from ritocco.artefacts import (
     write_manifest,
     written_whole,
 )
-from ritocco.checkpoint import Checkpoint, fingerprint
+from ritocco.checkpoint import TOKENIZER_FILES, Checkpoint, fingerprint
 from ritocco.errors import CheckpointError, RequestError
 from ritocco.nets.io import GRAPHS, Contract, GraphName, Layout, NetworkIO, contract_digest, contract_of
 from ritocco.nets.specs import TextSpec, UNetSpec, VAESpec
@@ -29,13 +29,6 @@ from ritocco_export.gate import Figures, compare
 from ritocco_export.graphs import OPSETS, graph_module, write_graph
 from ritocco_export.profiles import Profile, ranges_of
 
-TOKENIZER_FILES = (
-    "vocab.json",
-    "merges.txt",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-)
 Say = Callable[[str], None]
 
 
