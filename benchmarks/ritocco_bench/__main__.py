@@ -1,4 +1,6 @@
-"""`python -m ritocco_bench [startup | steps | both | make-folder]`: ritocco against diffusers."""
+"""`python -m ritocco_bench [startup | steps | both | backends | make-folder]`: ritocco against diffusers, and
+its backends against each other.
+"""
 
 from __future__ import annotations
 
@@ -7,19 +9,19 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ritocco.backends import installed
+from ritocco.backends import SESSION_BACKENDS, installed
 from ritocco.device import DTYPES, choose
-from ritocco.engine import pocket_model
+from ritocco.engine import load, pocket_model
 from ritocco.errors import RitoccoError
-from ritocco_bench.cases import Bench, BenchError, execute, startup, steps
-from ritocco_bench.environment import environment
+from ritocco_bench.cases import Bench, BenchError, backends, execute, startup, steps
+from ritocco_bench.environment import Environment, environment
 from ritocco_bench.folder import SIZES, make_folder
 from ritocco_bench.parity import ParityError, gate
-from ritocco_bench.report import append_rows, table
+from ritocco_bench.report import Row, append_rows, table
 
 WORK = Path(".cache/bench")
 RESULTS = Path("benchmarks/results")
-COMMANDS = ("startup", "steps", "both", "make-folder")
+COMMANDS = ("startup", "steps", "both", "backends", "make-folder")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -44,7 +46,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _measure(arguments: argparse.Namespace) -> None:
     """The cases asked for: rows into the file, the table last."""
-    if missing := [name for name in ("diffusers", "transformers") if not installed(name)]:
+    against = () if arguments.command == "backends" else ("diffusers", "transformers")
+    if missing := [name for name in against if not installed(name)]:
         raise BenchError(f"{' and '.join(missing)} not installed: pip install 'ritocco[bench]'")
     choice = choose(arguments.device, arguments.dtype)
     full = arguments.full or arguments.model is not None
@@ -55,12 +58,15 @@ def _measure(arguments: argparse.Namespace) -> None:
         pairs=(5 if full or arguments.command == "startup" else 3)
         if arguments.pairs is None
         else arguments.pairs,
-        size=arguments.size or (512 if full else 128),
-        steps=arguments.steps,
+        size=arguments.size or (512 if full or arguments.command == "backends" else 128),
+        steps=arguments.steps or (25 if arguments.command == "backends" else 4),
         outputs=arguments.outputs,
     )
     env = environment(bench.device)
     _say(f"{bench.model} on {env.machine}, {env.cores} cores; {choice.reasons[-1]}")
+    if arguments.command == "backends":
+        _finish(arguments, _backends(bench, env), full=full)
+        return
     if not env.versions["accelerate"]:
         _say("accelerate is not installed: without it diffusers loads slower than it can")
     parity = gate(bench.job("ritocco"), execute)
@@ -70,11 +76,24 @@ def _measure(arguments: argparse.Namespace) -> None:
         rows += startup(bench, parity, env, run=execute, say=_say)
     if arguments.command in ("steps", "both"):
         rows += steps(bench, parity, env, run=execute, say=_say)
+    _finish(arguments, rows, full=full)
+
+
+def _finish(arguments: argparse.Namespace, rows: Sequence[Row], *, full: bool) -> None:
     name = f"{arguments.command}.jsonl"
     out = arguments.out or (RESULTS / name if full else WORK / name)
     append_rows(out, rows)
     _say(f"{len(rows)} rows added to {out}")
     print(table(rows))
+
+
+def _backends(bench: Bench, env: Environment) -> list[Row]:
+    """Export the model into the cache, then measure torch and every backend that is installed."""
+    names = [name for name in SESSION_BACKENDS if installed(name)]
+    if not names:
+        raise BenchError("no backend is installed: pip install 'ritocco[onnx]' 'ritocco[openvino]'")
+    load(bench.model, backend=names[0])
+    return backends(bench, names, env, run=execute, say=_say)
 
 
 def _model(arguments: argparse.Namespace) -> Path:
@@ -101,6 +120,7 @@ def _parser() -> argparse.ArgumentParser:
         ("startup", "fresh process to the first UNet step"),
         ("steps", "seconds of each phase, and peak memory"),
         ("both", "one after the other; the default"),
+        ("backends", "fresh process to its first picture, on torch and on exported graphs"),
     ):
         case = commands.add_parser(name, help=text)
         case.add_argument("--model", help="diffusers folder; default: the embedded model, else a tiny one")
@@ -108,8 +128,8 @@ def _parser() -> argparse.ArgumentParser:
         case.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
         case.add_argument("--dtype", default="auto", choices=("auto", *DTYPES))
         case.add_argument("--pairs", type=int, help="fresh processes of each variant; default 5, quick 3")
-        case.add_argument("--size", type=int, help="pixels per side for steps; default 512, quick 128")
-        case.add_argument("--steps", type=int, default=4, help="for steps; default %(default)s")
+        case.add_argument("--size", type=int, help="pixels per side; default 512, quick steps 128")
+        case.add_argument("--steps", type=int, help="default 4; backends 25")
         case.add_argument("--outputs", type=int, default=1, help="for steps; default %(default)s")
         case.add_argument("--out", type=Path, help="JSONL file; default benchmarks/results/, quick .cache/")
     return parser

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from ritocco_bench.environment import Environment
-from ritocco_bench.parity import Execute, Parity
+from ritocco_bench.parity import Execute, Parity, distance
 from ritocco_bench.report import Row
 from ritocco_bench.variants import PHASES, VARIANTS
 from ritocco_bench.worker import Job, Result
@@ -24,6 +24,7 @@ from ritocco_bench.worker import Job, Result
 Say = Callable[[str], None]
 
 STARTUP_SIZE = 64
+LEAST_PSNR_DB = 25.0  # of decoded floats: bfloat16 beside float32 after a whole schedule
 
 
 class BenchError(RuntimeError):
@@ -117,6 +118,42 @@ def steps(
     case = f"{bench.size}x{bench.size}-{bench.steps}steps-{bench.outputs}x"
     return [
         _row(case, bench, key, seconds, peaks.get(key[0]) if key[1] == "total" else None, parity, env)
+        for key, seconds in taken.items()
+    ]
+
+
+def backends(
+    bench: Bench, names: Sequence[str], env: Environment, *, run: Execute = execute, say: Say = print
+) -> list[Row]:
+    """Fresh process to its first picture, and a picture after that, on torch and on each named backend.
+
+    The graphs must be in the cache. The processes take turns, torch first; the first pair fills caches of
+    compiled models and is not counted. Every picture must lie within LEAST_PSNR_DB of torch's in float32.
+    Raises ParityError and BenchError.
+    """
+    taken: dict[tuple[str, str], list[float]] = {}
+    peaks: dict[str, int | None] = {}
+    found: dict[str, Parity] = {}
+    variants = {"ritocco": "torch", **{f"ritocco-{name}": name for name in names}}
+    with tempfile.TemporaryDirectory() as folder:
+        truth_file = Path(folder) / "truth.npy"
+        run(replace(bench.job("ritocco"), dtype="float32", runs=0, until="picture", decoded=str(truth_file)))
+        truth = np.load(truth_file)
+        for pair in range(bench.pairs + 1):
+            for variant, backend in variants.items():
+                file = Path(folder) / f"{variant}.npy"
+                job = replace(bench.job("ritocco"), backend=backend, until="picture", decoded=str(file))
+                result, started = run(job)
+                found[variant] = distance(np.load(file), truth, least_db=LEAST_PSNR_DB, name=backend)
+                peaks[variant] = max(peaks.get(variant) or 0, result.peak_bytes or 0) or None
+                if pair:
+                    taken.setdefault((variant, "load"), []).append(result.loaded - started)
+                    taken.setdefault((variant, "first_picture"), []).append(result.stepped - started)
+                    taken.setdefault((variant, "total"), []).append(math.fsum(result.seconds[-1].values()))
+                say(f"backends {pair}/{bench.pairs} {backend}: {result.stepped - started:.2f} s")
+    case = f"backends-{bench.size}x{bench.size}-{bench.steps}steps"
+    return [
+        _row(case, bench, key, seconds, peaks[key[0]] if key[1] == "total" else None, found[key[0]], env)
         for key, seconds in taken.items()
     ]
 

@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -67,6 +68,19 @@ def gate(job: Job, run: Execute) -> Parity:
                 f"{_rms(theirs - truth):.2e}; at most {SLACK:g} times that is allowed"
             )
         return Parity(error=error, psnr_db=_psnr(ours, truth))
+
+
+def distance(
+    found: npt.NDArray[np.floating[Any]], truth: npt.NDArray[np.floating[Any]], *, least_db: float, name: str
+) -> Parity:
+    """How far a decoded picture lies from the truth. Raises ParityError under `least_db`."""
+    ours, exact = found.astype(np.float64), truth.astype(np.float64)
+    passed = Parity(error=float(np.abs(ours - exact).max() / np.abs(exact).max()), psnr_db=_psnr(ours, exact))
+    if not passed.psnr_db >= least_db:
+        raise ParityError(
+            f"{name}: {passed.psnr_db:.1f} dB from torch in float32; {least_db:g} dB are needed"
+        )
+    return passed
 
 
 def _rms(values: npt.NDArray[np.float64]) -> float:

@@ -47,7 +47,7 @@ class Ritocco:
         import ritocco
 
         self._job = job
-        self._engine = ritocco.load(job.model, device=job.device, dtype=job.dtype)
+        self._engine = ritocco.load(job.model, device=job.device, dtype=job.dtype, backend=job.backend)
         self.decoded: npt.NDArray[np.float32] | None = None
 
     def run(self, steps: int, on_step: Callable[[], None]) -> dict[str, float]:

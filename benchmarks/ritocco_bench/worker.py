@@ -13,7 +13,8 @@ from ritocco_bench.variants import VARIANTS, exact_float32, synchronize
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Job:
-    """What one process does. until: `first_step` of a fresh process, or `end`, `runs` times after a warm-up.
+    """What one process does. until: `first_step` of a fresh process; its first `picture`, then `runs` more; or
+    `end`, `runs` times after a warm-up of one step.
 
     size: height and width in pixels. decoded: where the last run's decoded floats go, as .npy; or empty.
     """
@@ -29,11 +30,14 @@ class Job:
     until: str = "end"
     seed: int = 0
     decoded: str = ""
+    backend: str = "torch"
 
 
 @dataclass(kw_only=True, slots=True)
 class Result:
-    """What a process reports. loaded, stepped: `time.time()`. seconds: a dict of phases for each run."""
+    """What a process reports. loaded, stepped: `time.time()`; of the first step or picture.
+
+    seconds: a dict of phases for each run."""
 
     loaded: float
     stepped: float = 0.0
@@ -64,7 +68,8 @@ def perform(job: Job) -> Result:
             side.run(job.steps, reached)
         except _Reached:
             return result
-    side.run(1, lambda: None)
+    side.run(job.steps if job.until == "picture" else 1, lambda: None)
+    result.stepped = time.time()
     result.seconds = [side.run(job.steps, lambda: None) for _ in range(job.runs)]
     result.peak_bytes = peak_bytes(job.device)
     if job.decoded:

@@ -220,3 +220,29 @@ def test_make_folder_command(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert command.main(["make-folder", "--out", str(out), "--size", "tiny"]) == 0
     assert capsys.readouterr().out == f"{out}\n"
     assert (out / "model_index.json").is_file()
+
+
+def test_backends_are_compared_with_torch(tiny: Path) -> None:
+    """Without graphs: every backend is torch here, and one of them is wrong."""
+    asked: list[str] = []
+    wrong: set[str] = set()
+
+    def run(job: worker.Job) -> tuple[worker.Result, float]:
+        asked.append(job.backend)
+        result, started = in_process(replace(job, backend="torch"))
+        if job.backend in wrong:
+            np.save(job.decoded, -np.load(job.decoded))
+        return result, started
+
+    held = bench(tiny, pairs=2)
+    rows = cases.backends(held, ["openvino"], environment.environment("cpu"), run=run, say=quiet)
+    assert asked == ["torch", *["torch", "openvino"] * 3]
+    assert {(row.variant, row.phase) for row in rows} == {
+        (variant, phase)
+        for variant in ("ritocco", "ritocco-openvino")
+        for phase in ("load", "first_picture", "total")
+    }
+    assert all(row.samples == 2 and row.parity_psnr_db == parity.MOST_DB for row in rows)
+    wrong.add("openvino")
+    with pytest.raises(parity.ParityError, match=r"openvino: .* dB from torch"):
+        cases.backends(held, ["openvino"], environment.environment("cpu"), run=run, say=quiet)
