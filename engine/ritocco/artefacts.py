@@ -10,10 +10,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import secrets
 import shutil
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
@@ -21,7 +22,7 @@ from typing import Any, cast
 from ritocco.errors import CheckpointError
 from ritocco.nets.io import GRAPHS, Contract, GraphName, Layout, Range, contract_digest, contract_of
 from ritocco.nets.specs import TextSpec, UNetSpec, VAESpec
-from ritocco.shown import shown
+from ritocco.shown import plain, shown
 from ritocco.weight_files import inside, read_json
 
 MANIFEST = "ritocco.json"
@@ -43,7 +44,7 @@ class Manifest:
     """What an export says of itself.
 
     version: of the checkpoint, as in a prediction. dtype: of the graphs. contract: `contract_digest` of the
-    ports. ranges: for each graph and symbol the sizes it takes. files: every file of the graphs with its
+    ports. ranges: for each graph and symbol the sizes it takes. files: every file but this one, with its
     digest. versions: of the packages that made it. parity: figures of the gate.
     """
 
@@ -83,8 +84,11 @@ class Artefacts:
 
 
 def is_artefacts(path: Path) -> bool:
-    """Whether a folder holds exported graphs, ours or Optimum's."""
-    return (path / MANIFEST).is_file() or (path / "unet" / GRAPH_FILE).is_file()
+    """Whether a folder holds exported graphs, ours or Optimum's; false where it can't be looked at."""
+    try:
+        return (path / MANIFEST).is_file() or (path / "unet" / GRAPH_FILE).is_file()
+    except (OSError, ValueError):  # a name that no file can have, a folder that may not be entered
+        return False
 
 
 def open_artefacts(path: Path, *, version: str | None = None) -> Artefacts:
@@ -94,6 +98,15 @@ def open_artefacts(path: Path, *, version: str | None = None) -> Artefacts:
     Raises CheckpointError, by name, for what is missing, half-written, changed since its export, written for
     another contract, or made of other weights.
     """
+    try:
+        return _open(path, version)
+    except (OSError, ValueError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"{shown(str(path))}: can't be read ({error})") from error
+
+
+def _open(path: Path, version: str | None) -> Artefacts:
     configs = {name: read_json(inside(path / file, path)) for name, file in CONFIGS.items()}
     unet, vae = UNetSpec.from_config(configs["unet"]), VAESpec.from_config(configs["vae"])
     text = TextSpec.from_config(configs["text_encoder"])
@@ -165,24 +178,25 @@ def write_manifest(path: Path, manifest: Manifest) -> None:
 def written_whole(out: Path) -> Iterator[Path]:
     """A new folder to write into, which becomes `out` at the block's end, or vanishes where it raises.
 
-    An older export in its place is replaced. Raises CheckpointError where `out` holds anything else.
+    An older export in its place is replaced; of two writers the later one's stays, whole. Raises
+    CheckpointError where `out` holds anything else.
     """
     if out.exists() and not (out.is_dir() and (is_artefacts(out) or not any(out.iterdir()))):
         raise CheckpointError(f"{out}: exists and is no export; name another folder")
-    part = out.with_name(f".{out.name}.{os.getpid()}.part")
-    shutil.rmtree(part, ignore_errors=True)
+    part, old = (out.with_name(f".{out.name}.{secrets.token_hex(8)}.{end}") for end in ("part", "old"))
     part.mkdir(parents=True)
     try:
         yield part
-        if out.exists():
-            old = out.with_name(f".{out.name}.{os.getpid()}.old")
+        with suppress(FileNotFoundError):
             out.rename(old)
+        try:
             part.rename(out)
-            shutil.rmtree(old, ignore_errors=True)
-        else:
-            part.rename(out)
+        except OSError:
+            if not is_artefacts(out):  # else another writer came first, and its export is as good
+                raise
     finally:
         shutil.rmtree(part, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def file_digest(file: Path) -> str:
@@ -199,9 +213,11 @@ def file_digest(file: Path) -> str:
     return digest.hexdigest()
 
 
-def graph_files(path: Path) -> dict[str, str]:
-    """Every file of a folder's graphs, as written in a manifest: relative name -> digest."""
-    found = sorted(file for name in GRAPHS for file in (path / name).iterdir() if file.is_file())
+def files_of(path: Path) -> dict[str, str]:
+    """Every file of an export but its manifest, as written in it: relative name -> digest."""
+    found = sorted(
+        file for folder in path.iterdir() if folder.is_dir() for file in folder.rglob("*") if file.is_file()
+    )
     return {file.relative_to(path).as_posix(): file_digest(file) for file in found}
 
 
@@ -227,12 +243,19 @@ def _check(path: Path, manifest: Manifest, contract: Contract, version: str | No
             f"{path}: stale, made of the checkpoint {manifest.version[:12]} and not of {version[:12]}; "
             "export the checkpoint again"
         )
-    for name, digest in manifest.files.items():
-        file = inside(path / name, path)
-        if not file.is_file():
-            raise CheckpointError(f"{file}: missing; export the checkpoint again")
-        if file_digest(file) != digest:
-            raise CheckpointError(f"{file}: changed since it was exported; export the checkpoint again")
+    for graph, io in contract.items():
+        if set(manifest.ranges[graph]) != set(io.ranges):
+            needed = ", ".join(sorted(io.ranges))
+            raise CheckpointError(f"{path / MANIFEST}: sizes of {graph} must be those of {needed}")
+    found = files_of(path)
+    for name in sorted(manifest.files.keys() | found.keys()):
+        file = f"{path}: {plain(name)}"
+        if name not in found:
+            raise CheckpointError(f"{file} is missing; export the checkpoint again")
+        if name not in manifest.files:
+            raise CheckpointError(f"{file} does not belong to the export; take it away, or export again")
+        if found[name] != manifest.files[name]:
+            raise CheckpointError(f"{file} changed since it was exported; export the checkpoint again")
 
 
 def _ranges_of(file: Path, graph: str, held: object) -> dict[str, Range]:
@@ -250,6 +273,6 @@ def _ranges_of(file: Path, graph: str, held: object) -> dict[str, Range]:
 
 def _version_of(path: Path) -> str:
     digest = hashlib.sha256()
-    for name, one in graph_files(path).items():
+    for name, one in files_of(path).items():
         digest.update(f"{name} {one}\n".encode())
     return digest.hexdigest()

@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
+from ritocco.artefacts import is_artefacts, open_artefacts
 from ritocco.checkpoint import (
     REQUIRED,
     Checkpoint,
@@ -19,6 +20,7 @@ from ritocco.checkpoint import (
 )
 from ritocco.errors import CheckpointError
 from ritocco.parameters import NetworkName, build
+from ritocco.prompt import Tokenizer
 from ritocco.safety import ImagePreparation
 from ritocco.scheduler_config import check_scheduler, from_pipeline
 from ritocco.shown import plain
@@ -42,6 +44,8 @@ def verify(
     Looked at: files and formats, inpainting or not, names and shapes against the networks, dtypes, sizes,
     tokenizer, scheduler, safety checker. The arguments are those of `open_checkpoint`.
     """
+    if is_artefacts(Path(path)):
+        return _graphs(Path(path))
     try:
         checkpoint = open_checkpoint(path, variant=variant, tokenizer=tokenizer)
     except CheckpointError as error:
@@ -99,3 +103,23 @@ def _extractor(checkpoint: Checkpoint) -> Finding:
     preparation = ImagePreparation.from_config(checkpoint.feature_extractor)
     message = f"pictures become {preparation.crop or preparation.resize} pixels"
     return Finding(level="ok", subject="feature_extractor", message=message)
+
+
+def _graphs(path: Path) -> list[Finding]:
+    try:
+        artefacts = open_artefacts(path)
+        tokenizer = Tokenizer.from_folder(path / "tokenizer")
+    except CheckpointError as error:
+        return [Finding(level="error", subject="graphs", message=str(error))]
+    ranges = artefacts.contract["unet"].ranges
+    sides = [f"{8 * ranges[symbol][0]} to {8 * ranges[symbol][2]} pixels {name}" for symbol, name in _SIDES]
+    made = artefacts.manifest.dtype if artefacts.manifest else "no manifest, dtype unknown"
+    message = f"{artefacts.layout} layout, {made}, {', '.join(sides)}"
+    return [
+        Finding(level="ok", subject="graphs", message=message),
+        Finding(level="ok", subject="tokenizer", message=f"{tokenizer.vocab_size} tokens"),
+        Finding(level="ok", subject="version", message=artefacts.version),
+    ]
+
+
+_SIDES = (("W", "wide"), ("H", "high"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from ritocco.backends import SESSION_BACKENDS
 from ritocco.errors import BackendError
 
 if TYPE_CHECKING:
@@ -34,7 +35,8 @@ def choose(device: str = "auto", dtype: str = "auto", backend: str = "auto") -> 
     """
 
     if backend not in ("auto", *BACKENDS):
-        raise BackendError(f"backend is {backend!r}; this version has {', '.join(BACKENDS)}")
+        known = ", ".join((*BACKENDS, *SESSION_BACKENDS))
+        raise BackendError(f"backend is {backend!r}; this version has {known}")
     chosen = _device(device)
     number, reason = _dtype(chosen, dtype)
     return Choice(device=chosen, dtype=number, backend="torch", reasons=(f"torch on {chosen}", reason))

@@ -106,7 +106,8 @@ class Engine:
         """
         self._refuse_closed()
         if isinstance(input, PredictionInput):
-            input = input.model_dump()
+            # Not `model_dump`, which writes pictures as their names.
+            input = {name: getattr(input, name) for name in input.model_fields_set}
         prediction = Prediction(model=MODEL, version=self.version, status="processing")
         prediction.started_at = prediction.created_at
         begun = time.perf_counter()
@@ -412,19 +413,31 @@ def _from_artefacts(
 
 
 def _exported(checkpoint: Checkpoint) -> Artefacts:
-    """The checkpoint's graphs from the cache, exported into it where they are not there."""
+    """The checkpoint's graphs from the cache, exported into it where they are not there.
+
+    Raises BackendError where the cache can't be written.
+    """
     from ritocco.checkpoint import fingerprint
     from ritocco.plugins import exporter
 
     version = fingerprint(checkpoint)
     folder = cache_root() / "graphs" / version[:32]
-    try:
+    with _export_lock:
+        try:
+            return open_artefacts(folder, version=version)
+        except CheckpointError:
+            pass
+        try:
+            exporter().export(checkpoint, folder, dtype="float32")
+        except OSError as error:
+            raise BackendError(
+                f"{cache_root()}: the graphs can't be kept there ({error}). Set RITOCCO_CACHE to another "
+                "folder, or export with `ritocco export --out` and name that folder as the model"
+            ) from error
         return open_artefacts(folder, version=version)
-    except CheckpointError:
-        exporter().export(checkpoint, folder, dtype="float32")
-    return open_artefacts(folder, version=version)
 
 
+_export_lock = threading.Lock()
 _default: Engine | None = None
 _default_lock = threading.Lock()
 

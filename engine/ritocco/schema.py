@@ -376,7 +376,10 @@ def _violation(detail: ErrorDetails, prefix: str, model: type[BaseModel]) -> Vio
         return Violation(
             type="additional_property_not_allowed", field=prefix or name, description=description
         )
-    if kind == "literal_error":
+    if kind in (
+        "literal_error",
+        "int_parsing_size",
+    ):  # the latter: a choice of integers, and one over 64 bits
         choices = get_args(model.model_fields[name].annotation)
         listed = ", ".join(f'"{choice}"' if isinstance(choice, str) else str(choice) for choice in choices)
         return Violation(

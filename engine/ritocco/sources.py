@@ -326,7 +326,11 @@ def _own_orientation(picture: Image.Image) -> int:
 
 def _eight_bits(picture: Image.Image) -> Image.Image:
     if picture.mode.startswith("I;16"):
-        return Image.fromarray(_from_16_bits(np.asarray(picture)))
+        levels, clear = np.asarray(picture), picture.info.get("transparency")
+        grey = Image.fromarray(_from_16_bits(levels))
+        if not isinstance(clear, int):
+            return grey
+        return Image.merge("LA", (grey, Image.fromarray(np.where(levels == clear, 0, 255).astype(np.uint8))))
     if picture.mode in ("I", "F"):
         raise _Unusable("has a mode whose white is not defined; convert it to L, or pass an array")
     return picture

@@ -110,14 +110,15 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
     """
     header, data_bytes = _split_header(file)
     tensors = {}
-    used_bytes = 0
+    spans = []
     for key, entry in header.items():
         if key == "__metadata__":
             continue
         if not key.isprintable() or len(key) > _LONGEST_KEY:
             raise CheckpointError(f"{file}: corrupt, the header names a tensor {shown(key)}")
-        tensors[key], end = _entry(file, key, entry)
-        used_bytes = max(used_bytes, end)
+        tensors[key], span = _entry(file, key, entry)
+        spans.append(span)
+    used_bytes = max((end for _, end in spans), default=0)
     if used_bytes > data_bytes:
         raise CheckpointError(
             f"{file}: truncated, {used_bytes - data_bytes} of {used_bytes} bytes of weights are missing; "
@@ -125,6 +126,7 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
         )
     if not tensors:
         raise CheckpointError(f"{file}: holds no tensors")
+    _refuse_gaps(file, sorted(spans), data_bytes)
     return tensors
 
 
@@ -158,7 +160,17 @@ def _split_header(file: Path) -> tuple[dict[str, Any], int]:
     return _parse_object(text, file), size - 8 - length
 
 
-def _entry(file: Path, key: str, entry: object) -> tuple[StoredTensor, int]:
+def _refuse_gaps(file: Path, spans: list[tuple[int, int]], data_bytes: int) -> None:
+    """The tensors lie one behind the other and fill the file, as the format has it."""
+    place = 0
+    for begin, end in (*spans, (data_bytes, data_bytes)):
+        if begin != place:
+            what = "tensors lie over each other" if begin < place else "bytes that belong to no tensor"
+            raise CheckpointError(f"{file}: corrupt, {what} at byte {min(begin, place)} of the weights")
+        place = end
+
+
+def _entry(file: Path, key: str, entry: object) -> tuple[StoredTensor, tuple[int, int]]:
     match entry:
         case {"dtype": str(dtype), "shape": list(shape), "data_offsets": [int(begin), int(end)]} if all(
             isinstance(n, int) and n >= 0 for n in shape
@@ -175,7 +187,7 @@ def _entry(file: Path, key: str, entry: object) -> tuple[StoredTensor, int]:
         raise CheckpointError(
             f"{file}: corrupt, {shown(key)} has the shape {shown(shape)} in {end - begin} bytes of {dtype}"
         )
-    return StoredTensor(file, key, dtype, tuple(shape)), end
+    return StoredTensor(file, key, dtype, tuple(shape)), (begin, end)
 
 
 def content_digest(file: Path, *, blocks: int = 64, block_bytes: int = 4096) -> str:

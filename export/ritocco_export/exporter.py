@@ -17,7 +17,7 @@ from ritocco.artefacts import (
     DTYPES,
     GRAPH_FILE,
     Manifest,
-    graph_files,
+    files_of,
     write_manifest,
     written_whole,
 )
@@ -76,7 +76,7 @@ def export_checkpoint(
             opset=OPSETS[dtype],
             contract=contract_digest(contract),
             ranges={graph: dict(io.ranges) for graph, io in contract.items()},
-            files=graph_files(part),
+            files=files_of(part),
             versions=_versions(),
             parity={graph: figures.as_json() for graph, figures in parity.items()},
         )

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ritocco.artefacts import is_artefacts
 from ritocco.backends import installed
 from ritocco.errors import BackendError, RequestError
 from ritocco.shown import shown
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 NEEDED = ("onnx", "onnxruntime", "onnxscript")
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+DTYPES |= {name: name for name in DTYPES.values()}
 
 
 def command(
@@ -69,7 +71,10 @@ def command(
     from ritocco_export.profiles import Profile
 
     profiles = [Profile.parse(text) for text in profile or ()]
-    checkpoint = open_checkpoint(model_path(model), variant=variant, tokenizer=tokenizer)
+    path = model_path(model)
+    if is_artefacts(path):
+        raise RequestError(f"--model is {path}, which holds exported graphs already", field="--model")
+    checkpoint = open_checkpoint(path, variant=variant, tokenizer=tokenizer)
     try:
         export_checkpoint(
             checkpoint,

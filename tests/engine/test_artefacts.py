@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import json
 import shutil
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+import ritocco
 from ritocco.artefacts import (
     MANIFEST,
     cache_root,
     file_digest,
-    graph_files,
+    files_of,
     is_artefacts,
     open_artefacts,
     written_whole,
 )
+from ritocco.checkpoint_report import verify
 from ritocco.errors import CheckpointError
 from ritocco.nets.io import contract_digest, contract_of
 
@@ -45,6 +48,29 @@ def cut(folder: Path) -> None:
     file.write_bytes(file.read_bytes()[:-100])
 
 
+def more_files(folder: Path, name: str) -> None:
+    held = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    edit(folder, files=held["files"] | {name: "x"})
+
+
+def no_ranges(folder: Path, graph: str) -> None:
+    held = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    edit(folder, ranges=held["ranges"] | {graph: {}})
+
+
+def swap_prediction(folder: Path) -> None:
+    file = folder / "scheduler" / "scheduler_config.json"
+    held = json.loads(file.read_text(encoding="utf-8"))
+    file.write_text(json.dumps(held | {"prediction_type": "v_prediction"}), encoding="utf-8")
+
+
+def swap_tokens(folder: Path) -> None:
+    file = folder / "tokenizer" / "vocab.json"
+    held = json.loads(file.read_text(encoding="utf-8"))
+    first, second, *_ = held
+    file.write_text(json.dumps(held | {first: held[second], second: held[first]}), encoding="utf-8")
+
+
 DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "a byte": (flip_a_byte, "changed since it was exported"),
     "cut": (cut, "vae_decoder.*changed since it was exported"),
@@ -56,7 +82,15 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "a key": (lambda f: edit(f, more=1), "no manifest of an export"),
     "ranges": (lambda f: edit(f, ranges={}), "says nothing of the sizes"),
     "no files": (lambda f: edit(f, files={}), "names no files"),
-    "outside": (lambda f: edit(f, files={"../../etc/passwd": "x"}), "leads outside"),
+    "outside": (lambda f: more_files(f, "../../etc/passwd"), "etc/passwd is missing"),
+    "a name": (lambda f: more_files(f, "a\0b"), "is missing"),
+    "a long name": (lambda f: more_files(f, "a" * 400), "is missing"),
+    "fewer files": (lambda f: edit(f, files={"unet/model.onnx": "0" * 64}), "does not belong to the export"),
+    "a stranger": (lambda f: (f / "unet" / "x").write_bytes(b""), "unet/x does not belong"),
+    "scheduler": (swap_prediction, r"scheduler_config\.json changed since it was exported"),
+    "tokens": (swap_tokens, r"vocab\.json changed since it was exported"),
+    "symbols": (lambda f: no_ranges(f, "unet"), "sizes of unet must be those of H, M, W"),
+    "text symbols": (lambda f: no_ranges(f, "text_encoder"), "sizes of text_encoder must be those of N"),
 }
 
 
@@ -130,10 +164,11 @@ def test_a_digest_sees_every_byte_of_a_small_file_and_a_sample_of_a_large_one(
     assert file_digest(large) != first
 
 
-def test_every_file_of_the_graphs_is_named(tiny_graphs: Path) -> None:
-    named = graph_files(tiny_graphs)
+def test_every_file_of_an_export_is_named(tiny_graphs: Path) -> None:
+    named = files_of(tiny_graphs)
     assert "unet/model.onnx" in named
-    assert not any(name.startswith("tokenizer") for name in named)
+    assert {"tokenizer/vocab.json", "scheduler/scheduler_config.json"} <= named.keys()
+    assert MANIFEST not in named
 
 
 def test_the_contract_digest_sees_names_and_types_and_no_ranges(tiny_graphs: Path) -> None:
@@ -155,3 +190,49 @@ def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     monkeypatch.setattr("sys.platform", "win32")
     monkeypatch.setenv("LOCALAPPDATA", str(tmp_path / "local"))
     assert cache_root() == tmp_path / "local" / "ritocco"
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "a\0b"])
+def test_names_that_no_file_can_have(name: str) -> None:
+    assert not is_artefacts(Path(name))
+    with pytest.raises(CheckpointError, match=r"can't be read|missing"):
+        open_artefacts(Path(name))
+    with pytest.raises(CheckpointError):
+        ritocco.load(name)
+
+
+def test_two_writers_at_once_leave_one_whole_export(tiny_graphs: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    both = threading.Barrier(2)
+    errors: list[BaseException] = []
+
+    def write(name: str) -> None:
+        try:
+            with written_whole(out) as part:
+                shutil.copytree(tiny_graphs, part, dirs_exist_ok=True)
+                (part / "unet" / f"{name}-first").write_bytes(b"")
+                both.wait(30)
+                (part / "unet" / f"{name}-second").write_bytes(b"")
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=write, args=(name,)) for name in "ab"]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors
+    left = {path.name for path in (out / "unet").iterdir() if "-" in path.name}
+    assert left in ({"a-first", "a-second"}, {"b-first", "b-second"})
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_doctor_knows_graphs(tiny_graphs: Path, folder: Path) -> None:
+    findings = {finding.subject: finding for finding in verify(tiny_graphs)}
+    assert (
+        findings["graphs"].message == "ritocco layout, float32, 64 to 256 pixels wide, 64 to 256 pixels high"
+    )
+    assert findings["version"].message == open_artefacts(tiny_graphs).version
+    flip_a_byte(folder)
+    (finding,) = verify(folder)
+    assert (finding.level, finding.subject) == ("error", "graphs")

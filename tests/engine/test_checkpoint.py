@@ -417,18 +417,45 @@ def test_truncated_weights(folder: Path) -> None:
     assert "download the file again" in str(raised.value)
 
 
-def test_overlapping_tensors_are_refused_when_loaded(folder: Path) -> None:
-    """The header's arithmetic is right, but the library that maps the file sees that the tensors overlap."""
+def _overlap(header: dict[str, Any], weights: bytes) -> bytes:
+    first, second = [key for key in header if key.startswith("down_blocks.0.resnets.0.norm")][:2]
+    header[first]["data_offsets"] = header[second]["data_offsets"]
+    return weights
+
+
+def _gap(header: dict[str, Any], weights: bytes) -> bytes:
+    for entry in header.values():
+        if "data_offsets" in entry:
+            entry["data_offsets"] = [place + 4 for place in entry["data_offsets"]]
+    return bytes(4) + weights
+
+
+def _more(header: dict[str, Any], weights: bytes) -> bytes:
+    return weights + b"xx"
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (_overlap, "bytes that belong to no tensor|tensors lie over each other"),
+        (_gap, "bytes that belong to no tensor at byte 0"),
+        (_more, "bytes that belong to no tensor"),
+    ],
+)
+def test_tensors_fill_the_file_one_behind_the_other(
+    folder: Path, spoil: Callable[[dict[str, Any], bytes], bytes], said: str
+) -> None:
+    """As the library that maps the file asks: `verify` and `load` then say the same."""
     file = folder / UNET_FILE
     raw = file.read_bytes()
     length = int.from_bytes(raw[:8], "little")
     header = json.loads(raw[8 : 8 + length])
-    first, second = [key for key in header if key.startswith("down_blocks.0.resnets.0.norm")][:2]
-    header[first]["data_offsets"] = header[second]["data_offsets"]
+    weights = spoil(header, raw[8 + length :])
     packed = json.dumps(header).encode()
-    file.write_bytes(len(packed).to_bytes(8, "little") + packed + raw[8 + length :])
-    with pytest.raises(CheckpointError, match="corrupt"):
-        load_network(open_checkpoint(folder), "unet")
+    file.write_bytes(len(packed).to_bytes(8, "little") + packed + weights)
+    with pytest.raises(CheckpointError, match=said):
+        open_checkpoint(folder)
+    assert [finding.level for finding in verify(folder)] == ["error"]
 
 
 class _Bomb:

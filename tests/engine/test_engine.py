@@ -226,6 +226,8 @@ def test_a_checked_input_may_be_passed(tiny_engine: Engine, ask: Ask) -> None:
     given = ask(num_inference_steps=1) | {"image": uri, "mask": uri}
     checked = PredictionInput.model_validate(given)
     assert tiny_engine.predict(checked).input["image"].startswith("data:")
+    local = PredictionInput.model_validate(ask(), context={"allow_local": True})
+    assert (tiny_engine.predict(local).images[0]) == tiny_engine.predict(ask()).images[0]
 
 
 def test_extensions_count_under_their_key_and_nowhere_else(tiny_engine: Engine, ask: Ask) -> None:

@@ -169,6 +169,20 @@ def test_16_bit_files_are_scaled_not_clipped() -> None:
     assert np.array_equal(load(PHOTO, saved(ramp)).mask, ramp >= 32768)
 
 
+def test_16_bit_grey_keeps_its_transparent_level() -> None:
+    """Pillow writes no such file; the chunk is put in by hand."""
+    levels = np.full((48, 64), 65535, np.uint16)
+    levels[:, 32:] = 65534
+    png = saved(levels)
+    place = png.index(b"IDAT") - 4
+    chunk = b"tRNS" + b"\xff\xff"
+    marked = (2).to_bytes(4, "big") + chunk + zlib.crc32(chunk).to_bytes(4, "big")
+    data = png[:place] + marked + png[place:]
+    mask = load(PHOTO, data).mask
+    assert not mask[:, :32].any()
+    assert mask[:, 32:].all()
+
+
 def test_cmyk_jpeg() -> None:
     cyan = Image.new("CMYK", (64, 48), (255, 0, 0, 0))
     assert np.abs(load(saved(cyan, "JPEG")).pixels.astype(int) - (0, 255, 255)).max() <= 2

@@ -94,6 +94,8 @@ def test_unknown_keys_are_ignored_and_named() -> None:
         ("width", 100, "enum", "width must be one of the following: 64, 128"),
         ("height", 0, "enum", "must be one of"),
         ("height", 1088, "enum", "must be one of"),
+        ("width", 10**30, "enum", "must be one of"),
+        ("num_outputs", 10**30, "number_lte", "Must be less than or equal to 4"),
         ("width", "512", "invalid_type", "Invalid type. Expected: integer, given: string"),
         ("width", True, "invalid_type", "given: boolean"),
         ("width", 512.5, "invalid_type", "given: number"),

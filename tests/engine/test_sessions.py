@@ -20,6 +20,7 @@ from ritocco.artefacts import open_artefacts
 from ritocco.backends import SESSION_BACKENDS, open_sessions
 from ritocco.backends.runtime import Floats
 from ritocco.backends.sessions import SessionRuntime
+from ritocco.checkpoint import open_checkpoint
 from ritocco.schedules import SCHEDULERS
 
 # On decoded floats, largest value about 1: float32 on both sides, in another order of sums. Measured: 6e-6.
@@ -255,3 +256,54 @@ def test_whole_timesteps_are_warned_of_by_name(
     warning = "uses fractional timesteps, and these graphs take whole ones"
     assert f"K_EULER {warning}" in engine.predict(ask(scheduler="K_EULER")).logs
     assert warning not in engine.predict(ask(scheduler="DDIM")).logs
+
+
+def test_graphs_of_one_size_take_one_row_too(
+    backend: str, tiny_checkpoint: Path, tiny_engine: Engine, ask: Ask, tmp_path: Path
+) -> None:
+    """At guidance 1 a picture has one prompt and one row; these graphs take two."""
+    from ritocco_export.exporter import export_checkpoint
+    from ritocco_export.profiles import Profile
+
+    profile = Profile.parse("128x64@1")
+    export_checkpoint(open_checkpoint(tiny_checkpoint), tmp_path / "one", profiles=[profile], static=True)
+    engine = ritocco.load(tmp_path / "one", backend=backend, dtype="float32")
+    for given in (
+        ask(size=(128, 64), guidance_scale=1.0, num_outputs=3),
+        ask(size=(128, 64), guidance_scale=5.0),
+    ):
+        assert np.abs(floats(engine, given) - floats(tiny_engine, given)).max() < TOLERANCE
+    with pytest.raises(RequestError, match="these graphs take 128 to 128"):
+        engine.predict(ask(size=(64, 64)))
+
+
+@pytest.fixture
+def no_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache that can't be written, whoever asks."""
+    blocked = tmp_path / "file"
+    blocked.write_bytes(b"")
+    monkeypatch.setenv("RITOCCO_CACHE", str(blocked))
+    return blocked
+
+
+def test_graphs_run_without_a_cache(backend: str, tiny_graphs: Path, ask: Ask, no_cache: Path) -> None:
+    engine = ritocco.load(tiny_graphs, backend=backend, dtype="float32")
+    assert engine.predict(ask()).status == "succeeded"
+    assert no_cache.is_file()
+
+
+def test_a_checkpoint_that_can_not_be_kept_says_why(
+    backend: str, tiny_checkpoint: Path, no_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Writer:
+        def export(self, checkpoint: Any, out: Path, *, dtype: str) -> None:
+            out.mkdir(parents=True)
+
+    monkeypatch.setattr("ritocco.plugins.exporter", Writer)
+    with pytest.raises(BackendError, match="Set RITOCCO_CACHE to another folder"):
+        ritocco.load(tiny_checkpoint, backend=backend)
+
+
+def test_a_backend_that_is_not_there_is_named_with_those_that_are(tiny_checkpoint: Path) -> None:
+    with pytest.raises(BackendError, match="this version has torch, openvino, onnxruntime"):
+        ritocco.load(tiny_checkpoint, backend="tensorrt")

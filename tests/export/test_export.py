@@ -45,7 +45,7 @@ def test_the_manifest_says_what_was_written(tiny_graphs: Path, tiny_checkpoint: 
     assert (manifest.layout, manifest.dtype, manifest.opset) == ("ritocco", "float32", 20)
     assert opened.contract["unet"].ranges == {"M": (1, 2, 4), "H": (8, 32, 32), "W": (8, 32, 32)}
     assert all(manifest.parity[name]["error"] < 1e-4 for name in GRAPHS)
-    assert {Path(file).parts[0] for file in manifest.files} == set(GRAPHS)
+    assert {Path(file).parts[0] for file in manifest.files} == {*GRAPHS, "scheduler", "tokenizer"}
 
 
 def test_graphs_have_the_ports_of_the_contract(tiny_graphs: Path) -> None:
@@ -203,3 +203,8 @@ def test_what_is_missing_names_its_extra(monkeypatch: pytest.MonkeyPatch, tmp_pa
         plugin.command(out=tmp_path / "out")
     with pytest.raises(RequestError, match="--out, where to write graphs, or --check"):
         plugin.command()
+
+
+def test_graphs_are_not_exported_again(tiny_graphs: Path, tmp_path: Path) -> None:
+    with pytest.raises(RequestError, match="holds exported graphs already"):
+        plugin.command(out=tmp_path / "out", model=str(tiny_graphs))

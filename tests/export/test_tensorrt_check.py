@@ -79,7 +79,11 @@ VIOLATIONS: dict[str, tuple[Callable[[], onnx.ModelProto], str, str]] = {
         "Cast in DOUBLE",
     ),
     "integers": (
-        lambda: model(node("Cast", to=TensorProto.INT32, output="i"), node("Sigmoid", ("i",))),
+        lambda: model(
+            node("Cast", to=TensorProto.INT32, output="i"),
+            node("Sigmoid", ("i",), "s"),
+            node("Cast", ("s",), to=F),
+        ),
         "type",
         "Sigmoid in INT32",
     ),

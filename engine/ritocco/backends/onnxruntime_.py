@@ -77,7 +77,7 @@ def open_onnxruntime(artefacts: Artefacts, *, device: str, dtype: str) -> Sessio
         )
     held = artefacts.contract["unet"].inputs[0].dtype
     if dtype not in ("auto", held):
-        raise BackendError(f"dtype is {dtype!r}; these graphs are {held}. Export again with --dtype {dtype}")
+        raise BackendError(f"dtype is {dtype!r}; these graphs are {held}, and ONNX Runtime computes in that")
     if kind == "cpu" and held == "bfloat16":
         raise BackendError("bfloat16 graphs don't run on ONNX Runtime's CPU; export with --dtype float32")
     sessions = {graph: OnnxSession(artefacts, graph, device) for graph in GRAPHS}

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy.typing as npt
@@ -56,6 +58,17 @@ def open_openvino(artefacts: Artefacts, *, device: str, dtype: str) -> SessionRu
         dtype = "bfloat16" if "BF16" in able else "float32"
     if dtype not in _PRECISIONS:
         raise BackendError(f"dtype is {dtype!r}; the backend openvino computes in float32 or bfloat16")
-    core.set_property({"CACHE_DIR": str(cache_root() / "openvino")})
+    if (cache := _cache()) is not None:
+        core.set_property({"CACHE_DIR": str(cache)})
     sessions = {graph: OpenVinoSession(core, artefacts, graph, _PRECISIONS[dtype]) for graph in GRAPHS}
     return SessionRuntime(artefacts, sessions, device="cpu", dtype=dtype, release=(core,))
+
+
+def _cache() -> Path | None:
+    """Where compiled models are kept; None where nothing can be written, and every start compiles again."""
+    folder = cache_root() / "openvino"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return None
+    return folder if os.access(folder, os.W_OK) else None

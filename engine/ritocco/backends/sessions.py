@@ -48,7 +48,6 @@ class SessionRuntime:
         for name in GRAPHS:
             _check_inputs(name, artefacts.contract[name], self._sessions[name])
         ranges = artefacts.contract["unet"].ranges
-        self._most_rows = ranges["M"][2]
         self._scaling = 1.0 if artefacts.layout == "ritocco" else artefacts.vae.scaling_factor
         self.traits = Traits(
             device=device,
@@ -62,9 +61,7 @@ class SessionRuntime:
 
     def encode_text(self, tokens: Tokens) -> Floats:
         """See `Runtime`."""
-        most = self._artefacts.contract["text_encoder"].ranges["N"][2]
-        parts = [self._call("text_encoder", tokens[i : i + most]) for i in range(0, len(tokens), most)]
-        return np.concatenate(parts)
+        return self._call("text_encoder", tokens)
 
     def encode_image(self, pixels: Floats) -> Floats:
         """See `Runtime`. One picture at a time: the activations of a picture set the peak."""
@@ -84,14 +81,22 @@ class SessionRuntime:
     def _unet(self, sample: Floats, timestep: Floats, context: Floats) -> Floats:
         if not self.traits.lane_timesteps:
             timestep = timestep[:1].reshape(())
-        outputs = []
-        for i in range(0, len(sample), self._most_rows):
-            rows = slice(i, i + self._most_rows)
-            times = timestep[rows] if timestep.ndim else timestep
-            outputs.append(self._call("unet", sample[rows], times, context[rows]))
-        return np.concatenate(outputs)
+        return self._call("unet", sample, timestep, context)
 
     def _call(self, graph: GraphName, *arrays: npt.NDArray[Any]) -> Floats:
+        """Run a graph on any number of rows: in parts of the most it takes, filled up to the least."""
+        io = self._artefacts.contract[graph]
+        least, _, most = io.ranges["M" if graph == "unet" else "N"]
+        count = len(arrays[0])
+        outputs = []
+        for first in range(0, count, most):
+            taken = min(most, count - first)
+            rows = [first + min(i, taken - 1) for i in range(max(taken, least))]
+            part = [array[rows] if array.ndim else array for array in arrays]
+            outputs.append(self._run(graph, part)[:taken])
+        return np.concatenate(outputs)
+
+    def _run(self, graph: GraphName, arrays: Sequence[npt.NDArray[Any]]) -> Floats:
         session = self._sessions[graph]
         ports = self._artefacts.contract[graph].inputs
         feeds = {
