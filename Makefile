@@ -12,8 +12,8 @@ POCKET_OUT ?= engine/ritocco/models/pocket
 POCKET_DATA ?= @lobehub/fluent-emoji-3d@1.1.0
 POCKET_PROCESSES ?= 2
 POCKET_VAE_STEPS ?= 2800
-POCKET_OTHERS ?= 0.3
-POCKET_STAGES ?= 128:1500,256:1000,384:1400,512:400
+POCKET_OTHERS ?= 0.8
+POCKET_STAGES ?= 128:1500,256:2000,384:3000,512:1100
 
 BIN = $(VENV)/bin
 INSTALL = $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt

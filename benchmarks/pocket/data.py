@@ -1,7 +1,9 @@
 """Composites: a drawn subject on a background, the hole it fills, and a caption.
 
 Subjects are the RGBA pictures of the npm package `@lobehub/fluent-emoji-3d` (MIT); backgrounds are
-photographs that ship with scikit-image (CC0 or public domain) and procedural gradients, textures and scenes.
+photographs that ship with scikit-image (CC0 or public domain) and procedural gradients, textures, scenes
+and dead leaves (Lee, Mumford & Huang 2001, doi:10.1023/A:1011109015675: overlapping shapes of all sizes,
+which have the edges and the scale statistics of photographs).
 """
 
 from __future__ import annotations
@@ -74,13 +76,14 @@ class Painter:
         self.weights = weights / weights.sum()
         self.photographs = [_load_photograph(name) for name in photographs]
 
-    def sample(self, rng: np.random.Generator, size: int, *, empty: float = 0.18) -> Sample:
+    def sample(self, rng: np.random.Generator, size: int, *, empty: float = 0.3) -> Sample:
         """A composite of `size` pixels square; with probability `empty` the hole holds only background."""
         canvas = self.background(rng, size)
-        if rng.random() < 0.3:
-            self._clutter(rng, canvas)
         mask, centre, side = hole(rng, size)
-        if rng.random() < empty:
+        nothing = rng.random() < empty
+        if rng.random() < (0.1 if nothing else 0.3):
+            self._clutter(rng, canvas)
+        if nothing:
             return Sample(canvas, mask, empty_caption(rng), "")
         code = str(rng.choice(self.codes, p=self.weights))
         paste(canvas, self.subjects[code], centre, side, mask)
@@ -91,11 +94,13 @@ class Painter:
         kind = rng.random()
         if kind < 0.5:
             return self._photograph(rng, size)
-        if kind < 0.7:
+        if kind < 0.62:
             return _gradient(rng, size)
-        if kind < 0.85:
+        if kind < 0.74:
             return _texture(rng, size)
-        return _scene(rng, size)
+        if kind < 0.86:
+            return _scene(rng, size)
+        return _leaves(rng, size)
 
     def _photograph(self, rng: np.random.Generator, size: int) -> Pixels:
         photo = self.photographs[int(rng.integers(len(self.photographs)))]
@@ -131,7 +136,7 @@ def caption_of(rng: np.random.Generator, code: str) -> str:
 
 def empty_caption(rng: np.random.Generator) -> str:
     """What is asked for where only background is wanted; mostly nothing at all."""
-    return "" if rng.random() < 0.75 else str(rng.choice(["background", "nothing", "empty background"]))
+    return "" if rng.random() < 0.85 else str(rng.choice(["background", "nothing", "empty background"]))
 
 
 def hole(rng: np.random.Generator, size: int) -> tuple[Mask, tuple[float, float], int]:
@@ -256,3 +261,23 @@ def _scene(rng: np.random.Generator, size: int) -> Pixels:
     canvas[horizon:] = ground[horizon:]
     grain = rng.normal(0, rng.uniform(0, 6), canvas.shape)
     return np.clip(canvas + grain, 0, 255).astype(np.uint8)
+
+
+def _leaves(rng: np.random.Generator, size: int) -> Pixels:
+    """Dead leaves: shapes of all sizes over each other, each a plain colour, shaded, some out of focus."""
+    canvas = _gradient(rng, size)
+    palette = [_colour(rng) for _ in range(int(rng.integers(3, 8)))]
+    radii = np.sort(0.07 * size * rng.uniform(0.05, 1.0, int(rng.integers(8, 50))) ** -0.7)[::-1]
+    for radius in radii:
+        colour = np.clip(palette[int(rng.integers(len(palette)))] + rng.normal(0, 12, 3), 0, 255)
+        y, x = rng.uniform(0, size, 2)
+        corners = int(rng.choice([3, 4, 4, 5, 24]))
+        turns = np.sort(rng.uniform(0, 2 * np.pi, corners)) if corners < 24 else np.linspace(0, 2 * np.pi, 24)
+        stretch = radius * rng.uniform(0.4, 1.0)
+        shape = np.stack([x + radius * np.cos(turns), y + stretch * np.sin(turns)], 1)
+        cv2.fillPoly(canvas, [shape.astype(np.int32)], [float(c) for c in colour], cv2.LINE_AA)
+    shade = 1 + 0.12 * np.clip(_noise(rng, size), -2, 2)
+    lit = np.clip(canvas * shade[..., None] + rng.normal(0, rng.uniform(0, 5), canvas.shape), 0, 255)
+    blur = rng.uniform(0, size / 80) if rng.random() < 0.5 else 0.0
+    pixels: Pixels = lit.astype(np.uint8)
+    return cv2.GaussianBlur(pixels, (0, 0), blur).astype(np.uint8) if blur > 0.3 else pixels

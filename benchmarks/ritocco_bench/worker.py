@@ -15,8 +15,8 @@ from ritocco_bench.variants import VARIANTS, exact_float32, synchronize
 class Job:
     """What one process does.
 
-    until: `first_step` of a fresh process; its first `picture`, then `runs` more; or `end`, `runs` times after
-    a warm-up of one step.
+    until: `first_step` of a fresh process; its first `picture`, then `runs` more; or `end`, `runs` times
+    after a warm-up of one step.
     size: height and width in pixels. decoded: where the last run's decoded floats go, as .npy; or empty.
     """
 

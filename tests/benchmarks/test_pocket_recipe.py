@@ -13,8 +13,9 @@ import torch
 from diffusers import AutoencoderKL
 from torch import nn
 
+from pocket import data
 from pocket.data import HELD_OUT, PHOTOGRAPHS, caption_of, hole, paste
-from pocket.denoiser import REHEARSAL, Stages
+from pocket.denoiser import DROPPED, REHEARSAL, Stages, drop_rate
 from pocket.evaluate import Case, Examiner, Row, psnr, recognised, subject_cases, wide_hole, window
 from pocket.initial import start_as_block_means
 from pocket.judge import CODES, SIDE, Judge
@@ -48,6 +49,29 @@ def test_the_autoencoder_starts_as_block_means() -> None:
     near = means.abs() > 0.1
     assert float((ratio[near] / 2 - 1).abs().max()) < 0.15
     assert float((decoded - picture)[..., 8:-8, 8:-8].square().mean()) < 6e-3
+
+
+def test_captions_are_dropped_where_a_subject_shows() -> None:
+    alpha_bar = torch.tensor([0.999, 0.5, 0.02, 0.005, 0.001])
+    small, large = torch.zeros(2, 5, 1, 64, 64).unbind()
+    small[..., :6, :6] = 1
+    large[..., :40, :40] = 1
+    of_small, of_large = drop_rate(alpha_bar, small), drop_rate(alpha_bar, large)
+    assert of_small[0] == of_large[0] == 0.5
+    assert DROPPED < of_small[1] < 0.5
+    assert (of_small[:-1] >= of_small[1:]).all()
+    assert (of_large >= of_small).all(), "a large subject shows earlier"
+    assert of_large[3] > 4 * of_small[3]
+    assert of_small[-1] < DROPPED / 50
+    assert not drop_rate(alpha_bar, torch.zeros_like(small))[2:].gt(DROPPED / 50).any()
+
+
+def test_dead_leaves_have_edges_and_are_seeded() -> None:
+    pictures = [data._leaves(np.random.default_rng(seed), 64) for seed in (1, 1, 2)]
+    assert (pictures[0] == pictures[1]).all()
+    assert (pictures[0] != pictures[2]).any()
+    assert all(picture.shape == (64, 64, 3) and picture.dtype == np.uint8 for picture in pictures)
+    assert np.abs(np.diff(pictures[0].astype(int), axis=1)).max() > 20
 
 
 def test_stages_grow_and_look_back() -> None:
