@@ -128,9 +128,10 @@ def backends(
     """Fresh process to its first picture, and a picture after that, on torch and on each named backend.
 
     The graphs must be in the cache. The processes take turns, torch first; the first pair fills caches of
-    compiled models and is not counted. Every picture must lie within LEAST_PSNR_DB of torch's in float32.
-    Raises ParityError and BenchError.
+    compiled models and is not counted. Each computes in the dtype that it takes by itself. Every picture must
+    lie within LEAST_PSNR_DB of torch's in float32. Raises ParityError and BenchError.
     """
+    bench = replace(bench, dtype="auto")
     taken: dict[tuple[str, str], list[float]] = {}
     peaks: dict[str, int | None] = {}
     found: dict[str, Parity] = {}
