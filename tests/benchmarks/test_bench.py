@@ -242,7 +242,8 @@ def test_backends_are_compared_with_torch(tiny: Path) -> None:
         for variant in ("ritocco", "ritocco-openvino")
         for phase in ("load", "first_picture", "total")
     }
-    assert all(row.samples == 2 and row.parity_psnr_db == parity.MOST_DB for row in rows)
+    assert all(row.samples == 2 and row.dtype == "auto" for row in rows)
+    assert all(row.parity_psnr_db >= cases.LEAST_PSNR_DB for row in rows)
     wrong.add("openvino")
     with pytest.raises(parity.ParityError, match=r"openvino: .* dB from torch"):
         cases.backends(held, ["openvino"], environment.environment("cpu"), run=run, say=quiet)
