@@ -11,8 +11,8 @@ from pathlib import Path
 
 from ritocco.backends import SESSION_BACKENDS, installed
 from ritocco.device import DTYPES, choose
-from ritocco.engine import load, pocket_model
 from ritocco.errors import RitoccoError
+from ritocco.loading import load, pocket_model
 from ritocco_bench.cases import Bench, BenchError, backends, execute, startup, steps
 from ritocco_bench.environment import Environment, environment
 from ritocco_bench.folder import SIZES, make_folder

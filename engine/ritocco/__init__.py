@@ -1,6 +1,6 @@
 """Stable Diffusion inpainting on your own hardware. `predict(input)` repaints the white part of a mask."""
 
-from ritocco.engine import Engine, from_diffusers, load, predict
+from ritocco.engine import Engine
 from ritocco.errors import (
     BackendError,
     CheckpointError,
@@ -10,6 +10,7 @@ from ritocco.errors import (
     RitoccoError,
 )
 from ritocco.fetch import Fetcher
+from ritocco.loading import from_diffusers, load, predict
 from ritocco.prediction import Prediction
 from ritocco.schema import PredictionInput
 

@@ -210,7 +210,7 @@ def _replace(path: Path, data: bytes) -> None:
 def _engine(
     model: str | None, device: str, dtype: str, backend: str, variant: str | None, tokenizer: Path | None
 ) -> Engine:
-    from ritocco.engine import load
+    from ritocco.loading import load
 
     return load(model, device=device, dtype=dtype, backend=backend, variant=variant, tokenizer=tokenizer)
 

@@ -6,26 +6,20 @@ loop, once for all outputs.
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from importlib.resources import files
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from ritocco.artefacts import Artefacts, cache_root, is_artefacts, open_artefacts
-from ritocco.backends import SESSION_BACKENDS
 from ritocco.backends.host_memory import give_back_freed_memory
 from ritocco.backends.runtime import Floats, Lane, LatentSize, Runtime
 from ritocco.denoise import denoise
-from ritocco.errors import BackendError, CheckpointError, NonFiniteError
+from ritocco.errors import BackendError, NonFiniteError
 from ritocco.fetch import Fetcher
 from ritocco.images import (
     data_uri,
@@ -45,7 +39,6 @@ from ritocco.schema import Options, PredictionInput, parse_input
 from ritocco.shown import plain
 
 if TYPE_CHECKING:
-    from ritocco.checkpoint import Checkpoint
     from ritocco.prompt import Tokenizer
 
 OnStep = Callable[[int, int], bool | None]
@@ -283,169 +276,3 @@ def _listed(keys: Sequence[str]) -> str:
     """Somebody's keys for the log: plain, on one line, not endless."""
     shown = [plain(key, 40) for key in sorted(keys)]
     return ", ".join(shown[:20]) + (f" and {len(shown) - 20} more" if len(shown) > 20 else "")
-
-
-def load(
-    model: str | Path | None = None,
-    *,
-    device: str = "auto",
-    dtype: str = "auto",
-    backend: str = "auto",
-    variant: str | None = None,
-    tokenizer: str | Path | None = None,
-    fetcher: Fetcher | None = None,
-) -> Engine:
-    """Load a checkpoint.
-
-    model: a diffusers folder, a single `.safetensors` file, or a folder of exported graphs; None takes
-    RITOCCO_MODEL from the environment, else the embedded pocket model. device, dtype: see `device.choose`.
-    backend: `auto`, `torch`, `onnxruntime` or `openvino`; the last two export a checkpoint once, into the
-    cache. variant: `fp16` and such, where a folder holds several. tokenizer: folder of vocab.json and
-    merges.txt, for single files.
-    fetcher: opens the URLs of requests; None makes one from the environment.
-    Raises CheckpointError, BackendError, and RequestError where RITOCCO_ALLOW_NETWORKS can't be read.
-    """
-    path = model_path(model)
-    if is_artefacts(path):
-        if variant is not None or tokenizer is not None:
-            raise CheckpointError(f"{path}: exported graphs; variant and tokenizer are for checkpoints")
-        return _from_artefacts(open_artefacts(path), device, dtype, backend, fetcher)
-    from ritocco.checkpoint import open_checkpoint
-
-    checkpoint = open_checkpoint(path, variant=variant, tokenizer=tokenizer)
-    if backend in SESSION_BACKENDS:
-        return _from_artefacts(_exported(checkpoint), device, dtype, backend, fetcher)
-    return _engine(checkpoint, device, dtype, backend, fetcher)
-
-
-def model_path(model: str | Path | None) -> Path:
-    """Where a model lies: the one named, else RITOCCO_MODEL, else the embedded one.
-
-    Raises CheckpointError for an empty name.
-    """
-    if model is None:
-        model = os.environ.get("RITOCCO_MODEL") or pocket_model()
-    elif not str(model):
-        raise CheckpointError("model is ''; it must name a folder or a .safetensors file")
-    return Path(model)
-
-
-def from_diffusers(
-    pipe: Any, *, device: str | None = None, dtype: str | None = None, fetcher: Fetcher | None = None
-) -> Engine:
-    """An engine from a diffusers `StableDiffusionInpaintPipeline` in memory, sharing its tensors.
-
-    device, dtype: None takes those of the pipeline's UNet; tensors that have them are not copied. fetcher: as
-    for `load`.
-    Raises CheckpointError where the pipeline is not one for inpainting, and BackendError.
-    """
-    from ritocco.checkpoint import from_diffusers as checkpoint_of
-
-    checkpoint = checkpoint_of(pipe)
-    weight = next(pipe.unet.parameters())
-    return _engine(
-        checkpoint,
-        device or str(weight.device),
-        dtype or str(weight.dtype).removeprefix("torch."),
-        "torch",
-        fetcher,
-    )
-
-
-def pocket_model() -> Path:
-    """Folder of the embedded model."""
-    return Path(str(files("ritocco"))) / "models" / "pocket"
-
-
-def _engine(checkpoint: Checkpoint, device: str, dtype: str, backend: str, fetcher: Fetcher | None) -> Engine:
-    from ritocco.backends.torch_ import TorchRuntime
-    from ritocco.checkpoint import fingerprint, load_tokenizer
-    from ritocco.device import choose
-    from ritocco.scheduler_config import check_scheduler, from_pipeline
-
-    choice = choose(device, dtype, backend)
-    # An operator's mistake shows here, not in the first request that holds a URL.
-    fetcher = fetcher or Fetcher.from_environment()
-    scheduler = from_pipeline(checkpoint.scheduler)
-    warnings = [f"Warning: {problem}" for problem in check_scheduler(scheduler)]
-    safety = None
-    # The tokenizer's tables are read while torch converts weights, which needs no Python.
-    with ThreadPoolExecutor(1, thread_name_prefix="ritocco-tokenizer") as pool:
-        tokenizer = pool.submit(load_tokenizer, checkpoint)
-        runtime = TorchRuntime(checkpoint, device=choice.device, dtype=choice.dtype)
-        if checkpoint.safety_checker is not None:
-            safety = SafetyChecker.load(checkpoint, device=choice.device, dtype=choice.dtype)
-    return Engine(
-        runtime,
-        tokenizer.result(),
-        scheduler,
-        safety=safety,
-        version=fingerprint(checkpoint),
-        notes=(*checkpoint.notes, *warnings, f"Running {'; '.join(choice.reasons)}"),
-        fetcher=fetcher,
-    )
-
-
-def _from_artefacts(
-    artefacts: Artefacts, device: str, dtype: str, backend: str, fetcher: Fetcher | None
-) -> Engine:
-    """An engine on exported graphs; imports no torch."""
-    from ritocco.backends import open_sessions
-    from ritocco.prompt import Tokenizer
-    from ritocco.scheduler_config import check_scheduler, from_pipeline
-
-    fetcher = fetcher or Fetcher.from_environment()
-    scheduler = from_pipeline(artefacts.scheduler)
-    warnings = [f"Warning: {problem}" for problem in check_scheduler(scheduler)]
-    runtime, reasons = open_sessions(artefacts, backend=backend, device=device, dtype=dtype)
-    return Engine(
-        runtime,
-        Tokenizer.from_folder(artefacts.path / "tokenizer"),
-        scheduler,
-        version=artefacts.version,
-        notes=(
-            *warnings,
-            f"{artefacts.path.name}: exported graphs carry no safety checker, so none is run",
-            f"Running {'; '.join(reasons)}",
-        ),
-        fetcher=fetcher,
-    )
-
-
-def _exported(checkpoint: Checkpoint) -> Artefacts:
-    """The checkpoint's graphs from the cache, exported into it where they are not there.
-
-    Raises BackendError where the cache can't be written.
-    """
-    from ritocco.checkpoint import fingerprint
-    from ritocco.plugins import exporter
-
-    version = fingerprint(checkpoint)
-    folder = cache_root() / "graphs" / version[:32]
-    with _export_lock:
-        try:
-            return open_artefacts(folder, version=version)
-        except CheckpointError:
-            pass
-        try:
-            exporter().export(checkpoint, folder, dtype="float32")
-        except OSError as error:
-            raise BackendError(
-                f"{cache_root()}: the graphs can't be kept there ({error}). Set RITOCCO_CACHE to another "
-                "folder, or export with `ritocco export --out` and name that folder as the model"
-            ) from error
-        return open_artefacts(folder, version=version)
-
-
-_export_lock = threading.Lock()
-_default: Engine | None = None
-_default_lock = threading.Lock()
-
-
-def predict(input: Mapping[str, Any] | PredictionInput, **options: Any) -> Prediction:
-    """`Engine.predict` on one lazily made engine: the checkpoint in RITOCCO_MODEL, else the pocket model."""
-    global _default
-    with _default_lock:
-        if _default is None:
-            _default = load()
-    return _default.predict(input, **options)

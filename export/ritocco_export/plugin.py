@@ -48,7 +48,7 @@ def command(
     tokenizer: Annotated[Path | None, typer.Option(help="For a single file: its tokenizer folder.")] = None,
 ) -> None:
     """Write a checkpoint as ONNX graphs that ONNX Runtime, OpenVINO and TensorRT take."""
-    from ritocco.engine import model_path
+    from ritocco.loading import model_path
 
     if (out is None) == (check is None):
         raise RequestError(

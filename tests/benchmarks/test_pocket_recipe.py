@@ -27,7 +27,7 @@ from pocket.training import Schedule, Trainer
 from pocket.vocabulary import learn_merges, make_vocabulary
 from pocket.words import CODES as WORDS
 from pocket.words import NOTHING, captions, endings
-from ritocco.engine import pocket_model
+from ritocco.loading import pocket_model
 
 
 def smooth_picture(side: int = 64) -> torch.Tensor:

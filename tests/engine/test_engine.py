@@ -22,8 +22,7 @@ from PIL import Image
 from torch import Tensor
 
 import ritocco
-from ritocco import BackendError, Engine, NonFiniteError, Prediction, PredictionInput, RequestError
-from ritocco import engine as engine_module
+from ritocco import BackendError, Engine, NonFiniteError, Prediction, PredictionInput, RequestError, loading
 from ritocco.backends.network import NetworkBatch
 from ritocco.backends.torch_ import TorchRuntime
 from ritocco.checkpoint import load_tokenizer, open_checkpoint
@@ -644,14 +643,14 @@ def test_the_default_engine_is_made_once_from_the_environment(
     tiny_checkpoint: Path, ask: Ask, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loads = []
-    original = engine_module.load
+    original = loading.load
 
     def load(*args: Any, **options: Any) -> Engine:
         loads.append(args)
         return original(*args, dtype="float32", **options)
 
-    monkeypatch.setattr(engine_module, "_default", None)
-    monkeypatch.setattr(engine_module, "load", load)
+    monkeypatch.setattr(loading, "_default", None)
+    monkeypatch.setattr(loading, "load", load)
     monkeypatch.setenv("RITOCCO_MODEL", str(tiny_checkpoint))
     first = ritocco.predict(ask(num_inference_steps=1))
     second = ritocco.predict(ask(num_inference_steps=1), paste_back=False)

@@ -9,7 +9,7 @@ import numpy.typing as npt
 import pytest
 
 import ritocco
-from ritocco.engine import pocket_model
+from ritocco.loading import pocket_model
 
 SIDE = 256
 HOLE = slice(64, 192)

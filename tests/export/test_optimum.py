@@ -12,7 +12,7 @@ import pytest
 
 import ritocco
 from ritocco.checkpoint import open_checkpoint
-from ritocco.engine import pocket_model
+from ritocco.loading import pocket_model
 from ritocco_export.exporter import export_checkpoint
 from ritocco_export.profiles import Profile
 
