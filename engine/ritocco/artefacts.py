@@ -28,7 +28,6 @@ from ritocco.weight_files import inside, read_json
 MANIFEST = "ritocco.json"
 FORMAT = 1
 GRAPH_FILE = "model.onnx"
-DTYPES = ("float32", "float16", "bfloat16")
 CONFIGS = {
     "unet": "unet/config.json",
     "vae": "vae_encoder/config.json",
@@ -86,7 +85,8 @@ class Artefacts:
 def is_artefacts(path: Path) -> bool:
     """Whether a folder holds exported graphs, ours or Optimum's; false where it can't be looked at."""
     try:
-        return (path / MANIFEST).is_file() or (path / "unet" / GRAPH_FILE).is_file()
+        # A diffusers folder may hold a graph or two beside its weights.
+        return (path / MANIFEST).is_file() or all((path / name / GRAPH_FILE).is_file() for name in GRAPHS)
     except (OSError, ValueError):  # a name that no file can have, a folder that may not be entered
         return False
 
@@ -178,7 +178,7 @@ def write_manifest(path: Path, manifest: Manifest) -> None:
 def written_whole(out: Path) -> Iterator[Path]:
     """A new folder to write into, which becomes `out` at the block's end, or vanishes where it raises.
 
-    An older export in its place is replaced; of two writers the later one's stays, whole. Raises
+    An older export in its place is replaced; of two writers one's stays, whole. Raises
     CheckpointError where `out` holds anything else.
     """
     if out.exists() and not (out.is_dir() and (is_artefacts(out) or not any(out.iterdir()))):
@@ -193,6 +193,8 @@ def written_whole(out: Path) -> Iterator[Path]:
             part.rename(out)
         except OSError:
             if not is_artefacts(out):  # else another writer came first, and its export is as good
+                with suppress(FileNotFoundError):
+                    old.rename(out)
                 raise
     finally:
         shutil.rmtree(part, ignore_errors=True)

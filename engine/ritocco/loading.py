@@ -52,7 +52,7 @@ def load(
 
     checkpoint = open_checkpoint(path, variant=variant, tokenizer=tokenizer)
     if backend in SESSION_BACKENDS:
-        return _from_artefacts(_exported(checkpoint), device, dtype, backend, fetcher)
+        return _from_artefacts(_exported(checkpoint), device, dtype, backend, fetcher, checkpoint)
     return _engine(checkpoint, device, dtype, backend, fetcher)
 
 
@@ -125,9 +125,17 @@ def _engine(checkpoint: Checkpoint, device: str, dtype: str, backend: str, fetch
 
 
 def _from_artefacts(
-    artefacts: Artefacts, device: str, dtype: str, backend: str, fetcher: Fetcher | None
+    artefacts: Artefacts,
+    device: str,
+    dtype: str,
+    backend: str,
+    fetcher: Fetcher | None,
+    checkpoint: Checkpoint | None = None,
 ) -> Engine:
-    """An engine on exported graphs; imports no torch."""
+    """An engine on exported graphs; torch is imported for a checkpoint's safety checker alone.
+
+    checkpoint: the one that they were exported from, where it is at hand.
+    """
     from ritocco.backends import open_sessions
     from ritocco.prompt import Tokenizer
     from ritocco.scheduler_config import check_scheduler, from_pipeline
@@ -136,16 +144,20 @@ def _from_artefacts(
     scheduler = from_pipeline(artefacts.scheduler)
     warnings = [f"Warning: {problem}" for problem in check_scheduler(scheduler)]
     runtime, reasons = open_sessions(artefacts, backend=backend, device=device, dtype=dtype)
+    safety, about = None, f"{artefacts.path.name}: exported graphs carry no safety checker, so none is run"
+    if checkpoint is not None and checkpoint.safety_checker is not None:
+        from ritocco.device import choose
+
+        choice = choose("cpu")
+        safety = SafetyChecker.load(checkpoint, device=choice.device, dtype=choice.dtype)
+        about = "The checkpoint's safety checker runs on torch, on the CPU"
     return Engine(
         runtime,
         Tokenizer.from_folder(artefacts.path / "tokenizer"),
         scheduler,
+        safety=safety,
         version=artefacts.version,
-        notes=(
-            *warnings,
-            f"{artefacts.path.name}: exported graphs carry no safety checker, so none is run",
-            f"Running {'; '.join(reasons)}",
-        ),
+        notes=(*warnings, about, f"Running {'; '.join(reasons)}"),
         fetcher=fetcher,
     )
 

@@ -14,7 +14,6 @@ import torch
 
 from ritocco.artefacts import (
     CONFIGS,
-    DTYPES,
     GRAPH_FILE,
     Manifest,
     files_of,
@@ -22,6 +21,7 @@ from ritocco.artefacts import (
     written_whole,
 )
 from ritocco.checkpoint import TOKENIZER_FILES, Checkpoint, fingerprint
+from ritocco.device import DTYPES
 from ritocco.errors import CheckpointError, RequestError
 from ritocco.nets.io import GRAPHS, Contract, GraphName, Layout, NetworkIO, contract_digest, contract_of
 from ritocco.nets.specs import TextSpec, UNetSpec, VAESpec

@@ -236,3 +236,28 @@ def test_doctor_knows_graphs(tiny_graphs: Path, folder: Path) -> None:
     flip_a_byte(folder)
     (finding,) = verify(folder)
     assert (finding.level, finding.subject) == ("error", "graphs")
+
+
+def test_an_older_export_survives_a_move_that_fails(
+    tiny_graphs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = shutil.copytree(tiny_graphs, tmp_path / "out")
+    rename = Path.rename
+
+    def refuse(self: Path, target: Path) -> Path:
+        if self.name.endswith(".part"):
+            raise OSError(5, "Input/output error")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", refuse)
+    with pytest.raises(OSError, match="Input/output"), written_whole(out):
+        pass
+    assert open_artefacts(out).layout == "ritocco"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_graph_beside_weights_makes_no_export(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny_checkpoint, tmp_path / "both")
+    (folder / "unet" / "model.onnx").write_bytes(b"")
+    assert not is_artefacts(folder)
+    assert ritocco.load(folder, dtype="float32").traits.dtype == "float32"

@@ -307,3 +307,17 @@ def test_a_checkpoint_that_can_not_be_kept_says_why(
 def test_a_backend_that_is_not_there_is_named_with_those_that_are(tiny_checkpoint: Path) -> None:
     with pytest.raises(BackendError, match="this version has torch, openvino, onnxruntime"):
         ritocco.load(tiny_checkpoint, backend="tensorrt")
+
+
+def test_a_checkpoints_safety_checker_is_not_lost(
+    backend: str, tiny_safety_checkpoint: Path, tiny_graphs: Path, ask: Ask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ritocco.loading._exported", lambda checkpoint: open_artefacts(tiny_graphs))
+    engine = ritocco.load(tiny_safety_checkpoint, backend=backend, dtype="float32")
+    safety = engine._safety
+    assert safety is not None
+    monkeypatch.setattr(type(safety), "flag", lambda self, pixels: [True] * len(pixels))
+    flagged = engine.predict(ask())
+    assert flagged.status == "failed"
+    assert "safety checker runs on torch" in flagged.logs
+    assert engine.predict(ask(disable_safety_checker=True)).status == "succeeded"
