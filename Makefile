@@ -19,7 +19,7 @@ BIN = $(VENV)/bin
 INSTALL = $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
 TRAIN = PYTHONPATH=benchmarks OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node $(POCKET_PROCESSES)
 
-.PHONY: help demo test test-all test-gpu lint format bench pocket evaluate clean
+.PHONY: help demo test test-all test-gpu lint format bench pocket evaluate judge clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):[^#]*## /\1|/p' Makefile | awk -F '|' '{ printf "make %-9s %s\n", $$1, $$2 }'
@@ -57,13 +57,13 @@ pocket: $(VENV)/pocket.stamp $(POCKET)/package/package.json ## train the embedde
 	PYTHONPATH=benchmarks $(BIN)/python -m pocket.pack --work $(POCKET)/work --out $(POCKET_OUT)
 	PYTHONPATH=benchmarks $(BIN)/python -m pocket.curve --work $(POCKET)/work --out docs/pocket-curve.png
 
-# The judge is trained once, a quarter of an hour; the rows of an evaluation that was cut short are kept.
-evaluate: $(VENV)/pocket.stamp $(POCKET)/package/package.json $(POCKET)/judge.safetensors ## judge the embedded model; QUICK=1 for 256 pixels
+# The rows of an evaluation that was cut short are kept.
+evaluate: $(VENV)/pocket.stamp $(POCKET)/package/package.json ## judge the embedded model; QUICK=1 for 256 pixels
 	PYTHONPATH=benchmarks $(BIN)/python -m pocket.evaluate --assets $(POCKET)/package/assets \
-		--judge $(POCKET)/judge.safetensors --rows $(POCKET)/rows.jsonl $(if $(QUICK),--quick)
+		--rows $(POCKET)/rows.jsonl $(if $(QUICK),--quick)
 
-$(POCKET)/judge.safetensors: | $(VENV)/pocket.stamp $(POCKET)/package/package.json
-	PYTHONPATH=benchmarks OMP_NUM_THREADS=1 $(BIN)/python -m pocket.judge --assets $(POCKET)/package/assets --out $@
+judge: $(VENV)/pocket.stamp $(POCKET)/package/package.json ## train the judge again, a quarter of an hour
+	PYTHONPATH=benchmarks OMP_NUM_THREADS=1 $(BIN)/python -m pocket.judge --assets $(POCKET)/package/assets
 
 clean: ## remove the environment, caches and outputs; downloads and training state in .cache stay
 	rm -rf $(VENV) dist demo-output .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis

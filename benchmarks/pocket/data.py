@@ -76,13 +76,21 @@ class Painter:
         self.weights = weights / weights.sum()
         self.photographs = [_load_photograph(name) for name in photographs]
 
-    def sample(self, rng: np.random.Generator, size: int, *, empty: float = 0.3) -> Sample:
-        """A composite of `size` pixels square; with probability `empty` the hole holds only background."""
+    def sample(
+        self, rng: np.random.Generator, size: int, *, empty: float = 0.3, softened: float = 0.0
+    ) -> Sample:
+        """A composite of `size` pixels square; with probability `empty` the hole holds only background.
+
+        softened: share of a smooth fill in the hole's background.
+        """
         canvas = self.background(rng, size)
         mask, centre, side = hole(rng, size)
         nothing = rng.random() < empty
         if rng.random() < (0.1 if nothing else 0.3):
             self._clutter(rng, canvas)
+        if softened:
+            mixed = canvas[mask] * (1 - softened) + smooth_fill(canvas, mask)[mask] * softened
+            canvas[mask] = mixed.round().astype(np.uint8)
         if nothing:
             return Sample(canvas, mask, empty_caption(rng), "")
         code = str(rng.choice(self.codes, p=self.weights))
@@ -161,6 +169,31 @@ def hole(rng: np.random.Generator, size: int) -> tuple[Mask, tuple[float, float]
             side / 2 * rng.uniform(-0.13, 0.13) / (k - 1) * np.cos(k * angle + rng.uniform(0, 2 * np.pi))
         )
     return dy**2 + dx**2 <= radius**2, (cy, cx), int(side * rng.uniform(0.72, 0.82))
+
+
+def smooth_fill(canvas: Pixels, mask: Mask) -> NDArray[np.float32]:
+    """The picture with its hole filled smoothly from all around: float32 [S,S,3], 0 to 255.
+
+    Pull-push (Gortler et al. 1996, doi:10.1145/237170.237200, section 3.4.1): averages of what is known, on
+    ever coarser grids, fill what is unknown on the finer one.
+    """
+    known = (~mask).astype(np.float32)
+    return _pulled(canvas.astype(np.float32) * known[..., None], known)
+
+
+def _pulled(sums: NDArray[np.float32], known: NDArray[np.float32]) -> NDArray[np.float32]:
+    """sums: colours times `known`, [h,w,3]; known: weights of 0 to 1, [h,w]. Colours where any are known."""
+    height, width = known.shape
+    if min(height, width) <= 2 or known.min() > 0:
+        colours: NDArray[np.float32] = sums / np.maximum(known, 1e-6)[..., None]
+        return colours
+    half = (width // 2, height // 2)
+    weights = cv2.resize(known, half, interpolation=cv2.INTER_AREA)
+    gain = np.minimum(1, 4 * weights) / np.maximum(weights, 1e-6)  # one known pixel in four is enough
+    pulled = cv2.resize(sums, half, interpolation=cv2.INTER_AREA) * gain[..., None]
+    coarse = _pulled(pulled.astype(np.float32), (weights * gain).astype(np.float32))
+    pushed = cv2.resize(coarse, (width, height), interpolation=cv2.INTER_LINEAR)
+    return (sums + (1 - known)[..., None] * pushed).astype(np.float32)
 
 
 def paste(

@@ -18,16 +18,18 @@ from typing import Any
 import cv2
 import numpy as np
 import torch
-from scipy.stats import binomtest
+from scipy.stats import binomtest, wilcoxon
 from tqdm import tqdm
 
 import ritocco
 from pocket.data import HELD_OUT, Mask, Painter, Pixels, caption_of, hole
-from pocket.judge import load_judge
+from pocket.judge import JUDGE, load_judge
 from pocket.subjects import SUBJECTS
 
 SCHEDULERS = ("DPMSolverMultistep", "DDIM", "K_EULER", "K_EULER_ANCESTRAL", "PNDM", "KLMS")
 STEPS = 25
+# At full size a hundred of the subjects, drawn once.
+EXAMINED = tuple(np.random.default_rng(2024).permutation(list(SUBJECTS))[:100].tolist())
 Row = dict[str, Any]
 
 
@@ -85,9 +87,14 @@ class Examiner:
         mask, centre, side = wide_hole(rng, case.size, least=0.4, most=0.9)
         prompt = caption_of(rng, case.code)
         painted = self.paint(canvas, mask, prompt, case)
-        ranked = self.judge.ranked([window(painted, centre, side)])[0]
-        place = ranked.index(case.code) + 1
-        return {"prompt": prompt, "seen": SUBJECTS[ranked[0]][0], "place": place}
+        probabilities = self.judge.probabilities(window(painted, centre, side))
+        ranked = list(probabilities)
+        return {
+            "prompt": prompt,
+            "seen": SUBJECTS[ranked[0]][0],
+            "place": ranked.index(case.code) + 1,
+            "confidence": round(probabilities[case.code], 5),
+        }
 
     def fill(self, case: Case) -> Row:
         """Take a part of a background out; PSNR in the hole of three ways to fill it."""
@@ -166,9 +173,9 @@ def reconstruction(engine: ritocco.Engine, painter: Painter, count: int) -> list
     return out
 
 
-def subject_cases(size: int, each: int, **settings: Any) -> list[Case]:
-    """`each` pictures of every subject."""
-    return [Case(code=code, index=i, size=size, **settings) for code in SUBJECTS for i in range(each)]
+def subject_cases(codes: Sequence[str], size: int, each: int, **settings: Any) -> list[Case]:
+    """`each` pictures of every subject of `codes`."""
+    return [Case(code=code, index=i, size=size, **settings) for i in range(each) for code in codes]
 
 
 def recognised(rows: Sequence[Row]) -> str:
@@ -179,22 +186,32 @@ def recognised(rows: Sequence[Row]) -> str:
     return f"{share} of {len(rows)}"
 
 
+def compared(rows: Sequence[Row], others: Sequence[Row]) -> str:
+    """The judge's mean confidence in the asked subject in `rows`, against `others` on the same placements."""
+    mine, theirs = ([row["confidence"] for row in some] for some in (rows, others))
+    p = wilcoxon(mine, theirs).pvalue
+    return f"confidence {np.mean(mine):.3f} against {np.mean(theirs):.3f} (Wilcoxon signed-rank, p = {p:.1g})"
+
+
 def report(examiner: Examiner, parts: Sequence[str], *, quick: bool) -> Iterator[str]:
     """Lines of a Markdown table; paints as it goes."""
     size, each = (256, 1) if quick else (512, 4)
+    codes = tuple(SUBJECTS) if quick else EXAMINED
     if "subjects" in parts:
-        rows = examiner.run(subject_cases(size, each))
+        rows = examiner.run(subject_cases(codes, size, each))
         yield f"| subject recognised, DPMSolverMultistep | {recognised(rows)} |"
-        missed = [code for code in SUBJECTS if not any(r["place"] == 1 for r in rows if r["code"] == code)]
+        missed = [code for code in codes if not any(r["place"] == 1 for r in rows if r["code"] == code)]
         yield f"| subjects never recognised | {', '.join(SUBJECTS[c][0] for c in missed) or 'none'} |"
-    if "guidance" in parts:
-        for guidance in (1.0, 3.0, 15.0):
-            rows = examiner.run(subject_cases(size, 1, guidance=guidance))
-            yield f"| recognised at guidance {guidance:g} | {recognised(rows)} |"
     if "schedulers" in parts:
         for scheduler in SCHEDULERS[1:]:
-            rows = examiner.run(subject_cases(size, 1, scheduler=scheduler))
+            rows = examiner.run(subject_cases(codes, size, 1, scheduler=scheduler))
             yield f"| recognised with {scheduler} | {recognised(rows)} |"
+    if "guidance" in parts:
+        usual = examiner.run(subject_cases(codes, size, 1))
+        for guidance in (1.0, 3.0, 15.0) if quick else (1.0,):
+            rows = examiner.run(subject_cases(codes, size, 1, guidance=guidance))
+            yield f"| recognised at guidance {guidance:g} | {recognised(rows)} |"
+            yield f"| guidance {guidance:g} against 7.5 | {compared(rows, usual)} |"
     if "background" in parts:
         cases = [Case(code="", index=i, size=size) for i in range(24 if quick else 60)]
         rows = [row for row in examiner.run(cases) if 0.05 <= row["share"] <= 0.25]
@@ -215,9 +232,9 @@ def main(say: Callable[[str], None] = print) -> None:
     parser.add_argument("parts", nargs="*", default=every, help=", ".join(every))
     parser.add_argument("--assets", type=Path, required=True)
     parser.add_argument("--model", type=Path, help="default: the embedded one")
-    parser.add_argument("--judge", type=Path, help="made by pocket.judge")
+    parser.add_argument("--judge", type=Path, default=JUDGE, help="made by pocket.judge")
     parser.add_argument("--rows", type=Path, required=True, help="a JSON-lines file")
-    parser.add_argument("--quick", action="store_true", help="256 pixels, one picture a subject")
+    parser.add_argument("--quick", action="store_true", help="256 pixels, one picture of every subject")
     args = parser.parse_args()
     torch.set_grad_enabled(False)
     examiner = Examiner(

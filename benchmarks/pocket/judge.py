@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
 from pathlib import Path
 
 import cv2
@@ -25,6 +24,7 @@ from tqdm import tqdm
 from pocket.data import HELD_OUT, Painter, Pixels, paste
 from pocket.subjects import SUBJECTS
 
+JUDGE = Path(__file__).parent / "judge.safetensors"
 SIDE = 64
 WIDTHS = (32, 64, 112, 160)
 CODES = tuple(SUBJECTS)
@@ -54,18 +54,22 @@ class Judge(nn.Module):
         return scores
 
     @torch.no_grad()
-    def ranked(self, pictures: Sequence[Pixels]) -> list[list[str]]:
-        """Subjects of each picture (uint8 [S,S,3], any size), the likeliest first."""
-        small = [cv2.resize(one, (SIDE, SIDE), interpolation=cv2.INTER_AREA) for one in pictures]
-        scores = self(_tensor(np.stack(small)))
-        return [[CODES[i] for i in row] for row in scores.argsort(1, descending=True).tolist()]
+    def probabilities(self, picture: Pixels) -> dict[str, float]:
+        """Of each subject in a picture (uint8 [S,S,3], any size), the likeliest first."""
+        small = cv2.resize(picture, (SIDE, SIDE), interpolation=cv2.INTER_AREA)
+        shares = self(_tensor(small[None])).softmax(1)[0].tolist()
+        return dict(sorted(zip(CODES, shares, strict=True), key=lambda pair: -pair[1]))
+
+    def names(self, picture: Pixels) -> str:
+        """The likeliest subject."""
+        return next(iter(self.probabilities(picture)))
 
 
 def load_judge(path: Path) -> tuple[Judge, dict[str, str]]:
     """A trained judge, and what its training measured."""
     judge = Judge()
     with safe_open(path, framework="pt") as file:
-        judge.load_state_dict({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
+        judge.load_state_dict({name: file.get_tensor(name).float() for name in file.keys()})  # noqa: SIM118
         facts: dict[str, str] = file.metadata()
     return judge.eval(), facts
 
@@ -103,7 +107,7 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--assets", type=Path, required=True)
-    parser.add_argument("--out", type=Path, required=True, help="a .safetensors file")
+    parser.add_argument("--out", type=Path, default=JUDGE, help="a .safetensors file")
     parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--batch", type=int, default=96)
     parser.add_argument("--peak", type=float, default=3e-3)
@@ -124,9 +128,10 @@ def main() -> None:
         optimizer.step()
         rates.step()
         bar.set_postfix(loss=f"{loss.item():.3f}")
+    judge.half().float()  # as it is stored
     facts = accuracy(judge.eval(), Painter(args.assets, photographs=HELD_OUT))
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    state = {name: tensor.contiguous() for name, tensor in judge.state_dict().items()}
+    state = {name: tensor.half().contiguous() for name, tensor in judge.state_dict().items()}
     save_file(state, args.out, metadata=facts)
     print(json.dumps(facts))
 
@@ -135,8 +140,7 @@ def accuracy(judge: Judge, painter: Painter, *, rounds: int = 8) -> dict[str, st
     """Share of originals named right over held-out backgrounds; the subjects missed twice or more."""
     rng = np.random.default_rng(12)
     missed = {
-        code: sum(judge.ranked([original(painter, rng, code)])[0][0] != code for _ in range(rounds))
-        for code in CODES
+        code: sum(judge.names(original(painter, rng, code)) != code for _ in range(rounds)) for code in CODES
     }
     total = rounds * len(CODES)
     worst = {SUBJECTS[code][0]: count for code, count in missed.items() if count > 1}

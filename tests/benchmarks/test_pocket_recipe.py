@@ -15,10 +15,31 @@ from torch import nn
 
 from pocket import data
 from pocket.data import HELD_OUT, PHOTOGRAPHS, caption_of, hole, paste
-from pocket.denoiser import DROPPED, REHEARSAL, Stages, drop_rate
-from pocket.evaluate import Case, Examiner, Row, psnr, recognised, subject_cases, wide_hole, window
+from pocket.denoiser import (
+    AGREE_FROM,
+    AGREE_FULLY,
+    AGREEMENT,
+    DROPPED,
+    REHEARSAL,
+    Stages,
+    agreement_weight,
+    drop_rate,
+    v_loss,
+)
+from pocket.evaluate import (
+    EXAMINED,
+    Case,
+    Examiner,
+    Row,
+    compared,
+    psnr,
+    recognised,
+    subject_cases,
+    wide_hole,
+    window,
+)
 from pocket.initial import start_as_block_means
-from pocket.judge import CODES, SIDE, Judge
+from pocket.judge import CODES, JUDGE, SIDE, Judge, load_judge
 from pocket.models import VAE
 from pocket.muon import Muon, orthogonal
 from pocket.norm import quicken
@@ -64,6 +85,79 @@ def test_captions_are_dropped_where_a_subject_shows() -> None:
     assert of_large[3] > 4 * of_small[3]
     assert of_small[-1] < DROPPED / 50
     assert not drop_rate(alpha_bar, torch.zeros_like(small))[2:].gt(DROPPED / 50).any()
+
+
+def test_guidance_ends_where_the_picture_is_plain() -> None:
+    sigma = torch.tensor([14.0, AGREE_FROM, 1.25, AGREE_FULLY, 0.1])
+    weight = agreement_weight(1 / (1 + sigma**2))
+    assert weight[:2].tolist() == pytest.approx([0, 0], abs=1e-5)
+    assert 0 < weight[2] < 1
+    assert weight[3:].tolist() == pytest.approx([1, 1])
+
+
+class Echo(nn.Module):
+    """Answers with zeros, plus `heed` times the mean of the context."""
+
+    def __init__(self, heed: float) -> None:
+        super().__init__()
+        self.heed, self.rows = heed, 0
+
+    def forward(
+        self, sample: torch.Tensor, timesteps: torch.Tensor, context: torch.Tensor, **_: Any
+    ) -> tuple[torch.Tensor]:
+        self.rows = len(sample)
+        return (torch.zeros_like(sample[:, :4]) + self.heed * context.mean((1, 2)).view(-1, 1, 1, 1),)
+
+
+@pytest.mark.parametrize(("noise", "pairs"), [(1e-4, 6), (0.9999, 0)])
+def test_the_loss_compares_with_and_without_caption(noise: float, pairs: int) -> None:
+    """Eight pictures, two of them with an empty prompt, which has no pair."""
+
+    def text(tokens: torch.Tensor) -> Any:
+        return SimpleNamespace(last_hidden_state=tokens[..., None].float())
+
+    blank = torch.zeros(3, dtype=torch.long)
+    batch = (torch.zeros(8, 4, 6, 6), torch.zeros(8, 4, 6, 6), torch.ones(8, 1, 6, 6))
+    tokens = torch.tensor([[1, 2, 3]] * 6 + [[0, 0, 0]] * 2)
+    alpha_bar = torch.full((1000,), 1 - noise)
+    deaf, heeding = Echo(0.0), Echo(0.25)
+    losses = []
+    for echo in (deaf, heeding):
+        torch.manual_seed(1)
+        loss, parts = v_loss(echo, text, alpha_bar, blank, (*batch, tokens))
+        losses.append(float(loss))
+        assert echo.rows == 8 + pairs
+        assert parts["apart"] == pytest.approx(0.25 if echo is heeding and pairs else 0, abs=1e-6)
+    if pairs:
+        assert losses[1] - losses[0] > AGREEMENT * 0.25 * 6 / 8 - 0.5, "disagreement costs"
+
+
+def test_a_smooth_fill_keeps_what_is_known_and_continues_a_slope() -> None:
+    slope = np.broadcast_to(np.arange(64, dtype=np.uint8)[:, None, None] * 3, (64, 64, 3)).copy()
+    mask = np.zeros((64, 64), bool)
+    mask[20:40, 25:45] = True
+    holed = slope.copy()
+    holed[mask] = 255
+    filled = data.smooth_fill(holed, mask)
+    assert (filled[~mask] == slope[~mask]).all()
+    assert np.abs(filled[mask] - slope[mask].astype(float)).max() < 15
+    everything = data.smooth_fill(slope, np.ones((64, 64), bool))
+    assert np.isfinite(everything).all()
+
+
+def test_background_in_holes_is_softened(monkeypatch: pytest.MonkeyPatch) -> None:
+    painter: Any = SimpleNamespace(
+        background=lambda rng, size: rng.integers(0, 256, (size, size, 3)).astype(np.uint8),
+        _clutter=lambda rng, canvas: None,
+    )
+    sample = data.Painter.sample
+    hard, soft = (
+        sample(painter, np.random.default_rng(4), 64, empty=1.0, softened=share) for share in (0.0, 0.5)
+    )
+    assert (hard.mask == soft.mask).all()
+    assert (hard.image[~hard.mask] == soft.image[~soft.mask]).all()
+    spread = [float(one.image[one.mask].std()) for one in (hard, soft)]
+    assert 0.4 < spread[1] / spread[0] < 0.65
 
 
 def test_dead_leaves_have_edges_and_are_seeded() -> None:
@@ -201,13 +295,26 @@ def test_training_resumes_where_it_stopped(tmp_path: Path, *, muon: bool) -> Non
 def test_the_judge_ranks_every_subject() -> None:
     torch.manual_seed(0)
     pictures = [np.full((side, side, 3), 90, np.uint8) for side in (SIDE, 200)]
-    ranked = Judge().eval().ranked(pictures)
-    assert [sorted(row) for row in ranked] == [sorted(CODES)] * 2
+    for picture in pictures:
+        probabilities = Judge().eval().probabilities(picture)
+        assert sorted(probabilities) == sorted(CODES)
+        assert list(probabilities.values()) == sorted(probabilities.values(), reverse=True)
+        assert sum(probabilities.values()) == pytest.approx(1)
+
+
+def test_the_judge_that_is_kept_names_drawings() -> None:
+    judge, facts = load_judge(JUDGE)
+    assert float(facts["accuracy"]) >= 0.99
+    rng, drawing = np.random.default_rng(0), np.zeros((64, 64, 3), np.uint8)
+    drawing[...] = rng.integers(0, 256, 3)
+    assert judge.probabilities(drawing)[judge.names(drawing)] < 0.9, "a plain square is no subject for sure"
 
 
 def test_the_evaluation_asks_the_same_of_everyone() -> None:
-    cases = subject_cases(256, 2)
+    cases = subject_cases(tuple(SUBJECTS), 256, 2)
     assert len({case.key for case in cases}) == 2 * len(SUBJECTS)
+    assert len(set(EXAMINED)) == 100
+    assert set(EXAMINED) <= set(SUBJECTS)
     one, other = cases[0], Case(code=cases[0].code, index=0, size=512, scheduler="PNDM")
     assert one.key != other.key
     assert one.rng().random() == other.rng().random()
@@ -222,6 +329,9 @@ def test_figures_of_the_evaluation() -> None:
     assert psnr(grey, black) == pytest.approx(20 * np.log10(5))
     rows = [{"place": 1}] * 85 + [{"place": 2}] * 15
     assert recognised(rows) == "85.0 % (76.7 to 90.7) of 100"
+    less = [{"confidence": 0.1 + 0.01 * i} for i in range(20)]
+    more = [{"confidence": 0.2 + 0.012 * i} for i in range(20)]  # 2 of 2^20 orders of signs are as extreme
+    assert compared(less, more) == "confidence 0.195 against 0.314 (Wilcoxon signed-rank, p = 2e-06)"
 
 
 def test_an_evaluation_goes_on_where_it_stopped(tmp_path: Path) -> None:
