@@ -185,15 +185,15 @@ def _pulled(sums: NDArray[np.float32], known: NDArray[np.float32]) -> NDArray[np
     """sums: colours times `known`, [h,w,3]; known: weights of 0 to 1, [h,w]. Colours where any are known."""
     height, width = known.shape
     if min(height, width) <= 2 or known.min() > 0:
-        colours: NDArray[np.float32] = sums / np.maximum(known, 1e-6)[..., None]
-        return colours
+        return (sums / np.maximum(known, 1e-6)[..., None]).astype(np.float32)
     half = (width // 2, height // 2)
     weights = cv2.resize(known, half, interpolation=cv2.INTER_AREA)
     gain = np.minimum(1, 4 * weights) / np.maximum(weights, 1e-6)  # one known pixel in four is enough
     pulled = cv2.resize(sums, half, interpolation=cv2.INTER_AREA) * gain[..., None]
     coarse = _pulled(pulled.astype(np.float32), (weights * gain).astype(np.float32))
     pushed = cv2.resize(coarse, (width, height), interpolation=cv2.INTER_LINEAR)
-    return (sums + (1 - known)[..., None] * pushed).astype(np.float32)
+    filled: NDArray[np.float32] = (sums + (1 - known)[..., None] * pushed).astype(np.float32)
+    return filled
 
 
 def paste(
