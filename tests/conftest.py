@@ -7,7 +7,7 @@ import json
 import shutil
 import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -164,6 +164,14 @@ def _write_networks(root: Path, vocabulary: int) -> None:
         set_alpha_to_one=False,
         steps_offset=1,
     ).save_pretrained(root / "scheduler")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_cache_of_the_user(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What lies in a user's cache decides what `auto` takes."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RITOCCO_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -339,3 +347,15 @@ def tiny_optimum_graphs(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPath
 def tiny_half_graphs(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """float16, our layout."""
     return _export(tiny_checkpoint, tmp_path_factory.mktemp("graphs") / "half", dtype="float16")
+
+
+@pytest.fixture(scope="session")
+def pocket_graphs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The embedded model in float32, our layout, 256 to 512 pixels."""
+    from ritocco.loading import pocket_model
+    from ritocco_export.exporter import export_checkpoint
+    from ritocco_export.profiles import Profile
+
+    out = tmp_path_factory.mktemp("graphs") / "pocket"
+    export_checkpoint(open_checkpoint(pocket_model()), out, profiles=[Profile.parse("256..512@1..2")])
+    return out

@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from ritocco_kernels.ops import Ops
+
 Config = Mapping[str, Any]
 REQUIRED: tuple[NetworkName, ...] = ("unet", "vae", "text_encoder")
 INPAINTING_CHANNELS = 9
@@ -179,15 +181,17 @@ def load_network(
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
     later: tuple[str, ...] = (),
+    ops: Ops | None = None,
 ) -> nn.Module:
     """A network with its weights, in eval mode and without gradients.
 
     dtype: of every parameter; None keeps what is stored. On the CPU a tensor stored in that dtype is used
     straight from the mapped file, any other is converted one by one: no second copy of the weights exists at
-    any time. later: beginnings of names that are checked and mapped, but converted only by `place`.
+    any time. later: beginnings of names that are checked and mapped, but converted only by `place`. ops: see
+    `build`.
     Raises CheckpointError where names or shapes do not fit the config.
     """
-    module = build(network, checkpoint.config(network))
+    module = build(network, checkpoint.config(network), ops=ops)
     matched, problems = check_network(checkpoint, network, module, dtype)
     if problems:
         raise CheckpointError(

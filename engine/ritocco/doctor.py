@@ -6,7 +6,7 @@ import platform
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 
-from ritocco.backends import SESSION_BACKENDS, installed
+from ritocco.backends import SESSION_BACKENDS, faster_command, installed
 from ritocco.device import choose, native_bfloat16
 from ritocco.errors import BackendError
 
@@ -33,7 +33,7 @@ def examine() -> list[Line]:
         Line(level="ok", subject="torch", message=torch.__version__),
         _cpu(),
         *_cuda(),
-        _choice(),
+        *_choice(),
         Line(level="ok", subject="backend torch", message="found"),
         *(
             _optional(f"backend {name}", name, "runs exported graphs", e)
@@ -78,12 +78,14 @@ def _cuda() -> list[Line]:
     return lines
 
 
-def _choice() -> Line:
+def _choice() -> list[Line]:
     try:
         choice = choose()
     except BackendError as error:
-        return Line(level="missing", subject="default", message=str(error))
-    return Line(level="ok", subject="default", message="; ".join(choice.reasons))
+        return [Line(level="missing", subject="default", message=str(error))]
+    lines = [Line(level="ok", subject="default", message="; ".join(choice.reasons))]
+    faster = faster_command(choice.device.type)
+    return lines + [Line(level="note", subject="fastest", message=line) for line in faster]
 
 
 def _optional(subject: str, package: str, purpose: str, extra: str) -> Line:

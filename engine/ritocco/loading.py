@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ritocco.artefacts import Artefacts, cache_root, is_artefacts, open_artefacts
-from ritocco.backends import SESSION_BACKENDS
+from ritocco.backends import SESSION_BACKENDS, faster_command, faster_than_torch
 from ritocco.engine import Engine
 from ritocco.errors import BackendError, CheckpointError
 from ritocco.fetch import Fetcher
@@ -37,8 +37,9 @@ def load(
 
     model: a diffusers folder, a single `.safetensors` file, or a folder of exported graphs; None takes
     RITOCCO_MODEL from the environment, else the embedded pocket model. device, dtype: see `device.choose`.
-    backend: `auto`, `torch`, `onnxruntime` or `openvino`; the last two export a checkpoint once, into the
-    cache. variant: `fp16` and such, where a folder holds several. tokenizer: folder of vocab.json and
+    backend: `torch`, `onnxruntime` or `openvino`; the last two export a checkpoint once, into the cache.
+    `auto`: torch, or a faster one that is installed and whose graphs of this checkpoint lie in the cache.
+    variant: `fp16` and such, where a folder holds several. tokenizer: folder of vocab.json and
     merges.txt, for single files.
     fetcher: opens the URLs of requests; None makes one from the environment.
     Raises CheckpointError, BackendError, and RequestError where RITOCCO_ALLOW_NETWORKS can't be read.
@@ -53,6 +54,8 @@ def load(
     checkpoint = open_checkpoint(path, variant=variant, tokenizer=tokenizer)
     if backend in SESSION_BACKENDS:
         return _from_artefacts(_exported(checkpoint), device, dtype, backend, fetcher, checkpoint)
+    if backend == "auto" and (graphs := _faster_graphs(checkpoint, device, dtype)) is not None:
+        return _from_artefacts(graphs, device, dtype, "auto", fetcher, checkpoint)
     return _engine(checkpoint, device, dtype, backend, fetcher)
 
 
@@ -106,6 +109,7 @@ def _engine(checkpoint: Checkpoint, device: str, dtype: str, backend: str, fetch
     fetcher = fetcher or Fetcher.from_environment()
     scheduler = from_pipeline(checkpoint.scheduler)
     warnings = [f"Warning: {problem}" for problem in check_scheduler(scheduler)]
+    faster = () if backend != "auto" else faster_command(choice.device.type)
     safety = None
     # The tokenizer's tables are read while torch converts weights, which needs no Python.
     with ThreadPoolExecutor(1, thread_name_prefix="ritocco-tokenizer") as pool:
@@ -119,7 +123,7 @@ def _engine(checkpoint: Checkpoint, device: str, dtype: str, backend: str, fetch
         scheduler,
         safety=safety,
         version=fingerprint(checkpoint),
-        notes=(*checkpoint.notes, *warnings, f"Running {'; '.join(choice.reasons)}"),
+        notes=(*checkpoint.notes, *warnings, f"Running {'; '.join(choice.reasons)}", *faster),
         fetcher=fetcher,
     )
 
@@ -171,7 +175,7 @@ def _exported(checkpoint: Checkpoint) -> Artefacts:
     from ritocco.plugins import exporter
 
     version = fingerprint(checkpoint)
-    folder = cache_root() / "graphs" / version[:32]
+    folder = _cached_graphs(version)
     with _export_lock:
         try:
             return open_artefacts(folder, version=version)
@@ -185,6 +189,24 @@ def _exported(checkpoint: Checkpoint) -> Artefacts:
                 "folder, or export with `ritocco export --out` and name that folder as the model"
             ) from error
         return open_artefacts(folder, version=version)
+
+
+def _faster_graphs(checkpoint: Checkpoint, device: str, dtype: str) -> Artefacts | None:
+    """The checkpoint's graphs in the cache, where a backend that is installed runs them faster than torch."""
+    from ritocco.checkpoint import fingerprint
+    from ritocco.device import choose
+
+    if choose(device, dtype).device.type != "cpu" or faster_than_torch("cpu") is None:
+        return None
+    version = fingerprint(checkpoint)
+    try:
+        return open_artefacts(_cached_graphs(version), version=version)
+    except CheckpointError:
+        return None
+
+
+def _cached_graphs(version: str) -> Path:
+    return cache_root() / "graphs" / version[:32]
 
 
 _export_lock = threading.Lock()

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from ritocco_kernels.ops import Ops
+
 NetworkName = Literal["unet", "vae", "text_encoder", "safety_checker"]
 
 _TORCH_NAMES = {
@@ -75,22 +77,28 @@ def memory_tensors(module: nn.Module, where: str) -> dict[str, Stored]:
     return tensors
 
 
-def build(network: NetworkName, config: Mapping[str, Any]) -> nn.Module:
+def build(network: NetworkName, config: Mapping[str, Any], *, ops: Ops | None = None) -> nn.Module:
     """The network of a config on the meta device: shapes without memory. Raises CheckpointError for odd
     configs.
+
+    ops: of the UNet and the VAE; None takes plain PyTorch.
     """
     import torch
+
+    from ritocco_kernels.ops import REFERENCE
+
+    ops = ops or REFERENCE
 
     with _without_initial_values(), torch.device("meta"):
         match network:
             case "unet":
                 from ritocco.nets.unet import UNet, UNetSpec
 
-                return UNet(UNetSpec.from_config(config))
+                return UNet(UNetSpec.from_config(config), ops)
             case "vae":
                 from ritocco.nets.vae import VAE, VAESpec
 
-                return VAE(VAESpec.from_config(config))
+                return VAE(VAESpec.from_config(config), ops)
             case "text_encoder":
                 from ritocco.nets.text_encoder import TextEncoder, TextSpec
 

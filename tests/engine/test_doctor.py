@@ -26,6 +26,11 @@ def test_this_machine() -> None:
     assert {line.level for line in lines.values()} <= {"ok", "note", "missing"}
 
 
+def test_what_would_be_faster_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "faster_command", lambda device: (f"Faster on {device}: that one",))
+    assert found()["fastest"] == Line(level="note", subject="fastest", message="Faster on cpu: that one")
+
+
 @pytest.mark.parametrize(("native", "said"), [(True, "native"), (False, "float32 is faster")])
 def test_bfloat16_is_told(monkeypatch: pytest.MonkeyPatch, native: bool, said: str) -> None:
     monkeypatch.setattr(doctor, "native_bfloat16", lambda: native)

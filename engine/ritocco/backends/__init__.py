@@ -14,6 +14,9 @@ if TYPE_CHECKING:
 # Name -> the extra that installs it; the fastest on a CPU first.
 SESSION_BACKENDS = {"openvino": "openvino", "onnxruntime": "onnx"}
 
+# Kind of device -> backends that were measured faster than torch there (`python -m ritocco_bench backends`).
+FASTER_THAN_TORCH = {"cpu": ("openvino",)}
+
 
 def open_sessions(
     artefacts: Artefacts, *, backend: str, device: str, dtype: str
@@ -37,6 +40,21 @@ def open_sessions(
             f"{artefacts.path}: exported graphs, and nothing to run them; pip install {extras}"
         )
     return _open(artefacts, candidates[0], device, dtype, "the fastest that is installed")
+
+
+def faster_than_torch(device: str) -> str | None:
+    """The installed backend that outruns torch on a kind of device (`cpu`, `cuda`), if any."""
+    return next((name for name in FASTER_THAN_TORCH.get(device, ()) if installed(name)), None)
+
+
+def faster_command(device: str) -> tuple[str, ...]:
+    """What outruns torch on a kind of device, and how to have it: a line for the log, or none."""
+    if name := faster_than_torch(device):
+        return (f"Faster here: --backend {name}, which exports the graphs once, into the cache",)
+    return tuple(
+        f'Faster here: pip install "ritocco[onnx,{SESSION_BACKENDS[name]}]", then --backend {name}'
+        for name in FASTER_THAN_TORCH.get(device, ())[:1]
+    )
 
 
 def installed(package: str) -> bool:

@@ -1,0 +1,76 @@
+"""What `backend="auto"` takes for a checkpoint, and what it says of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import ritocco
+from ritocco import backends
+from ritocco.artefacts import cache_root
+from ritocco.backends.sessions import SessionRuntime
+from ritocco.backends.torch_ import TorchRuntime
+
+Ask = Callable[..., dict[str, Any]]
+
+
+@pytest.fixture(autouse=True)
+def _empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RITOCCO_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def cached(tiny_checkpoint: Path) -> Path:
+    """Graphs of the tiny checkpoint in the cache. Returns their folder."""
+    ritocco.load(tiny_checkpoint, backend="openvino").close()
+    (folder,) = (cache_root() / "graphs").iterdir()
+    return folder
+
+
+def test_torch_runs_where_nothing_is_exported_and_the_log_names_what_is_faster(
+    tiny_checkpoint: Path, ask: Ask
+) -> None:
+    with ritocco.load(tiny_checkpoint, device="cpu") as engine:
+        assert isinstance(engine.runtime, TorchRuntime)
+        logs = engine.predict(ask()).logs
+    assert "Running torch on cpu" in logs
+    assert "Faster here: --backend openvino, which exports the graphs once, into the cache" in logs
+
+
+@pytest.mark.parametrize("device", ["auto", "cpu"])
+def test_graphs_in_the_cache_are_taken(tiny_checkpoint: Path, cached: Path, ask: Ask, device: str) -> None:
+    with ritocco.load(tiny_checkpoint, device=device) as engine:
+        assert isinstance(engine.runtime, SessionRuntime)
+        logs = engine.predict(ask()).logs
+    assert "Running openvino on cpu: the fastest that is installed" in logs
+    assert "Faster here" not in logs
+
+
+def test_torch_as_asked_names_nothing_faster(tiny_checkpoint: Path, cached: Path, ask: Ask) -> None:
+    with ritocco.load(tiny_checkpoint, backend="torch", device="cpu") as engine:
+        assert isinstance(engine.runtime, TorchRuntime)
+        assert "Faster here" not in engine.predict(ask()).logs
+
+
+def test_damaged_graphs_are_left_alone(tiny_checkpoint: Path, cached: Path) -> None:
+    (cached / "unet" / "model.onnx").write_bytes(b"no graph")
+    with ritocco.load(tiny_checkpoint, device="cpu") as engine:
+        assert isinstance(engine.runtime, TorchRuntime)
+
+
+def test_what_to_install_is_named(
+    tiny_checkpoint: Path, cached: Path, ask: Ask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(backends, "installed", lambda package: False)
+    with ritocco.load(tiny_checkpoint, device="cpu") as engine:
+        assert isinstance(engine.runtime, TorchRuntime)
+        logs = engine.predict(ask()).logs
+    assert 'Faster here: pip install "ritocco[onnx,openvino]", then --backend openvino' in logs
+
+
+def test_nothing_was_measured_faster_on_cuda() -> None:
+    assert backends.faster_than_torch("cuda") is None
+    assert backends.faster_command("cuda") == ()
