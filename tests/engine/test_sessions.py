@@ -39,11 +39,18 @@ def backend(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
+@pytest.fixture(scope="module", params=["plain", "hoisted"])
+def own_graphs(request: pytest.FixtureRequest) -> Path:
+    """float32 graphs in our layout, the UNet in one or in two."""
+    name = "tiny_graphs" if request.param == "plain" else "tiny_hoisted_graphs"
+    return cast(Path, request.getfixturevalue(name))
+
+
 @pytest.fixture(scope="module")
-def engine(backend: str, tiny_graphs: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
+def engine(backend: str, own_graphs: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RITOCCO_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
-        yield ritocco.load(tiny_graphs, backend=backend, dtype="float32")
+        yield ritocco.load(own_graphs, backend=backend, dtype="float32")
 
 
 def floats(engine: Engine, given: dict[str, Any], **options: Any) -> Floats:
