@@ -97,7 +97,7 @@ def compare_hoisted(checkpoint: Checkpoint, folder: Path, contract: Contract, *,
         # Sizes of the step that the lane has to be filled up to.
         lanes, rows = step.ranges["N"][0], max(step.ranges["M"][0], len(context))
         latents = example_inputs(step, {**sizes, "N": 1, "M": 1}, seed=seed)[0]
-        index = torch.arange(rows).clamp(max=len(context) - 1)
+        index = np.minimum(np.arange(rows), len(context) - 1)
         feeds = {name: value.repeat(lanes, 0) for name, value in kept.items() if name in HOISTED}
         feeds |= {name: value[index] for name, value in kept.items() if name not in HOISTED}
         feeds |= {"latents": latents.repeat(lanes, 1, 1, 1).numpy(), "rows": np.zeros(rows, np.int32)}

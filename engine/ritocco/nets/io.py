@@ -181,8 +181,8 @@ HOISTED = ("time", "hoisted_condition")
 
 
 def _hoisted(spec: UNetSpec, times: str, lanes: int | str, tokens: int, dtype: str) -> tuple[Port, ...]:
-    # A tensor for each layer's keys and one for its values: packed into one they would be cut apart, which is
-    # a copy of all of them, at every step.
+    # A tensor for each layer's keys and one for its values: packed into one they would have to be cut apart
+    # at every step, and a wrong order would show in the picture only, not in a shape or a name.
     time, condition = HOISTED
     return (
         Port(name=time, shape=(times, spec.time_width), dtype=dtype),
