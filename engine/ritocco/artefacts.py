@@ -93,6 +93,11 @@ class Artefacts:
         """Whether the UNet is two graphs."""
         return "unet_step" in self.contract
 
+    @property
+    def sizes(self) -> Mapping[str, Range]:
+        """What a step of the denoiser takes: rows `M`, latent cells `H` and `W`."""
+        return self.contract["unet_step" if self.hoisted else "unet"].ranges
+
     def graph(self, name: GraphName) -> Path:
         """The ONNX file of a graph."""
         return self.path / name / GRAPH_FILE

@@ -19,6 +19,7 @@ from ritocco.backends.hoisted import HoistedBatch
 from ritocco.backends.network import NetworkBatch
 from ritocco.backends.runtime import Lane, LaneState, LatentSize
 from ritocco.backends.sessions import Arrays, Session, SessionRuntime
+from ritocco.checkpoint_report import verify
 from ritocco.errors import CheckpointError
 from ritocco.nets.io import HOISTED, HOISTED_GRAPHS, contract_of, unet_once_io
 from ritocco.nets.specs import UNetSpec
@@ -352,6 +353,11 @@ def test_a_plain_export_that_says_hoisted_is_refused(tiny_graphs: Path, tmp_path
     edit(hoisted=True)(folder)
     with pytest.raises(CheckpointError, match="says nothing of the sizes of unet_once"):
         open_artefacts(folder)
+
+
+def test_doctor_knows_hoisted_graphs(tiny_hoisted_graphs: Path) -> None:
+    findings = {finding.subject: finding.message for finding in verify(tiny_hoisted_graphs)}
+    assert findings["graphs"].startswith("ritocco layout, hoisted, float32, 64 to 256 pixels wide")
 
 
 def test_the_ports_between_the_graphs_fit(tiny_hoisted_graphs: Path) -> None:

@@ -51,7 +51,7 @@ class SessionRuntime:
         self._keep = release  # objects that the sessions need alive
         for name, io in artefacts.contract.items():
             _check_inputs(name, io, self._sessions[name])
-        ranges = artefacts.contract["unet_step" if artefacts.hoisted else "unet"].ranges
+        ranges = artefacts.sizes
         self._scaling = 1.0 if artefacts.layout == "ritocco" else artefacts.vae.scaling_factor
         self.traits = Traits(
             device=device,
