@@ -321,12 +321,24 @@ def ask() -> Callable[..., dict[str, Any]]:
     return make
 
 
-def _export(checkpoint: Path, out: Path, *, layout: Layout = "ritocco", dtype: str = "float32") -> Path:
+def _export(
+    checkpoint: Path,
+    out: Path,
+    *,
+    layout: Layout = "ritocco",
+    dtype: str = "float32",
+    hoisted: bool = False,
+) -> Path:
     from ritocco_export.exporter import export_checkpoint
     from ritocco_export.profiles import Profile
 
     export_checkpoint(
-        open_checkpoint(checkpoint), out, dtype=dtype, layout=layout, profiles=[Profile.parse("64..256@1..2")]
+        open_checkpoint(checkpoint),
+        out,
+        dtype=dtype,
+        layout=layout,
+        profiles=[Profile.parse("64..256@1..2")],
+        hoisted=hoisted,
     )
     return out
 
@@ -347,6 +359,19 @@ def tiny_optimum_graphs(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPath
 def tiny_half_graphs(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """float16, our layout."""
     return _export(tiny_checkpoint, tmp_path_factory.mktemp("graphs") / "half", dtype="float16")
+
+
+@pytest.fixture(scope="session")
+def tiny_hoisted_graphs(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """float32, our layout, the UNet in two graphs."""
+    return _export(tiny_checkpoint, tmp_path_factory.mktemp("graphs") / "hoisted", hoisted=True)
+
+
+@pytest.fixture(scope="session")
+def tiny_half_hoisted_graphs(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """float16, our layout, the UNet in two graphs."""
+    folder = tmp_path_factory.mktemp("graphs") / "half-hoisted"
+    return _export(tiny_checkpoint, folder, dtype="float16", hoisted=True)
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,5 @@
-"""`python -m ritocco_bench [startup | steps | both | backends | make-folder]`: ritocco against diffusers, and
-its backends against each other.
+"""`python -m ritocco_bench [startup | steps | both | backends | hoisted | make-folder]`: ritocco against
+diffusers, its backends against each other, and plain graphs against hoisted ones.
 """
 
 from __future__ import annotations
@@ -9,11 +9,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from ritocco.artefacts import open_artefacts
 from ritocco.backends import SESSION_BACKENDS, installed
+from ritocco.checkpoint import fingerprint, open_checkpoint
 from ritocco.device import DTYPES, choose
 from ritocco.errors import RitoccoError
 from ritocco.loading import load, pocket_model
-from ritocco_bench.cases import Bench, BenchError, backends, execute, startup, steps
+from ritocco_bench.cases import Bench, BenchError, backends, execute, hoisted, startup, steps
 from ritocco_bench.environment import Environment, environment
 from ritocco_bench.folder import SIZES, make_folder
 from ritocco_bench.parity import ParityError, gate
@@ -21,7 +23,8 @@ from ritocco_bench.report import Row, append_rows, table
 
 WORK = Path(".cache/bench")
 RESULTS = Path("benchmarks/results")
-COMMANDS = ("startup", "steps", "both", "backends", "make-folder")
+COMMANDS = ("startup", "steps", "both", "backends", "hoisted", "make-folder")
+ON_GRAPHS = ("backends", "hoisted")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -46,7 +49,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _measure(arguments: argparse.Namespace) -> None:
     """The cases asked for: rows into the file, the table last."""
-    against = () if arguments.command == "backends" else ("diffusers", "transformers")
+    on_graphs = arguments.command in ON_GRAPHS
+    against = () if on_graphs else ("diffusers", "transformers")
     if missing := [name for name in against if not installed(name)]:
         raise BenchError(f"{' and '.join(missing)} not installed: pip install 'ritocco[bench]'")
     choice = choose(arguments.device, arguments.dtype)
@@ -54,18 +58,20 @@ def _measure(arguments: argparse.Namespace) -> None:
     bench = Bench(
         model=_model(arguments),
         device=str(choice.device),
-        dtype=str(choice.dtype).removeprefix("torch."),
+        # What `auto` is on graphs, each backend knows.
+        dtype=arguments.dtype if on_graphs else str(choice.dtype).removeprefix("torch."),
         pairs=(5 if full or arguments.command == "startup" else 3)
         if arguments.pairs is None
         else arguments.pairs,
-        size=arguments.size or (512 if full or arguments.command == "backends" else 128),
-        steps=arguments.steps or (25 if arguments.command == "backends" else 4),
+        size=arguments.size or (512 if full or on_graphs else 128),
+        steps=arguments.steps or (25 if on_graphs else 4),
         outputs=arguments.outputs,
     )
     env = environment(bench.device)
     _say(f"{bench.model} on {env.machine}, {env.cores} cores; {choice.reasons[-1]}")
-    if arguments.command == "backends":
-        _finish(arguments, _backends(bench, env), full=full)
+    if on_graphs:
+        measure = _backends if arguments.command == "backends" else _hoisted
+        _finish(arguments, measure(bench, env), full=full)
         return
     if not env.versions["accelerate"]:
         _say("accelerate is not installed: without it diffusers loads slower than it can")
@@ -89,11 +95,39 @@ def _finish(arguments: argparse.Namespace, rows: Sequence[Row], *, full: bool) -
 
 def _backends(bench: Bench, env: Environment) -> list[Row]:
     """Export the model into the cache, then measure torch and every backend that is installed."""
+    names = _session_backends()
+    load(bench.model, backend=names[0])
+    return backends(bench, names, env, run=execute, say=_say)
+
+
+def _hoisted(bench: Bench, env: Environment) -> list[Row]:
+    """Export the model both ways for its size, then measure the two on every backend that is installed."""
+    names = _session_backends()
+    if missing := [name for name in ("onnx", "onnxruntime", "onnxscript") if not installed(name)]:
+        raise BenchError(f"{' and '.join(missing)} not installed: pip install 'ritocco[onnx]'")
+    from ritocco_export.exporter import export_checkpoint
+    from ritocco_export.profiles import Profile
+
+    checkpoint = open_checkpoint(bench.model)
+    profile = Profile.parse(f"{bench.size}@1..{bench.outputs}")
+    folders = {kind: WORK / f"graphs-{bench.size}-{kind}" for kind in ("plain", "hoisted")}
+    for kind, folder in folders.items():
+        try:
+            opened = open_artefacts(folder, version=fingerprint(checkpoint))
+            # Kept from another run, for at least as many pictures.
+            if opened.contract["vae_decoder"].ranges["N"][2] >= bench.outputs:
+                continue
+        except RitoccoError:
+            pass
+        export_checkpoint(checkpoint, folder, profiles=[profile], hoisted=kind == "hoisted", say=_say)
+    return hoisted(bench, folders, names, env, run=execute, say=_say)
+
+
+def _session_backends() -> list[str]:
     names = [name for name in SESSION_BACKENDS if installed(name)]
     if not names:
         raise BenchError("no backend is installed: pip install 'ritocco[onnx]' 'ritocco[openvino]'")
-    load(bench.model, backend=names[0])
-    return backends(bench, names, env, run=execute, say=_say)
+    return names
 
 
 def _model(arguments: argparse.Namespace) -> Path:
@@ -120,6 +154,7 @@ def _parser() -> argparse.ArgumentParser:
         ("startup", "fresh process to the first UNet step"),
         ("steps", "seconds of each phase, and peak memory"),
         ("both", "one after the other; the default"),
+        ("hoisted", "a picture on plain and on hoisted graphs, on each exported backend"),
         ("backends", "fresh process to its first picture, on torch and on exported graphs"),
     ):
         case = commands.add_parser(name, help=text)
@@ -129,8 +164,8 @@ def _parser() -> argparse.ArgumentParser:
         case.add_argument("--dtype", default="auto", choices=("auto", *DTYPES))
         case.add_argument("--pairs", type=int, help="fresh processes of each variant; default 5, quick 3")
         case.add_argument("--size", type=int, help="pixels per side; default 512, quick steps 128")
-        case.add_argument("--steps", type=int, help="default 4; backends 25")
-        case.add_argument("--outputs", type=int, default=1, help="for steps; default %(default)s")
+        case.add_argument("--steps", type=int, help="default 4; on graphs 25")
+        case.add_argument("--outputs", type=int, default=1, help="for steps and hoisted; default %(default)s")
         case.add_argument("--out", type=Path, help="JSONL file; default benchmarks/results/, quick .cache/")
     return parser
 

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -153,6 +153,48 @@ def backends(
                     taken.setdefault((variant, "total"), []).append(math.fsum(result.seconds[-1].values()))
                 say(f"backends {pair}/{bench.pairs} {backend}: {result.stepped - started:.2f} s")
     case = f"backends-{bench.size}x{bench.size}-{bench.steps}steps"
+    return [
+        _row(case, bench, key, seconds, peaks[key[0]] if key[1] == "total" else None, found[key[0]], env)
+        for key, seconds in taken.items()
+    ]
+
+
+def hoisted(
+    bench: Bench,
+    graphs: Mapping[str, Path],
+    names: Sequence[str],
+    env: Environment,
+    *,
+    run: Execute = execute,
+    say: Say = print,
+) -> list[Row]:
+    """A picture on plain and on hoisted graphs, on each named backend: the processes take turns.
+
+    graphs: `plain` and `hoisted` -> folder. Each process paints once before what is measured, and computes in
+    the bench's dtype. Every picture must lie within LEAST_PSNR_DB of torch's in float32. Raises ParityError
+    and BenchError.
+    """
+    taken: dict[tuple[str, str], list[float]] = {}
+    peaks: dict[str, int | None] = {}
+    found: dict[str, Parity] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "decoded.npy"
+
+        job = replace(bench.job("ritocco"), until="picture", decoded=str(file))
+        run(replace(job, dtype="float32", runs=0))
+        truth = np.load(file)
+        for pair in range(bench.pairs):
+            for name in names:
+                for kind in graphs:
+                    variant = f"{name}-{kind}"
+                    result, _ = run(replace(job, model=str(graphs[kind]), backend=name))
+                    found[variant] = distance(np.load(file), truth, least_db=LEAST_PSNR_DB, name=variant)
+                    peaks[variant] = max(peaks.get(variant) or 0, result.peak_bytes or 0) or None
+                    seconds = result.seconds[-1]
+                    taken.setdefault((variant, "denoise"), []).append(seconds["denoise"])
+                    taken.setdefault((variant, "total"), []).append(math.fsum(seconds.values()))
+                    say(f"hoisted {pair + 1}/{bench.pairs} {variant}: denoise {seconds['denoise']:.2f} s")
+    case = f"hoisted-{bench.size}x{bench.size}-{bench.steps}steps-{bench.outputs}x"
     return [
         _row(case, bench, key, seconds, peaks[key[0]] if key[1] == "total" else None, found[key[0]], env)
         for key, seconds in taken.items()

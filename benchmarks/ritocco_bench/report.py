@@ -60,7 +60,7 @@ def append_rows(file: Path, rows: Iterable[Row]) -> None:
 
 
 def table(rows: Sequence[Row]) -> str:
-    """Rows as aligned text; below it, for each phase of both variants, diffusers' time over ritocco's."""
+    """Rows as aligned text; below it the ratios of each phase: diffusers over ritocco, plain over hoisted."""
     head = ("case", "variant", "phase", "p50 s", "p20 s", "p80 s", "min s", "max s", "n", "peak MiB")
     lines: list[tuple[str, ...]] = [head]
     for row in rows:
@@ -85,15 +85,17 @@ def ratios(ours: Row, theirs: Row) -> list[float]:
 
 
 def _ratios(rows: Sequence[Row]) -> list[str]:
-    ours = {(row.case, row.phase): row for row in rows if row.variant == "ritocco"}
+    held = {(row.case, row.phase, row.variant): row for row in rows}
     lines = []
     for row in rows:
-        mine = ours.get((row.case, row.phase))
-        if row.variant == "ritocco" or mine is None:
+        name, _, kind = row.variant.rpartition("-")
+        base = f"{name}-hoisted" if kind == "plain" else "ritocco"
+        mine = held.get((row.case, row.phase, base))
+        if row is mine or mine is None:
             continue
         each = ratios(mine, row)
         lines.append(
-            f"{row.case} {row.phase}: {row.variant} / ritocco {statistics.median(each):.2f} "
+            f"{row.case} {row.phase}: {row.variant} / {base} {statistics.median(each):.2f} "
             f"({min(each):.2f} to {max(each):.2f}; pairs {' '.join(f'{one:.2f}' for one in each)})"
         )
     return lines

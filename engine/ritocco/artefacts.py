@@ -20,7 +20,16 @@ from pathlib import Path
 from typing import Any, cast
 
 from ritocco.errors import CheckpointError
-from ritocco.nets.io import GRAPHS, Contract, GraphName, Layout, Range, contract_digest, contract_of
+from ritocco.nets.io import (
+    GRAPHS,
+    HOISTED_GRAPHS,
+    Contract,
+    GraphName,
+    Layout,
+    Range,
+    contract_digest,
+    contract_of,
+)
 from ritocco.nets.specs import TextSpec, UNetSpec, VAESpec
 from ritocco.shown import plain, shown
 from ritocco.weight_files import inside, read_json
@@ -42,13 +51,15 @@ _BLOCKS, _BLOCK_BYTES = 64, 4096
 class Manifest:
     """What an export says of itself.
 
-    version: of the checkpoint, as in a prediction. dtype: of the graphs. contract: `contract_digest` of the
-    ports. ranges: for each graph and symbol the sizes it takes. files: every file but this one, with its
-    digest. versions: of the packages that made it. parity: figures of the gate.
+    version: of the checkpoint, as in a prediction. hoisted: whether the UNet is two graphs, HOISTED_GRAPHS.
+    dtype: of the graphs. contract: `contract_digest` of the ports. ranges: for each graph and symbol the
+    sizes it takes. files: every file but this one, with its digest. versions: of the packages that made it.
+    parity: figures of the gate.
     """
 
     version: str
     layout: Layout
+    hoisted: bool
     dtype: str
     opset: int
     contract: str
@@ -76,6 +87,16 @@ class Artefacts:
     layout: Layout
     version: str
     manifest: Manifest | None
+
+    @property
+    def hoisted(self) -> bool:
+        """Whether the UNet is two graphs."""
+        return "unet_step" in self.contract
+
+    @property
+    def sizes(self) -> Mapping[str, Range]:
+        """What a step of the denoiser takes: rows `M`, latent cells `H` and `W`."""
+        return self.contract["unet_step" if self.hoisted else "unet"].ranges
 
     def graph(self, name: GraphName) -> Path:
         """The ONNX file of a graph."""
@@ -110,13 +131,14 @@ def _open(path: Path, version: str | None) -> Artefacts:
     configs = {name: read_json(inside(path / file, path)) for name, file in CONFIGS.items()}
     unet, vae = UNetSpec.from_config(configs["unet"]), VAESpec.from_config(configs["vae"])
     text = TextSpec.from_config(configs["text_encoder"])
-    for name in GRAPHS:
+    manifest = read_manifest(path) if (path / MANIFEST).is_file() else None
+    hoisted = manifest is not None and manifest.hoisted
+    for name in HOISTED_GRAPHS if hoisted else GRAPHS:
         if not inside(path / name / GRAPH_FILE, path).is_file():
             raise CheckpointError(f"{path / name / GRAPH_FILE}: missing; export the checkpoint again")
-    manifest = read_manifest(path) if (path / MANIFEST).is_file() else None
     layout: Layout = "optimum" if manifest is None else manifest.layout
     dtype = "float32" if manifest is None else manifest.dtype
-    contract = dict(contract_of(unet, vae, text, dtype=dtype, layout=layout))
+    contract = dict(contract_of(unet, vae, text, dtype=dtype, layout=layout, hoisted=hoisted))
     if manifest is not None:
         _check(path, manifest, contract, version)
         for graph, ranges in manifest.ranges.items():
@@ -147,7 +169,8 @@ def read_manifest(path: Path) -> Manifest:
     match held:
         case {
             "version": str(),
-            "layout": "ritocco" | "optimum",
+            "layout": "ritocco" | "optimum" as layout,
+            "hoisted": bool(hoisted),
             "dtype": "float32" | "float16" | "bfloat16",
             "opset": int(),
             "contract": str(),
@@ -155,13 +178,15 @@ def read_manifest(path: Path) -> Manifest:
             "files": dict(files),
             "versions": dict(),
             "parity": dict(),
-        } if set(held) == set(Manifest.__dataclass_fields__):
+        } if set(held) == set(Manifest.__dataclass_fields__) and not (hoisted and layout == "optimum"):
             pass
         case _:
             raise CheckpointError(f"{file}: no manifest of an export; export the checkpoint again")
     if not files or not all(isinstance(digest, str) for digest in files.values()):
         raise CheckpointError(f"{file}: names no files; export the checkpoint again")
-    read = {graph: _ranges_of(file, graph, ranges.get(graph)) for graph in GRAPHS}
+    read = {
+        graph: _ranges_of(file, graph, ranges.get(graph)) for graph in (HOISTED_GRAPHS if hoisted else GRAPHS)
+    }
     return Manifest(**{**held, "ranges": read})
 
 

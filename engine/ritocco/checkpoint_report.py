@@ -111,10 +111,11 @@ def _graphs(path: Path) -> list[Finding]:
         tokenizer = Tokenizer.from_folder(path / "tokenizer")
     except CheckpointError as error:
         return [Finding(level="error", subject="graphs", message=str(error))]
-    ranges = artefacts.contract["unet"].ranges
+    ranges = artefacts.sizes
     sides = [f"{8 * ranges[symbol][0]} to {8 * ranges[symbol][2]} pixels {name}" for symbol, name in _SIDES]
     made = artefacts.manifest.dtype if artefacts.manifest else "no manifest, dtype unknown"
-    message = f"{artefacts.layout} layout, {made}, {', '.join(sides)}"
+    hoisted = ", hoisted" if artefacts.hoisted else ""
+    message = f"{artefacts.layout} layout{hoisted}, {made}, {', '.join(sides)}"
     return [
         Finding(level="ok", subject="graphs", message=message),
         Finding(level="ok", subject="tokenizer", message=f"{tokenizer.vocab_size} tokens"),

@@ -23,9 +23,9 @@ from ritocco.artefacts import (
 from ritocco.checkpoint import TOKENIZER_FILES, Checkpoint, fingerprint
 from ritocco.device import DTYPES
 from ritocco.errors import CheckpointError, RequestError
-from ritocco.nets.io import GRAPHS, Contract, GraphName, Layout, NetworkIO, contract_digest, contract_of
+from ritocco.nets.io import Contract, GraphName, Layout, NetworkIO, contract_digest, contract_of
 from ritocco.nets.specs import TextSpec, UNetSpec, VAESpec
-from ritocco_export.gate import Figures, compare
+from ritocco_export.gate import Figures, compare, compare_hoisted
 from ritocco_export.graphs import OPSETS, graph_module, write_graph
 from ritocco_export.profiles import Profile, ranges_of
 
@@ -40,11 +40,13 @@ def export_checkpoint(
     layout: Layout = "ritocco",
     profiles: Iterable[Profile] = (),
     static: bool = False,
+    hoisted: bool = False,
     say: Say = lambda line: None,
 ) -> Manifest:
-    """Write the four graphs of a checkpoint, its configs and tokenizer to the folder `out`.
+    """Write the graphs of a checkpoint, its configs and tokenizer to the folder `out`.
 
     dtype: of weights and arithmetic. static: only the best size of the profile, which must be the only one.
+    hoisted: the UNet as two graphs, what a request needs once and the step; in our own layout alone.
     say: takes a line for every stage.
     Every graph passes `onnx.checker` in full and the parity gate before anything is kept; the folder appears
     whole, or not at all.
@@ -56,11 +58,18 @@ def export_checkpoint(
         raise RequestError(f"--dtype is {dtype!r}; it must be fp32, fp16 or bf16", field="--dtype")
     if static and len(profiles) != 1:
         raise RequestError("--static needs exactly one --profile, whose best size it takes", field="--static")
-    contract = contract_for(checkpoint, dtype=dtype, layout=layout, profiles=profiles, static=static)
+    if hoisted and layout != "ritocco":
+        raise RequestError(
+            f"--hoisted with --layout {layout}: that layout has one UNet graph; leave out one of the two",
+            field="--hoisted",
+        )
+    contract = contract_for(
+        checkpoint, dtype=dtype, layout=layout, profiles=profiles, static=static, hoisted=hoisted
+    )
     with written_whole(out) as part:
         _write_configs(checkpoint, part)
         parity: dict[str, Figures] = {}
-        for graph in GRAPHS:
+        for graph in contract:
             say(f"{graph}: exporting")
             file = part / graph / GRAPH_FILE
             module = graph_module(checkpoint, graph, dtype=getattr(torch, dtype), layout=layout)
@@ -69,9 +78,13 @@ def export_checkpoint(
             onnx.checker.check_model(str(file), full_check=True)
             parity[graph] = compare(checkpoint, graph, file, contract[graph], layout=layout, static=static)
             say(f"{graph}: {parity[graph].line()}")
+        if hoisted:
+            parity["unet"] = compare_hoisted(checkpoint, part, contract, static=static)
+            say(f"unet: {parity['unet'].line()}")
         manifest = Manifest(
             version=fingerprint(checkpoint),
             layout=layout,
+            hoisted=hoisted,
             dtype=dtype,
             opset=OPSETS[dtype],
             contract=contract_digest(contract),
@@ -85,14 +98,20 @@ def export_checkpoint(
 
 
 def contract_for(
-    checkpoint: Checkpoint, *, dtype: str, layout: Layout, profiles: Iterable[Profile], static: bool
+    checkpoint: Checkpoint,
+    *,
+    dtype: str,
+    layout: Layout,
+    profiles: Iterable[Profile],
+    static: bool,
+    hoisted: bool = False,
 ) -> Contract:
     """The contract of an export, its ranges those of the profiles."""
     unet, vae = UNetSpec.from_config(checkpoint.unet), VAESpec.from_config(checkpoint.vae)
     text = TextSpec.from_config(checkpoint.text_encoder)
     ranges = ranges_of(profiles)
     out: dict[GraphName, NetworkIO] = {}
-    for graph, io in contract_of(unet, vae, text, dtype=dtype, layout=layout).items():
+    for graph, io in contract_of(unet, vae, text, dtype=dtype, layout=layout, hoisted=hoisted).items():
         held = ranges[graph]
         if static:
             held = {symbol: (best, best, best) for symbol, (_, best, _) in held.items()}

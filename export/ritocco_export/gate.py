@@ -8,7 +8,7 @@ is not. ONNX Runtime's CPU does not run bfloat16 graphs: those are checked for v
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,10 @@ import numpy as np
 import onnxruntime
 import torch
 
+from ritocco.artefacts import GRAPH_FILE
 from ritocco.checkpoint import Checkpoint
 from ritocco.errors import CheckpointError
-from ritocco.nets.io import GraphName, Layout, NetworkIO
+from ritocco.nets.io import HOISTED, Contract, GraphName, Layout, NetworkIO
 from ritocco_export.graphs import example_inputs, graph_module
 
 # Largest error over the largest value. float32: another order of sums (measured: 3e-6 on the full-size
@@ -58,19 +59,74 @@ def compare(
     if dtype == "bfloat16":
         return Figures(error=math.nan, psnr_db=math.nan, arithmetic="")
     rounded = graph_module(checkpoint, graph, dtype=getattr(torch, dtype), layout=layout).float()
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
-    worst, least = 0.0, math.inf
+    session = _session(file)
+    pairs: list[tuple[Any, Any]] = []
     for seed, sizes in enumerate(_sizes(io, static=static)):
         inputs = example_inputs(io, sizes, seed=seed)
-        feeds = {port.name: value.numpy() for port, value in zip(io.inputs, inputs, strict=True)}
-        found = session.run(None, feeds)[0].astype(np.float64)
+        found = session.run(None, _feeds(io, inputs))
         with torch.inference_mode():
-            wide = [value.float() if value.is_floating_point() else value for value in inputs]
-            wanted = rounded(*wide).double().numpy()
-        error, psnr = difference(found, wanted)
-        worst, least = max(worst, error), min(least, psnr)
+            wanted = rounded(*_wide(inputs))
+        wanted = wanted if isinstance(wanted, tuple) else (wanted,)
+        pairs += zip(found, (one.numpy() for one in wanted), strict=True)
+    return _judge(graph, dtype, pairs)
+
+
+def compare_hoisted(checkpoint: Checkpoint, folder: Path, contract: Contract, *, static: bool) -> Figures:
+    """Run `unet_step` on what `unet_once` gives, beside torch's whole UNet.
+
+    Two prompts, one lane, a table of which the step takes any row: what a guided picture asks for. Raises
+    CheckpointError where they disagree.
+    """
+    once, step = contract["unet_once"], contract["unet_step"]
+    dtype = step.outputs[0].dtype
+    if dtype == "bfloat16":
+        return Figures(error=math.nan, psnr_db=math.nan, arithmetic="")
+    unet = graph_module(checkpoint, "unet", dtype=getattr(torch, dtype), layout="ritocco").float()
+    sessions = [_session(folder / graph / GRAPH_FILE) for graph in ("unet_once", "unet_step")]
+    pairs: list[tuple[Any, Any]] = []
+    for seed, sizes in enumerate(_sizes(once, static=static)):
+        timesteps, context, condition = example_inputs(once, sizes, seed=seed)
+        kept = dict(
+            zip(
+                (port.name for port in once.outputs),
+                sessions[0].run(None, _feeds(once, (timesteps, context, condition))),
+                strict=True,
+            )
+        )
+        kept["time"] = kept["time"][-1:]
+        # Sizes of the step that the lane has to be filled up to.
+        lanes, rows = step.ranges["N"][0], max(step.ranges["M"][0], len(context))
+        latents = example_inputs(step, {**sizes, "N": 1, "M": 1}, seed=seed)[0]
+        index = np.minimum(np.arange(rows), len(context) - 1)
+        feeds = {name: value.repeat(lanes, 0) for name, value in kept.items() if name in HOISTED}
+        feeds |= {name: value[index] for name, value in kept.items() if name not in HOISTED}
+        feeds |= {"latents": latents.repeat(lanes, 1, 1, 1).numpy(), "rows": np.zeros(rows, np.int32)}
+        (found,) = sessions[1].run(None, feeds)
+        sample = torch.cat([latents, condition], dim=1).repeat(len(context), 1, 1, 1)
+        with torch.inference_mode():
+            wanted = unet(*_wide((sample, timesteps[-1:].repeat(len(context)), context)))
+        pairs.append((found[: len(context)], wanted.numpy()))
+    return _judge("unet_step on unet_once", dtype, pairs)
+
+
+def _session(file: Path) -> Any:
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    return onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+
+
+def _feeds(io: NetworkIO, inputs: Sequence[torch.Tensor]) -> dict[str, np.ndarray[Any, Any]]:
+    return {port.name: value.numpy() for port, value in zip(io.inputs, inputs, strict=True)}
+
+
+def _wide(inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    return [value.float() if value.is_floating_point() else value for value in inputs]
+
+
+def _judge(graph: str, dtype: str, pairs: Sequence[tuple[Any, Any]]) -> Figures:
+    """The worst of all pairs, found and wanted. Raises CheckpointError where it is past what is allowed."""
+    measured = [difference(found.astype(np.float64), wanted.astype(np.float64)) for found, wanted in pairs]
+    worst, least = max(error for error, _ in measured), min(psnr for _, psnr in measured)
     figures = Figures(error=worst, psnr_db=least, arithmetic="float32")
     if not (worst <= LARGEST_ERROR[dtype] and least >= LEAST_PSNR_DB[dtype]):
         allowed = f"{LARGEST_ERROR[dtype]:.0e} and {LEAST_PSNR_DB[dtype]:.0f} dB"

@@ -1,4 +1,4 @@
-"""The four networks as ONNX graphs: plain PyTorch operations, standard operators, weights beside the graph.
+"""The networks as ONNX graphs: plain PyTorch operations, standard operators, weights beside the graph.
 
 opset 20 is the newest that TensorRT 10.1's parser documents (9 to 20); bfloat16 needs 22, where ONNX allows
 it in `Conv`. Group norm becomes InstanceNormalization over groups, a reshape before and behind: one operator
@@ -7,6 +7,7 @@ that every parser has, where GroupNormalization is new at opset 21.
 
 from __future__ import annotations
 
+import inspect
 import logging
 import warnings
 from collections.abc import Iterator, Mapping
@@ -22,8 +23,9 @@ from ritocco.nets.io import GraphName, Layout, NetworkIO, Range
 from ritocco.nets.text_encoder import TextEncoder
 from ritocco.nets.unet import UNet
 from ritocco.nets.vae import VAE
+from ritocco_export.hoisted import UNetOnceGraph, UNetStepGraph
 
-_AXES = {"N": "images", "M": "rows", "H": "height", "W": "width"}  # as the graphs name them
+_AXES = {"N": "images", "M": "rows", "R": "steps", "H": "height", "W": "width"}  # as the graphs name them
 OPSETS = {"float32": 20, "float16": 20, "bfloat16": 22}
 
 
@@ -81,6 +83,10 @@ def graph_module(
             return cast(TextEncoder, load_network(checkpoint, "text_encoder", dtype=dtype))
         case "unet":
             return UNetGraph(cast(UNet, load_network(checkpoint, "unet", dtype=dtype)), layout)
+        case "unet_once":
+            return UNetOnceGraph(cast(UNet, load_network(checkpoint, "unet", dtype=dtype)))
+        case "unet_step":
+            return UNetStepGraph(cast(UNet, load_network(checkpoint, "unet", dtype=dtype)))
         case "vae_encoder":
             return VaeEncoderGraph(cast(VAE, load_network(checkpoint, "vae", dtype=dtype)), layout)
         case "vae_decoder":
@@ -88,14 +94,18 @@ def graph_module(
 
 
 def example_inputs(io: NetworkIO, sizes: Mapping[str, int], *, seed: int = 0) -> list[Tensor]:
-    """Inputs of the contract's shapes: normal latents and contexts, timesteps and tokens within bounds."""
+    """Inputs of the contract's shapes: normal latents and contexts, timesteps, tokens and lanes within
+    bounds.
+    """
     generator = torch.Generator().manual_seed(seed)
     out = []
     for port in io.inputs:
         shape = port.resolve(sizes)
         if port.dtype == "int64":
             out.append(torch.randint(0, 100, shape, generator=generator))
-        elif port.name == "timestep":
+        elif port.name == "rows":
+            out.append(torch.randint(0, sizes["N"], shape, generator=generator, dtype=torch.int32))
+        elif port.name in ("timestep", "timesteps"):
             out.append(1000 * torch.rand(shape, generator=generator))
         else:
             values = torch.randn(shape, generator=generator)
@@ -112,7 +122,7 @@ def write_graph(module: nn.Module, io: NetworkIO, file: Path, *, opset: int, sta
     """
     sizes = {symbol: _example_size(io, symbol, static=static) for symbol in io.ranges}
     inputs = example_inputs(io, sizes)
-    shapes = None if static else _dynamic_shapes(io)
+    shapes = None if static else _as_arguments(module, _dynamic_shapes(io))
     with _quiet():
         program = torch.onnx.export(
             module,
@@ -136,7 +146,7 @@ def _example_size(io: NetworkIO, symbol: str, *, static: bool) -> int:
         return best
     # torch.export takes an axis of length 1 for a constant; distinct lengths keep axes apart.
     multiple = io.multiples.get(symbol, 1)
-    wanted = {"H": 3, "W": 4}.get(symbol, 2) * multiple
+    wanted = {"H": 3, "W": 4, "M": 3, "R": 5}.get(symbol, 2) * multiple
     return min(max(wanted, least), most) if most > 1 else 1
 
 
@@ -152,6 +162,15 @@ def _dynamic_shapes(io: NetworkIO) -> tuple[dict[int, Any] | None, ...]:
                     axes[axis] = int(factor) * dims[symbol] if factor else dims[symbol]
         out.append(axes or None)
     return tuple(out)
+
+
+def _as_arguments(module: nn.Module, shapes: tuple[Any, ...]) -> tuple[Any, ...]:
+    """torch.export wants those of a variable number of inputs together, at the place that they have."""
+    kinds = [one.kind for one in inspect.signature(module.forward).parameters.values()]
+    if inspect.Parameter.VAR_POSITIONAL not in kinds:
+        return shapes
+    place = kinds.index(inspect.Parameter.VAR_POSITIONAL)
+    return (*shapes[:place], shapes[place:])
 
 
 def _dim(symbol: str, sizes: Range, multiple: int) -> Any:

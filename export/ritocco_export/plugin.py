@@ -44,6 +44,9 @@ def command(
     ] = None,
     static: Annotated[bool, typer.Option("--static", help="The one size of the one profile.")] = False,
     layout: Annotated[str, typer.Option(help="ritocco, or optimum for Optimum's names.")] = "ritocco",
+    hoisted: Annotated[
+        bool, typer.Option("--hoisted", help="The UNet in two graphs: once a request, and the step.")
+    ] = False,
     variant: Annotated[str | None, typer.Option(help="fp16 and such, where a folder holds several.")] = None,
     tokenizer: Annotated[Path | None, typer.Option(help="For a single file: its tokenizer folder.")] = None,
 ) -> None:
@@ -83,6 +86,7 @@ def command(
             layout="optimum" if layout == "optimum" else "ritocco",
             profiles=profiles,
             static=static,
+            hoisted=hoisted,
             say=lambda line: typer.echo(line, err=True),
         )
     except OSError as error:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from ritocco.errors import RequestError
-from ritocco.nets.io import GraphName, Range
+from ritocco.nets.io import PROMPTS, TABLE_ROWS, GraphName, Range
 from ritocco.shown import shown
 
 CELL = 8
@@ -73,6 +73,8 @@ def ranges_of(profiles: Iterable[Profile]) -> dict[GraphName, Mapping[str, Range
     return {
         "text_encoder": {"N": (1, 2, max(2, images[1]))},
         "unet": {"M": rows, **cells},
+        "unet_once": {"R": TABLE_ROWS, "M": PROMPTS, **cells},
+        "unet_step": {"N": (1, images[0], images[1]), "M": rows, **cells},
         "vae_encoder": {"N": (1, 1, images[1]), **cells},
         "vae_decoder": {"N": (1, 1, images[1]), **cells},
     }

@@ -247,3 +247,32 @@ def test_backends_are_compared_with_torch(tiny: Path) -> None:
     wrong.add("openvino")
     with pytest.raises(parity.ParityError, match=r"openvino: .* dB from torch"):
         cases.backends(held, ["openvino"], environment.environment("cpu"), run=run, say=quiet)
+
+
+def test_plain_graphs_are_compared_with_hoisted_ones(tiny: Path) -> None:
+    """Without graphs: both folders are the checkpoint, every backend is torch, and one folder is wrong."""
+    asked: list[tuple[str, str]] = []
+    graphs = {"plain": Path("graphs/plain"), "hoisted": Path("graphs/hoisted")}
+    wrong: set[str] = set()
+
+    def run(job: worker.Job) -> tuple[worker.Result, float]:
+        asked.append((job.backend, Path(job.model).name))
+        result, started = in_process(replace(job, model=str(tiny), backend="torch"))
+        if Path(job.model).name in wrong:
+            np.save(job.decoded, -np.load(job.decoded))
+        return result, started
+
+    held, names = bench(tiny, pairs=2), ["openvino", "onnxruntime"]
+    rows = cases.hoisted(held, graphs, names, environment.environment("cpu"), run=run, say=quiet)
+    turns = [(name, kind) for name in names for kind in graphs]
+    assert asked == [("torch", "tiny"), *turns * 2]
+    assert {(row.variant, row.phase) for row in rows} == {
+        (f"{name}-{kind}", phase) for name, kind in turns for phase in ("denoise", "total")
+    }
+    assert all(row.samples == 2 and row.dtype == "float32" for row in rows)
+    ratios = [line for line in report.table(rows).splitlines() if "pairs" in line]
+    assert len(ratios) == 4
+    assert ratios[0].startswith("hoisted-64x64-2steps-1x denoise: openvino-plain / openvino-hoisted ")
+    wrong.add("hoisted")
+    with pytest.raises(parity.ParityError, match=r"openvino-hoisted: .* dB from torch"):
+        cases.hoisted(held, graphs, names, environment.environment("cpu"), run=run, say=quiet)

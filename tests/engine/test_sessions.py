@@ -39,11 +39,18 @@ def backend(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
+@pytest.fixture(scope="module", params=["plain", "hoisted"])
+def own_graphs(request: pytest.FixtureRequest) -> Path:
+    """float32 graphs in our layout, the UNet in one or in two."""
+    name = "tiny_graphs" if request.param == "plain" else "tiny_hoisted_graphs"
+    return cast(Path, request.getfixturevalue(name))
+
+
 @pytest.fixture(scope="module")
-def engine(backend: str, tiny_graphs: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
+def engine(backend: str, own_graphs: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RITOCCO_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
-        yield ritocco.load(tiny_graphs, backend=backend, dtype="float32")
+        yield ritocco.load(own_graphs, backend=backend, dtype="float32")
 
 
 def floats(engine: Engine, given: dict[str, Any], **options: Any) -> Floats:
@@ -124,10 +131,11 @@ def test_optimums_layout_paints_the_same(
         assert np.abs(floats(engine, given) - floats(tiny_engine, given)).max() < TOLERANCE
 
 
+@pytest.mark.parametrize("graphs", ["tiny_half_graphs", "tiny_half_hoisted_graphs"])
 def test_half_graphs_on_a_cpu_are_near(
-    backend: str, tiny_half_graphs: Path, tiny_engine: Engine, ask: Ask
+    backend: str, graphs: str, tiny_engine: Engine, ask: Ask, request: pytest.FixtureRequest
 ) -> None:
-    engine = ritocco.load(tiny_half_graphs, backend=backend, dtype="auto")
+    engine = ritocco.load(request.getfixturevalue(graphs), backend=backend, dtype="auto")
     difference = np.abs(floats(engine, ask()) - floats(tiny_engine, ask()))
     assert difference.max() < 0.1
     assert difference.mean() < 0.01
@@ -149,11 +157,11 @@ print(*[name for name in ("torch", "transformers", "diffusers", "onnx") if name 
 """
 
 
-def test_graphs_run_without_torch_or_a_socket(backend: str, tiny_graphs: Path) -> None:
+def test_graphs_run_without_torch_or_a_socket(backend: str, own_graphs: Path) -> None:
     root = Path(__file__).parents[2]
     paths = os.pathsep.join(str(root / name) for name in ("engine", "kernels", "export"))
     done = subprocess.run(
-        [sys.executable, "-c", WITHOUT_TORCH, str(tiny_graphs), backend],
+        [sys.executable, "-c", WITHOUT_TORCH, str(own_graphs), backend],
         capture_output=True,
         text=True,
         check=False,
@@ -258,15 +266,16 @@ def test_whole_timesteps_are_warned_of_by_name(
     assert warning not in engine.predict(ask(scheduler="DDIM")).logs
 
 
+@pytest.mark.parametrize("hoisted", [False, True], ids=["plain", "hoisted"])
 def test_graphs_of_one_size_take_one_row_too(
-    backend: str, tiny_checkpoint: Path, tiny_engine: Engine, ask: Ask, tmp_path: Path
+    backend: str, hoisted: bool, tiny_checkpoint: Path, tiny_engine: Engine, ask: Ask, tmp_path: Path
 ) -> None:
     """At guidance 1 a picture has one prompt and one row; these graphs take two."""
     from ritocco_export.exporter import export_checkpoint
     from ritocco_export.profiles import Profile
 
-    profile = Profile.parse("128x64@1")
-    export_checkpoint(open_checkpoint(tiny_checkpoint), tmp_path / "one", profiles=[profile], static=True)
+    checkpoint, profile = open_checkpoint(tiny_checkpoint), Profile.parse("128x64@1")
+    export_checkpoint(checkpoint, tmp_path / "one", profiles=[profile], static=True, hoisted=hoisted)
     engine = ritocco.load(tmp_path / "one", backend=backend, dtype="float32")
     for given in (
         ask(size=(128, 64), guidance_scale=1.0, num_outputs=3),

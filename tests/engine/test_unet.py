@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from random_networks import randomise, relative_error
 from ritocco.errors import CheckpointError
 from ritocco.nets.blocks import Attention, ResnetBlock
-from ritocco.nets.io import unet_io
+from ritocco.nets.io import unet_io, unet_once_io
 from ritocco.nets.unet import UNet, UNetSpec
 
 SD2: dict[str, Any] = {
@@ -138,6 +138,20 @@ def test_bfloat16_is_no_worse_than_twice_diffusers(name: str) -> None:
     result = sharing_unet(reference)(sample, timestep, context)
     assert result.dtype == torch.bfloat16
     assert relative_error(result, truth) <= 2 * theirs
+
+
+def test_the_contract_knows_the_hoisted_shapes(pair: tuple[nn.Module, UNet]) -> None:
+    unet = pair[1]
+    io = unet_once_io(unet.spec, tokens=77, dtype="float32")
+    sizes = {"R": 3, "M": 2, "H": 16, "W": 8}
+    timesteps, context, condition = (port.resolve(sizes) for port in io.inputs)
+    layers = unet.hoist_context(torch.zeros(context))
+    found = (
+        unet.hoist_timesteps(torch.zeros(timesteps)),
+        unet.hoist_condition(torch.zeros(condition)),
+        *(tensor for keys_values in layers for tensor in keys_values),
+    )
+    assert [tuple(tensor.shape) for tensor in found] == [port.resolve(sizes) for port in io.outputs]
 
 
 def test_step_with_hoisted_parts_is_forward(pair: tuple[nn.Module, UNet]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -68,7 +68,7 @@ class NetworkBatch:
         row = stack(table_rows)
         x = np.stack([self._latents[slot] for slot in rows])
         history = np.stack([self._history[slot] for slot in rows], axis=1)
-        output = self._guided(lanes, table_rows, row.in_scale * x)
+        output = _guided(lanes, self._outputs(rows, table_rows, row.in_scale * x))
         noise = np.stack(
             [
                 normal(lane.seed, index + 1, lane.latents.shape)
@@ -86,29 +86,40 @@ class NetworkBatch:
             if slot not in self._broken and not np.isfinite(x[i]).all():
                 self._broken[slot] = index
 
-    def _guided(self, lanes: list[Lane], rows: list[Row], scaled: Floats) -> Floats:
-        """The output after classifier-free guidance. [Ho & Salimans 2022, arXiv:2207.12598, Eq. 6]"""
+    def _outputs(self, rows: Mapping[int, int], table_rows: Sequence[Row], scaled: Floats) -> Floats:
+        """The network's output for each prompt of each lane, in order: [M,4,h,w].
+
+        rows: slot -> table row; table_rows: those rows. scaled: [N,4,h,w], latents as the network takes them.
+        """
         samples: list[Floats] = []
         timesteps: list[float] = []
         contexts: list[Floats] = []
-        firsts: list[int] = []
-        for lane, row, latents in zip(lanes, rows, scaled, strict=True):
-            firsts.append(len(samples))
+        for slot, row, latents in zip(rows, table_rows, scaled, strict=True):
+            lane = self._lanes[slot]
             sample = np.concatenate([latents, lane.condition])
-            branches = (lane.context,) if lane.unconditional is None else (lane.unconditional, lane.context)
-            for context in branches:
+            for context in prompts(lane):
                 samples.append(sample)
                 timesteps.append(row.timestep)
                 contexts.append(context)
-        output = self._predict(
+        return self._predict(
             np.stack(samples).astype(np.float32), np.array(timesteps, np.float32), np.stack(contexts)
         )
-        guided = []
-        with np.errstate(invalid="ignore", over="ignore"):
-            for lane, first in zip(lanes, firsts, strict=True):
-                if lane.unconditional is None:
-                    guided.append(output[first])
-                else:
-                    guidance = np.float32(lane.guidance)
-                    guided.append(output[first] + guidance * (output[first + 1] - output[first]))
-        return np.stack(guided)
+
+
+def prompts(lane: Lane) -> tuple[Floats, ...]:
+    """What the lane's UNet rows attend to, [77,D] each: under guidance the negative prompt comes first."""
+    return (lane.context,) if lane.unconditional is None else (lane.unconditional, lane.context)
+
+
+def _guided(lanes: Sequence[Lane], output: Floats) -> Floats:
+    """Classifier-free guidance: [M,4,h,w] -> [N,4,h,w]. [Ho & Salimans 2022, arXiv:2207.12598, Eq. 6]"""
+    guided, first = [], 0
+    with np.errstate(invalid="ignore", over="ignore"):
+        for lane in lanes:
+            base = output[first]
+            if lane.unconditional is None:
+                guided.append(base)
+            else:
+                guided.append(base + np.float32(lane.guidance) * (output[first + 1] - base))
+            first += len(prompts(lane))
+    return np.stack(guided)

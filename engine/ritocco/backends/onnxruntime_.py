@@ -11,7 +11,7 @@ import onnxruntime
 from ritocco.artefacts import Artefacts
 from ritocco.backends.sessions import Arrays, SessionRuntime
 from ritocco.errors import BackendError, CheckpointError
-from ritocco.nets.io import GRAPHS, GraphName
+from ritocco.nets.io import GraphName
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 _DTYPES = {
@@ -50,12 +50,16 @@ class OnnxSession:
         self.dtypes: Mapping[str, str] = {
             port.name: _DTYPES.get(port.type, port.type) for port in self._session.get_inputs()
         }
-        self._output = self._session.get_outputs()[0].name
+        self._outputs = [port.name for port in self._session.get_outputs()]
 
     def run(self, feeds: Arrays) -> npt.NDArray[Any]:
         """See `Session`."""
-        output: npt.NDArray[Any] = self._session.run([self._output], dict(feeds))[0]
+        output: npt.NDArray[Any] = self._session.run(self._outputs[:1], dict(feeds))[0]
         return output
+
+    def run_all(self, feeds: Arrays) -> Arrays:
+        """See `Session`."""
+        return dict(zip(self._outputs, self._session.run(self._outputs, dict(feeds)), strict=True))
 
 
 def open_onnxruntime(artefacts: Artefacts, *, device: str, dtype: str) -> SessionRuntime:
@@ -75,12 +79,12 @@ def open_onnxruntime(artefacts: Artefacts, *, device: str, dtype: str) -> Sessio
             f"device is {device!r}; the installed ONNX Runtime has no {PROVIDERS[kind]}. Install "
             '"ritocco[gpu]" in an environment without the package onnxruntime: the two exclude each other'
         )
-    held = artefacts.contract["unet"].inputs[0].dtype
+    held = artefacts.contract["text_encoder"].outputs[0].dtype
     if dtype not in ("auto", held):
         raise BackendError(f"dtype is {dtype!r}; these graphs are {held}, and ONNX Runtime computes in that")
     if kind == "cpu" and held == "bfloat16":
         raise BackendError("bfloat16 graphs don't run on ONNX Runtime's CPU; export with --dtype float32")
-    sessions = {graph: OnnxSession(artefacts, graph, device) for graph in GRAPHS}
+    sessions = {graph: OnnxSession(artefacts, graph, device) for graph in artefacts.contract}
     return SessionRuntime(artefacts, sessions, device=device, dtype=held)
 
 

@@ -13,7 +13,7 @@ import openvino
 from ritocco.artefacts import Artefacts, cache_root
 from ritocco.backends.sessions import Arrays, SessionRuntime
 from ritocco.errors import BackendError, CheckpointError
-from ritocco.nets.io import GRAPHS, GraphName
+from ritocco.nets.io import GraphName
 
 _PRECISIONS = {"float32": "f32", "bfloat16": "bf16"}
 _DTYPES = {"f32": "float32", "f16": "float16", "i64": "int64", "i32": "int32"}
@@ -35,6 +35,7 @@ class OpenVinoSession:
             port.get_any_name(): _DTYPES.get(port.element_type.get_type_name(), "float32")
             for port in compiled.inputs
         }
+        self._outputs = [port.get_any_name() for port in compiled.outputs]
 
     def run(self, feeds: Arrays) -> npt.NDArray[Any]:
         """See `Session`."""
@@ -42,6 +43,12 @@ class OpenVinoSession:
         # A copy: the request's own tensor is overwritten by the next call.
         output: npt.NDArray[Any] = self._request.get_output_tensor(0).data.copy()
         return output
+
+    def run_all(self, feeds: Arrays) -> Arrays:
+        """See `Session`."""
+        self._request.infer(dict(feeds), share_inputs=True)
+        tensors = ((name, self._request.get_output_tensor(i)) for i, name in enumerate(self._outputs))
+        return {name: tensor.data.copy() for name, tensor in tensors}
 
 
 def open_openvino(artefacts: Artefacts, *, device: str, dtype: str) -> SessionRuntime:
@@ -60,7 +67,9 @@ def open_openvino(artefacts: Artefacts, *, device: str, dtype: str) -> SessionRu
         raise BackendError(f"dtype is {dtype!r}; the backend openvino computes in float32 or bfloat16")
     if (cache := _cache()) is not None:
         core.set_property({"CACHE_DIR": str(cache)})
-    sessions = {graph: OpenVinoSession(core, artefacts, graph, _PRECISIONS[dtype]) for graph in GRAPHS}
+    sessions = {
+        graph: OpenVinoSession(core, artefacts, graph, _PRECISIONS[dtype]) for graph in artefacts.contract
+    }
     return SessionRuntime(artefacts, sessions, device="cpu", dtype=dtype, release=(core,))
 
 

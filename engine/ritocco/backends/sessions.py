@@ -1,4 +1,4 @@
-"""A Runtime around four exported graphs, whatever runs them: ONNX Runtime, OpenVINO."""
+"""A Runtime around exported graphs, whatever runs them: ONNX Runtime, OpenVINO."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ import numpy as np
 import numpy.typing as npt
 
 from ritocco.artefacts import Artefacts
+from ritocco.backends.hoisted import HoistedBatch, HoistedUNet
 from ritocco.backends.network import NetworkBatch
 from ritocco.backends.runtime import Floats, LatentSize, Tokens, Traits
 from ritocco.errors import BackendError
-from ritocco.nets.io import GRAPHS, GraphName, NetworkIO
+from ritocco.nets.io import GraphName, NetworkIO
 
 Arrays = Mapping[str, npt.NDArray[Any]]
 
@@ -25,6 +26,9 @@ class Session(Protocol):
 
     def run(self, feeds: Arrays) -> npt.NDArray[Any]:
         """The graph's first output."""
+
+    def run_all(self, feeds: Arrays) -> Arrays:
+        """All of its outputs by name; they stay as they are when the graph runs again."""
 
 
 class SessionRuntime:
@@ -45,9 +49,9 @@ class SessionRuntime:
         """
         self._artefacts, self._sessions = artefacts, dict(sessions)
         self._keep = release  # objects that the sessions need alive
-        for name in GRAPHS:
-            _check_inputs(name, artefacts.contract[name], self._sessions[name])
-        ranges = artefacts.contract["unet"].ranges
+        for name, io in artefacts.contract.items():
+            _check_inputs(name, io, self._sessions[name])
+        ranges = artefacts.sizes
         self._scaling = 1.0 if artefacts.layout == "ritocco" else artefacts.vae.scaling_factor
         self.traits = Traits(
             device=device,
@@ -56,7 +60,8 @@ class SessionRuntime:
             size_multiple=artefacts.unet.size_multiple,
             heights=(ranges["H"][0], ranges["H"][2]),
             widths=(ranges["W"][0], ranges["W"][2]),
-            whole_timesteps=self._sessions["unet"].dtypes["timestep"].startswith("int"),
+            whole_timesteps=not artefacts.hoisted
+            and self._sessions["unet"].dtypes["timestep"].startswith("int"),
         )
 
     def encode_text(self, tokens: Tokens) -> Floats:
@@ -76,6 +81,11 @@ class SessionRuntime:
 
     def open(self, size: LatentSize, capacity: int) -> NetworkBatch:
         """See `Runtime`."""
+        if self._artefacts.hoisted:
+            io, sessions = self._artefacts.contract, self._sessions
+            unet = HoistedUNet(sessions["unet_once"], io["unet_once"], sessions["unet_step"], io["unet_step"])
+            channels = self._artefacts.unet.out_channels
+            return HoistedBatch(unet, size, channels=channels, capacity=capacity)
         return NetworkBatch(self._unet, capacity=capacity, lane_timesteps=self.traits.lane_timesteps)
 
     def _unet(self, sample: Floats, timestep: Floats, context: Floats) -> Floats:

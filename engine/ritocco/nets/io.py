@@ -1,7 +1,8 @@
 """What goes into and comes out of each network: names, shapes, dtypes, ranges.
 
 One contract for exporter, builder, runtime and test.
-Symbols in shapes: N images or prompts, M UNet rows, H and W latent cells per side. No torch here.
+Symbols in shapes: N images, prompts or lanes, M UNet rows, R rows of a step table, H and W latent cells per
+side. No torch here.
 """
 
 from __future__ import annotations
@@ -17,8 +18,16 @@ from ritocco.nets.specs import TextSpec, UNetSpec, VAESpec
 Range = tuple[int, int, int]
 """Smallest, best and largest size."""
 
-GraphName = Literal["text_encoder", "unet", "vae_encoder", "vae_decoder"]
+GraphName = Literal["text_encoder", "unet", "unet_once", "unet_step", "vae_encoder", "vae_decoder"]
 GRAPHS: tuple[GraphName, ...] = ("text_encoder", "unet", "vae_encoder", "vae_decoder")
+HOISTED_GRAPHS: tuple[GraphName, ...] = (
+    "text_encoder",
+    "unet_once",
+    "unet_step",
+    "vae_encoder",
+    "vae_decoder",
+)
+"""The same with the UNet in two: what does not change from step to step, and the step."""
 
 Layout = Literal["ritocco", "optimum"]
 """Whose names and conventions a set of graphs has.
@@ -35,7 +44,13 @@ ROWS: Range = (1, 2, 8)
 """UNet rows: up to four guided images."""
 
 IMAGES: Range = (1, 1, 4)
-"""Images per call of the autoencoder, prompts per call of the text encoder."""
+"""Images per call of the autoencoder, prompts per call of the text encoder, lanes per UNet step."""
+
+PROMPTS: Range = (1, 2, 2)
+"""Prompts of a lane: one at guidance 1, else the negative prompt before it."""
+
+TABLE_ROWS: Range = (1, 50, 512)
+"""Rows of a lane's step table; PNDM has one more than steps."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -73,12 +88,27 @@ Contract = Mapping[GraphName, NetworkIO]
 
 
 def contract_of(
-    unet: UNetSpec, vae: VAESpec, text: TextSpec, *, dtype: str, layout: Layout = "ritocco"
+    unet: UNetSpec,
+    vae: VAESpec,
+    text: TextSpec,
+    *,
+    dtype: str,
+    layout: Layout = "ritocco",
+    hoisted: bool = False,
 ) -> Contract:
-    """The contracts of a checkpoint's four graphs."""
+    """The contracts of a checkpoint's graphs: GRAPHS, or HOISTED_GRAPHS, which only our own layout has."""
+    tokens = text.positions
+    denoiser: Contract = (
+        {
+            "unet_once": unet_once_io(unet, tokens=tokens, dtype=dtype),
+            "unet_step": unet_step_io(unet, tokens=tokens, dtype=dtype),
+        }
+        if hoisted
+        else {"unet": unet_io(unet, tokens=tokens, dtype=dtype, layout=layout)}
+    )
     return {
         "text_encoder": text_encoder_io(text, dtype=dtype, layout=layout),
-        "unet": unet_io(unet, tokens=text.positions, dtype=dtype, layout=layout),
+        **denoiser,
         "vae_encoder": vae_encoder_io(vae, dtype=dtype, layout=layout),
         "vae_decoder": vae_decoder_io(vae, dtype=dtype, layout=layout),
     }
@@ -109,6 +139,59 @@ def unet_io(spec: UNetSpec, *, tokens: int, dtype: str, layout: Layout = "ritocc
         ),
         ranges={"M": ROWS, "H": CELLS, "W": CELLS},
         multiples={"H": spec.size_multiple, "W": spec.size_multiple},
+    )
+
+
+def unet_once_io(spec: UNetSpec, *, tokens: int, dtype: str) -> NetworkIO:
+    """timesteps, context, condition -> what a lane keeps for all its steps: `HOISTED`, then keys and values.
+
+    One lane a call: its table's timesteps, its one or two prompts, its mask and masked-image latents.
+    """
+    return NetworkIO(
+        inputs=(
+            Port(name="timesteps", shape=("R",), dtype="float32"),
+            Port(name="context", shape=("M", tokens, spec.context_dim), dtype=dtype),
+            Port(name="condition", shape=(1, spec.in_channels - spec.out_channels, "H", "W"), dtype=dtype),
+        ),
+        outputs=_hoisted(spec, "R", 1, tokens, dtype),
+        ranges={"R": TABLE_ROWS, "M": PROMPTS, "H": CELLS, "W": CELLS},
+        multiples={"H": spec.size_multiple, "W": spec.size_multiple},
+    )
+
+
+def unet_step_io(spec: UNetSpec, *, tokens: int, dtype: str) -> NetworkIO:
+    """latents, rows, and for the lanes side by side what `unet_once` gave -> noise.
+
+    rows: the lane of each UNet row. time: each lane's row of its `time`.
+    """
+    return NetworkIO(
+        inputs=(
+            Port(name="latents", shape=("N", spec.out_channels, "H", "W"), dtype=dtype),
+            Port(name="rows", shape=("M",), dtype="int32"),
+            *_hoisted(spec, "N", "N", tokens, dtype),
+        ),
+        outputs=(Port(name="noise", shape=("M", spec.out_channels, "H", "W"), dtype=dtype),),
+        ranges={"N": IMAGES, "M": ROWS, "H": CELLS, "W": CELLS},
+        multiples={"H": spec.size_multiple, "W": spec.size_multiple},
+    )
+
+
+HOISTED = ("time", "hoisted_condition")
+"""The first ports between the two graphs; keys and values of every cross-attention follow, in call order."""
+
+
+def _hoisted(spec: UNetSpec, times: str, lanes: int | str, tokens: int, dtype: str) -> tuple[Port, ...]:
+    # A tensor for each layer's keys and one for its values: packed into one they would have to be cut apart
+    # at every step, and a wrong order would show in the picture only, not in a shape or a name.
+    time, condition = HOISTED
+    return (
+        Port(name=time, shape=(times, spec.time_width), dtype=dtype),
+        Port(name=condition, shape=(lanes, spec.channels[0], "H", "W"), dtype=dtype),
+        *(
+            Port(name=f"{kind}_{layer:02}", shape=("M", heads, tokens, width), dtype=dtype)
+            for layer, (heads, width) in enumerate(spec.cross_attentions)
+            for kind in ("keys", "values")
+        ),
     )
 
 

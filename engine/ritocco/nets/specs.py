@@ -80,6 +80,26 @@ class UNetSpec:
         """What the latents' height and width must be multiples of (cells): they are halved at each level."""
         return 1 << (len(self.channels) - 1)
 
+    @property
+    def time_width(self) -> int:
+        """Width of all resnets' time vectors side by side, as `UNet.hoist_timesteps` gives them."""
+        sides = sum(
+            width * (2 * layers + 1) for width, layers in zip(self.channels, self.layers, strict=True)
+        )
+        return sides + 2 * self.channels[-1]
+
+    @property
+    def cross_attentions(self) -> tuple[tuple[int, int], ...]:
+        """Heads and head width of every cross-attention, in the order of `UNet.hoist_context`."""
+        levels = range(len(self.channels))
+        down = [level for level in levels for _ in range(self.layers[level]) if self.down_attention[level]]
+        up = [level for level in levels for _ in range(self.layers[level] + 1) if self.up_attention[level]]
+        return tuple(
+            (self.heads[level], self.channels[level] // self.heads[level])
+            for level in (*down, levels[-1], *reversed(up))
+            for _ in range(self.transformer_layers[level])
+        )
+
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> UNetSpec:
         """Read diffusers' unet/config.json.
