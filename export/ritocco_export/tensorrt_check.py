@@ -102,6 +102,7 @@ def check_model(model: onnx.ModelProto, io: NetworkIO) -> list[Finding]:
         _types,
         _attributes,
         _axes,
+        _channels,
     )
     return [finding for rule in rules for finding in rule(typed, io)]
 
@@ -161,6 +162,9 @@ def _operators(model: onnx.ModelProto, io: NetworkIO) -> Iterator[Finding]:
 
 def _types(model: onnx.ModelProto, io: NetworkIO) -> Iterator[Finding]:
     known = _types_of(model.graph)
+    for tensor in model.graph.initializer:
+        if tensor.data_type == onnx.TensorProto.DOUBLE:
+            yield _error("type", tensor.name, "weights in DOUBLE; the parser narrows them without a word")
     for node in model.graph.node:
         row = matrix().get(node.op_type)
         if row is None or not row.supported or node.domain not in ("", "ai.onnx"):
@@ -197,6 +201,21 @@ def _axes(model: onnx.ModelProto, io: NetworkIO) -> Iterator[Finding]:
         place = _CONSTANT_AXES.get(node.op_type)
         if place is not None and len(node.input) > place and node.input[place] not in {"", *constant}:
             yield _error("attribute", _name(node), f"{node.op_type} with axes that are no constant")
+
+
+def _channels(model: onnx.ModelProto, io: NetworkIO) -> Iterator[Finding]:
+    shapes = {
+        value.name: value.type.tensor_type.shape.dim
+        for value in (*model.graph.input, *model.graph.value_info)
+    }
+    weights = {tensor.name: tensor.dims for tensor in model.graph.initializer}
+    for node in model.graph.node:
+        if node.op_type != "Conv" or node.input[0] not in shapes or node.input[1] not in weights:
+            continue
+        groups = next((held.i for held in node.attribute if held.name == "group"), 1)
+        wanted, found = weights[node.input[1]][1] * groups, shapes[node.input[0]][1].dim_value
+        if found and found != wanted:  # 0: a dynamic axis
+            yield _error("shape", _name(node), f"Conv of {found} channels; its weights are for {wanted}")
 
 
 def _types_of(graph: onnx.GraphProto) -> dict[str, int]:

@@ -5,122 +5,16 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
-import onnx
 import pytest
-from onnx import TensorProto, helper
 from typer.testing import CliRunner
 
+from planted_graphs import IO, PLANTED, VIOLATIONS
 from ritocco.artefacts import open_artefacts
 from ritocco.cli import _add_plugins, app
-from ritocco.nets.io import GRAPHS, NetworkIO, Port
+from ritocco.nets.io import GRAPHS
 from ritocco_export.tensorrt_check import OPSETS, check_graph, check_model, matrix
-
-IO = NetworkIO(
-    inputs=(Port(name="x", shape=("M", 4, "H", "W"), dtype="float32"),),
-    outputs=(Port(name="y", shape=("M", 4, "H", "W"), dtype="float32"),),
-    ranges={"M": (1, 2, 4), "H": (8, 8, 16), "W": (8, 8, 16)},
-    multiples={},
-)
-F = TensorProto.FLOAT
-SHAPE: Sequence[str | int] = ["rows", 4, "h", "w"]
-
-
-def model(
-    *nodes: onnx.NodeProto,
-    kind: int = F,
-    name: str = "x",
-    shape: Sequence[str | int] | None = None,
-    opset: int = 20,
-    constants: tuple[onnx.TensorProto, ...] = (),
-    domains: tuple[str, ...] = (),
-) -> onnx.ModelProto:
-    """Nodes between the input x and the output y."""
-    graph = helper.make_graph(
-        list(nodes),
-        "planted",
-        [helper.make_tensor_value_info(name, kind, shape or SHAPE)],
-        [helper.make_tensor_value_info("y", F, None)],
-        list(constants),
-    )
-    imports = [helper.make_opsetid("", opset), *(helper.make_opsetid(domain, 1) for domain in domains)]
-    return helper.make_model(graph, opset_imports=imports)
-
-
-def node(kind: str, inputs: tuple[str, ...] = ("x",), output: str = "y", **more: Any) -> onnx.NodeProto:
-    return helper.make_node(kind, list(inputs), [output], name=f"the_{kind}", **more)
-
-
-def int64(name: str, *values: int) -> onnx.TensorProto:
-    return helper.make_tensor(name, TensorProto.INT64, [len(values)], values)
-
-
-def floats(name: str, *values: float) -> onnx.TensorProto:
-    return helper.make_tensor(name, F, [len(values)], values)
-
-
-SCALES = floats("scales", 1, 1, 2, 2)
-RESIZE = ("x", "", "scales")
-VIOLATIONS: dict[str, tuple[Callable[[], onnx.ModelProto], str, str]] = {
-    "opset": (lambda: model(node("Relu"), opset=22), "opset", "opset 22; TensorRT 10.1 reads 9 to 20"),
-    "custom": (
-        lambda: model(node("Fused", domain="com.microsoft"), domains=("com.microsoft",)),
-        "domain",
-        r"com\.microsoft\.Fused",
-    ),
-    "operator": (lambda: model(node("Bernoulli")), "operator", "Bernoulli is not supported"),
-    "unknown": (lambda: model(node("NotThere")), "operator", "NotThere is not supported"),
-    "double": (
-        lambda: model(node("Cast", to=TensorProto.DOUBLE, output="d"), node("Relu", ("d",))),
-        "type",
-        "Cast in DOUBLE",
-    ),
-    "integers": (
-        lambda: model(
-            node("Cast", to=TensorProto.INT32, output="i"),
-            node("Sigmoid", ("i",), "s"),
-            node("Cast", ("s",), to=F),
-        ),
-        "type",
-        "Sigmoid in INT32",
-    ),
-    "double input": (lambda: model(node("Relu"), kind=TensorProto.DOUBLE), "input type", "float64"),
-    "timestep": (
-        lambda: model(node("Relu", ("timestep",)), kind=TensorProto.INT64, name="timestep", shape=["rows"]),
-        "input type",
-        "fractional timesteps",
-    ),
-    "channels": (lambda: model(node("Relu"), shape=["rows", "c", "h", "w"]), "profile", "axis 1 is dynamic"),
-    "axes": (lambda: model(node("Relu"), shape=["rows", 4]), "contract", "2 axes; the contract has 4"),
-    "port": (lambda: model(node("Relu", ("z",)), name="z"), "contract", "does not have"),
-    "nonzero": (
-        lambda: model(node("NonZero", output="n"), node("Cast", ("n",), to=F)),
-        "data-dependent",
-        "depends on the data",
-    ),
-    "cubic": (
-        lambda: model(node("Resize", RESIZE, mode="cubic"), constants=(SCALES,)),
-        "attribute",
-        "Resize with mode cubic",
-    ),
-    "antialias": (
-        lambda: model(node("Resize", RESIZE, mode="linear", antialias=1), constants=(SCALES,)),
-        "attribute",
-        "antialias",
-    ),
-    "axes of a slice": (
-        lambda: model(
-            node("Shape", output="s"),
-            node("Slice", ("x", "zero", "one", "s")),
-            constants=(int64("zero", 0), int64("one", 1)),
-        ),
-        "attribute",
-        "Slice with axes that are no constant",
-    ),
-}
 
 
 def test_the_matrix_is_whole() -> None:
@@ -134,15 +28,15 @@ def test_the_matrix_is_whole() -> None:
 
 
 def test_a_clean_model_passes() -> None:
-    assert check_model(model(node("Relu")), IO) == []
+    assert check_model(PLANTED["clean"].make(), IO) == []
 
 
 @pytest.mark.parametrize("planted", VIOLATIONS)
 def test_planted_violations_are_caught_by_name(planted: str) -> None:
-    make, rule, said = VIOLATIONS[planted]
-    found = check_model(make(), IO)
-    assert any(finding.rule == rule and finding.level == "error" for finding in found), found
-    assert re.search(said, " ".join(finding.message for finding in found))
+    violation = VIOLATIONS[planted]
+    found = check_model(violation.make(), violation.io)
+    assert any(finding.rule == violation.rule and finding.level == "error" for finding in found), found
+    assert re.search(violation.said, " ".join(finding.message for finding in found))
 
 
 @pytest.mark.parametrize("name", GRAPHS)

@@ -1,0 +1,237 @@
+"""Small graphs with one fault each: for ONNX's checker, our check and NVIDIA's parser to find."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+from ritocco.nets.io import NetworkIO, Port
+
+IO = NetworkIO(
+    inputs=(Port(name="x", shape=("M", 4, "H", "W"), dtype="float32"),),
+    outputs=(Port(name="y", shape=("M", 4, "H", "W"), dtype="float32"),),
+    ranges={"M": (1, 2, 4), "H": (8, 8, 16), "W": (8, 8, 16)},
+    multiples={},
+)
+"""What a graph here has to keep to, where `Planted.io` is no other."""
+_TIMES = NetworkIO(
+    inputs=(Port(name="timestep", shape=("M",), dtype="float32"),),
+    outputs=(Port(name="y", shape=("M",), dtype="float32"),),
+    ranges={"M": (1, 2, 4)},
+    multiples={},
+)
+
+F = TensorProto.FLOAT
+Shape = Sequence[str | int]
+SHAPE: Shape = ("rows", 4, "h", "w")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Planted:
+    """A fault.
+
+    rule: of our check that finds it, None where it is for ONNX's own checker to find. said: its words, a
+    pattern. io: the contract of the graph.
+    """
+
+    make: Callable[[], onnx.ModelProto]
+    fault: str
+    rule: str | None = None
+    said: str = ""
+    io: NetworkIO = IO
+
+
+def model(
+    *nodes: onnx.NodeProto,
+    kind: int = F,
+    name: str = "x",
+    shape: Shape = SHAPE,
+    out: Shape = SHAPE,
+    opset: int = 20,
+    constants: tuple[onnx.TensorProto, ...] = (),
+    domains: tuple[str, ...] = (),
+) -> onnx.ModelProto:
+    """Nodes between the input x and the output y."""
+    graph = helper.make_graph(
+        list(nodes),
+        "planted",
+        [helper.make_tensor_value_info(name, kind, list(shape))],
+        [helper.make_tensor_value_info("y", F, list(out))],
+        list(constants),
+    )
+    imports = [helper.make_opsetid("", opset), *(helper.make_opsetid(domain, 1) for domain in domains)]
+    return helper.make_model(graph, opset_imports=imports)
+
+
+def node(kind: str, inputs: tuple[str, ...] = ("x",), output: str = "y", **more: Any) -> onnx.NodeProto:
+    """One node, named after its operator and its output."""
+    return helper.make_node(kind, list(inputs), [output], name=f"the_{kind}_{output}", **more)
+
+
+def cast(source: str, output: str, to: int) -> onnx.NodeProto:
+    """A Cast."""
+    return node("Cast", (source,), output, to=to)
+
+
+def constant(name: str, values: Any, dtype: str = "float32") -> onnx.TensorProto:
+    """An initializer."""
+    return numpy_helper.from_array(np.asarray(values, dtype), name)
+
+
+_TWICE: Shape = ("rows", 4, "h2", "w2")
+_SCALES = constant("scales", [1, 1, 2, 2])
+_RESIZE = ("x", "", "scales")
+
+
+def _early_bfloat16() -> onnx.ModelProto:
+    weights = helper.make_tensor("weights", TensorProto.BFLOAT16, [4, 4, 1, 1], np.full(16, 0.5))
+    to, back = cast("x", "b", TensorProto.BFLOAT16), cast("c", "y", F)
+    return model(to, node("Conv", ("b", "weights"), "c"), back, constants=(weights,))
+
+
+PLANTED: Mapping[str, Planted] = {
+    "clean": Planted(fault="none", make=lambda: model(node("Relu"))),
+    "opset": Planted(
+        fault="opset 22",
+        make=lambda: model(node("Relu"), opset=22),
+        rule="opset",
+        said="opset 22; TensorRT 10.1 reads 9 to 20",
+    ),
+    "custom": Planted(
+        fault="an operator of `com.microsoft`",
+        make=lambda: model(node("Fused", domain="com.microsoft"), domains=("com.microsoft",)),
+        rule="domain",
+        said=r"com\.microsoft\.Fused",
+    ),
+    "operator": Planted(
+        fault="`Bernoulli`, which the parser lacks",
+        make=lambda: model(node("Bernoulli")),
+        rule="operator",
+        said="Bernoulli is not supported",
+    ),
+    "unknown": Planted(
+        fault="an operator that ONNX does not have",
+        make=lambda: model(node("NotThere")),
+        rule="operator",
+        said="NotThere is not supported",
+    ),
+    "double": Planted(
+        fault="float64 arithmetic",
+        make=lambda: model(cast("x", "d", TensorProto.DOUBLE), node("Relu", ("d",), "e"), cast("e", "y", F)),
+        rule="type",
+        said="Cast in DOUBLE",
+    ),
+    "double input": Planted(
+        fault="a float64 input",
+        make=lambda: model(cast("x", "y", F), kind=TensorProto.DOUBLE),
+        rule="input type",
+        said="float64",
+    ),
+    "double weights": Planted(
+        fault="float64 weights",
+        make=lambda: model(
+            cast("w", "f", F), node("Mul", ("x", "f")), constants=(constant("w", [1.1], "float64"),)
+        ),
+        rule="type",
+        said="weights in DOUBLE",
+    ),
+    "int16": Planted(
+        fault="int16 arithmetic",
+        make=lambda: model(cast("x", "i", TensorProto.INT16), cast("i", "y", F)),
+        rule="type",
+        said="Cast in INT16",
+    ),
+    "integers": Planted(
+        fault="`Sigmoid` of integers",
+        make=lambda: model(
+            cast("x", "i", TensorProto.INT32), node("Sigmoid", ("i",), "s"), cast("s", "y", F)
+        ),
+        rule="type",
+        said="Sigmoid in INT32",
+    ),
+    "bfloat16": Planted(fault="`Conv` in bfloat16 at opset 20", make=_early_bfloat16),
+    "timestep": Planted(
+        fault="an int64 timestep",
+        make=lambda: model(
+            cast("timestep", "y", F),
+            kind=TensorProto.INT64,
+            name="timestep",
+            shape=("rows",),
+            out=("rows",),
+        ),
+        rule="input type",
+        said="fractional timesteps",
+        io=_TIMES,
+    ),
+    "channels": Planted(
+        fault="a dynamic axis that no profile covers",
+        make=lambda: model(node("Relu"), shape=("rows", "c", "h", "w"), out=("rows", "c", "h", "w")),
+        rule="profile",
+        said="axis 1 is dynamic",
+    ),
+    "axes": Planted(
+        fault="an input of another rank than the contract's",
+        make=lambda: model(node("Relu"), shape=("rows", 4), out=("rows", 4)),
+        rule="contract",
+        said="2 axes; the contract has 4",
+    ),
+    "port": Planted(
+        fault="an input that the contract lacks",
+        make=lambda: model(node("Relu", ("z",)), name="z"),
+        rule="contract",
+        said="does not have",
+    ),
+    "rank": Planted(
+        fault="an output declared with another rank",
+        make=lambda: model(node("Relu"), out=("rows", 4)),
+    ),
+    "shapes": Planted(
+        fault="`Conv` of weights for other channels",
+        make=lambda: model(
+            node("Conv", ("x", "weights")), constants=(constant("weights", np.ones((4, 5, 1, 1))),)
+        ),
+        rule="shape",
+        said="4 channels; its weights are for 5",
+    ),
+    "nonzero": Planted(
+        fault="`NonZero`, whose shape depends on the data",
+        make=lambda: model(node("NonZero", output="n"), cast("n", "y", F), out=(4, "found")),
+        rule="data-dependent",
+        said="depends on the data",
+    ),
+    "cubic": Planted(
+        fault="`Resize` with mode cubic",
+        make=lambda: model(node("Resize", _RESIZE, mode="cubic"), out=_TWICE, constants=(_SCALES,)),
+        rule="attribute",
+        said="Resize with mode cubic",
+    ),
+    "antialias": Planted(
+        fault="`Resize` with antialias",
+        make=lambda: model(
+            node("Resize", _RESIZE, mode="linear", antialias=1), out=_TWICE, constants=(_SCALES,)
+        ),
+        rule="attribute",
+        said="antialias",
+    ),
+    "axes of a slice": Planted(
+        fault="`Slice` whose axes are computed",
+        make=lambda: model(
+            node("Shape", output="rows_of_x", end=1),
+            node("Sub", ("rows_of_x", "rows_of_x"), "axis"),
+            node("Slice", ("x", "zero", "one", "axis")),
+            out=("first", 4, "h", "w"),
+            constants=(constant("zero", [0], "int64"), constant("one", [1], "int64")),
+        ),
+        rule="attribute",
+        said="Slice with axes that are no constant",
+    ),
+}
+"""By name; the one called clean has no fault."""
+
+VIOLATIONS = {name: planted for name, planted in PLANTED.items() if planted.rule is not None}
+"""Those that our check finds by itself."""
