@@ -31,11 +31,15 @@ ROOT = Path(__file__).resolve().parents[2]
 TABLE = ROOT / "docs" / "tensorrt-oracle.md"
 TOKENS = "ModelImporter.cpp:1071: Make sure input tokens has Int64 binding."
 
-# There it is a failure where it is missing.
-pytestmark = pytest.mark.skipif(
-    sys.platform != "linux" or platform.machine() != "x86_64",
-    reason="the package of TensorRT-RTX that can be called without a GPU is for Linux on x86-64",
-)
+pytestmark = [
+    # There it is a failure where it is missing.
+    pytest.mark.skipif(
+        sys.platform != "linux" or platform.machine() != "x86_64",
+        reason="the package of TensorRT-RTX that can be called without a GPU is for Linux on x86-64",
+    ),
+    # Seconds each on an idle machine; exporting and building take their time on a busy one.
+    pytest.mark.timeout(900),
+]
 
 
 def write(folder: Path, model: Path, dtype: str, profile: str, *, static: bool) -> Contract:
