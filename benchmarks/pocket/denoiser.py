@@ -101,15 +101,23 @@ class Store:
     """A rolling store of encoded composites of several sizes.
 
     batch, fresh: pictures of a batch at 128 pixels and how many of them are new; larger pictures make smaller
-    batches of the same number of pixels, a larger share of them new. rank: of this process, which draws its
-    own composites.
+    batches of the same number of pixels, a larger share of them new. empty: share of holes with background
+    alone. rank: of this process, which draws its own composites.
     """
 
     def __init__(
-        self, painter: Painter, vae: Any, tokenizer: CLIPTokenizer, *, batch: int, fresh: float, rank: int
+        self,
+        painter: Painter,
+        vae: Any,
+        tokenizer: CLIPTokenizer,
+        *,
+        batch: int,
+        fresh: float,
+        empty: float,
+        rank: int,
     ) -> None:
         self.painter, self.vae, self.tokenizer = painter, vae, tokenizer
-        self.batch, self.fresh, self.rank = batch, fresh, rank
+        self.batch, self.fresh, self.empty, self.rank = batch, fresh, empty, rank
         self.items: dict[int, list[Encoded]] = {}
 
     def batches(self, stages: Stages, start: int) -> Iterator[tuple[Tensor, ...]]:
@@ -140,7 +148,7 @@ class Store:
 
     @torch.no_grad()
     def _encode(self, rng: np.random.Generator, count: int, size: int) -> None:
-        samples = [self.painter.sample(rng, size, softened=SOFTENED) for _ in range(count)]
+        samples = [self.painter.sample(rng, size, empty=self.empty, softened=SOFTENED) for _ in range(count)]
         pixels = (
             torch.from_numpy(np.stack([s.image for s in samples])).permute(0, 3, 1, 2).float() / 127.5 - 1
         )
@@ -222,6 +230,7 @@ def main() -> None:
     parser.add_argument("--stages", type=Stages.parse, default="128:1500,256:2000,384:3000,512:1100")
     parser.add_argument("--batch", type=int, default=32, help="of 128 pixels, per process")
     parser.add_argument("--fresh", type=float, default=3.0, help="new composites among them")
+    parser.add_argument("--empty", type=float, default=0.3, help="share of holes with background alone")
     parser.add_argument("--peak", type=float, default=1e-3)
     parser.add_argument("--others", type=float, default=1.0, help="weight of subjects not among the first")
     parser.add_argument(
@@ -261,6 +270,7 @@ def main() -> None:
         tokenizer,
         batch=args.batch,
         fresh=args.fresh,
+        empty=args.empty,
         rank=rank,
     )
     blank = tokenizer("", padding="max_length", return_tensors="pt").input_ids[0]
