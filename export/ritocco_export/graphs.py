@@ -20,10 +20,10 @@ from torch import Tensor, nn
 
 from ritocco.checkpoint import Checkpoint, load_network
 from ritocco.nets.io import GraphName, Layout, NetworkIO, Range
-from ritocco.nets.text_encoder import TextEncoder
 from ritocco.nets.unet import UNet
 from ritocco.nets.vae import VAE
 from ritocco_export.hoisted import UNetOnceGraph, UNetStepGraph
+from ritocco_export.islands import GRAPH_OPS
 
 _AXES = {"N": "images", "M": "rows", "R": "steps", "H": "height", "W": "width"}  # as the graphs name them
 OPSETS = {"float32": 20, "float16": 20, "bfloat16": 22}
@@ -78,19 +78,15 @@ def graph_module(
     checkpoint: Checkpoint, graph: GraphName, *, dtype: torch.dtype, layout: Layout
 ) -> nn.Module:
     """What a graph is traced from, with its weights on the CPU in `dtype`."""
-    match graph:
-        case "text_encoder":
-            return cast(TextEncoder, load_network(checkpoint, "text_encoder", dtype=dtype))
-        case "unet":
-            return UNetGraph(cast(UNet, load_network(checkpoint, "unet", dtype=dtype)), layout)
-        case "unet_once":
-            return UNetOnceGraph(cast(UNet, load_network(checkpoint, "unet", dtype=dtype)))
-        case "unet_step":
-            return UNetStepGraph(cast(UNet, load_network(checkpoint, "unet", dtype=dtype)))
-        case "vae_encoder":
-            return VaeEncoderGraph(cast(VAE, load_network(checkpoint, "vae", dtype=dtype)), layout)
-        case "vae_decoder":
-            return VaeDecoderGraph(cast(VAE, load_network(checkpoint, "vae", dtype=dtype)), layout)
+    if graph == "text_encoder":
+        return load_network(checkpoint, "text_encoder", dtype=dtype)
+    if graph in ("vae_encoder", "vae_decoder"):
+        vae = cast(VAE, load_network(checkpoint, "vae", dtype=dtype, ops=GRAPH_OPS))
+        return VaeEncoderGraph(vae, layout) if graph == "vae_encoder" else VaeDecoderGraph(vae, layout)
+    unet = cast(UNet, load_network(checkpoint, "unet", dtype=dtype, ops=GRAPH_OPS))
+    if graph == "unet":
+        return UNetGraph(unet, layout)
+    return UNetOnceGraph(unet) if graph == "unet_once" else UNetStepGraph(unet)
 
 
 def example_inputs(io: NetworkIO, sizes: Mapping[str, int], *, seed: int = 0) -> list[Tensor]:
