@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from ritocco.nets.io import Contract, GraphName, Layout, NetworkIO, contract_dig
 from ritocco.nets.specs import TextSpec, UNetSpec, VAESpec
 from ritocco_export.gate import Figures, compare, compare_hoisted
 from ritocco_export.graphs import OPSETS, graph_module, write_graph
+from ritocco_export.picture import compare_picture
 from ritocco_export.profiles import Profile, ranges_of
 
 Say = Callable[[str], None]
@@ -93,6 +95,10 @@ def export_checkpoint(
             versions=_versions(),
             parity={graph: figures.as_json() for graph, figures in parity.items()},
         )
+        write_manifest(part, manifest)
+        picture = compare_picture(checkpoint, part)
+        say(f"picture: {picture.line()}")
+        manifest = replace(manifest, parity={**manifest.parity, "picture": picture.as_json()})
         write_manifest(part, manifest)
     return manifest
 

@@ -40,6 +40,11 @@ class Figures:
     psnr_db: float
     arithmetic: str
 
+    @classmethod
+    def not_run(cls) -> Figures:
+        """Of a graph that nothing here runs."""
+        return cls(error=math.nan, psnr_db=math.nan, arithmetic="")
+
     def line(self) -> str:
         """In words."""
         if not self.arithmetic:
@@ -57,7 +62,7 @@ def compare(
     """Run a graph and torch on the same inputs at two sizes. Raises CheckpointError where they disagree."""
     dtype = io.outputs[0].dtype
     if dtype == "bfloat16":
-        return Figures(error=math.nan, psnr_db=math.nan, arithmetic="")
+        return Figures.not_run()
     rounded = graph_module(checkpoint, graph, dtype=getattr(torch, dtype), layout=layout).float()
     session = _session(file)
     pairs: list[tuple[Any, Any]] = []
@@ -80,7 +85,7 @@ def compare_hoisted(checkpoint: Checkpoint, folder: Path, contract: Contract, *,
     once, step = contract["unet_once"], contract["unet_step"]
     dtype = step.outputs[0].dtype
     if dtype == "bfloat16":
-        return Figures(error=math.nan, psnr_db=math.nan, arithmetic="")
+        return Figures.not_run()
     unet = graph_module(checkpoint, "unet", dtype=getattr(torch, dtype), layout="ritocco").float()
     sessions = [_session(folder / graph / GRAPH_FILE) for graph in ("unet_once", "unet_step")]
     pairs: list[tuple[Any, Any]] = []
@@ -137,11 +142,16 @@ def _judge(graph: str, dtype: str, pairs: Sequence[tuple[Any, Any]]) -> Figures:
     return figures
 
 
-def difference(found: np.ndarray[Any, Any], wanted: np.ndarray[Any, Any]) -> tuple[float, float]:
-    """Largest error over the largest value, and PSNR over it. Infinite error where anything is not finite."""
+def difference(
+    found: np.ndarray[Any, Any], wanted: np.ndarray[Any, Any], *, peak: float | None = None
+) -> tuple[float, float]:
+    """Largest error over `peak`, and PSNR over it. Infinite error where anything is not finite.
+
+    peak: None takes the largest value wanted.
+    """
     if found.shape != wanted.shape or not np.isfinite(found).all():
         return math.inf, -math.inf
-    peak = max(float(np.abs(wanted).max()), 1e-30)
+    peak = peak or max(float(np.abs(wanted).max()), 1e-30)
     error = np.abs(found - wanted)
     mean = float(np.square(error / peak).mean())
     return float(error.max()) / peak, (math.inf if mean == 0 else -10 * math.log10(mean))

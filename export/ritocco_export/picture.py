@@ -1,0 +1,72 @@
+"""The gate's last question: does a whole request on the graphs give torch's picture?"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ritocco.artefacts import Artefacts, open_artefacts
+from ritocco.backends import open_sessions
+from ritocco.backends.torch_ import TorchRuntime
+from ritocco.checkpoint import Checkpoint, load_tokenizer
+from ritocco.engine import Engine
+from ritocco.errors import CheckpointError
+from ritocco.prompt import Tokenizer
+from ritocco_export.gate import Figures, difference
+
+# Of 8-bit pixels, raw decode. float32: rounding to bytes is all that differs (51 dB if every pixel were one
+# level off). float16: rounded weights and what passes between graphs, through four guided steps.
+LEAST_PSNR_DB: Mapping[str, float] = {"float32": 51.0, "float16": 30.0}
+STEPS = 4
+
+
+def compare_picture(checkpoint: Checkpoint, folder: Path) -> Figures:
+    """Paint one picture of the smallest size with torch in float32 and one with ONNX Runtime.
+
+    folder: graphs with their manifest. Returns figures over 255. Raises CheckpointError where the pictures
+    differ by more than LEAST_PSNR_DB allows.
+    """
+    artefacts = open_artefacts(folder)
+    dtype = artefacts.contract["vae_decoder"].inputs[0].dtype
+    if dtype == "bfloat16":
+        return Figures.not_run()
+    asked = _request(artefacts)
+    with Engine(
+        TorchRuntime(checkpoint, device=torch.device("cpu"), dtype=torch.float32),
+        load_tokenizer(checkpoint),
+        checkpoint.scheduler,
+    ) as engine:
+        wanted = np.asarray(engine.predict(asked, paste_back=False).images[0])
+    runtime, _ = open_sessions(artefacts, backend="onnxruntime", device="cpu", dtype="auto")
+    with Engine(runtime, Tokenizer.from_folder(folder / "tokenizer"), artefacts.scheduler) as engine:
+        found = np.asarray(engine.predict(asked, paste_back=False).images[0])
+    error, psnr = difference(found / 255.0, wanted / 255.0, peak=1.0)
+    if not psnr >= LEAST_PSNR_DB[dtype]:
+        raise CheckpointError(
+            f"picture: painted on the {dtype} graphs it departs from torch's by {psnr:.1f} dB, where "
+            f"{LEAST_PSNR_DB[dtype]:.0f} dB are asked; nothing was kept"
+        )
+    return Figures(error=error, psnr_db=psnr, arithmetic="float32")
+
+
+def _request(artefacts: Artefacts) -> dict[str, Any]:
+    ranges = artefacts.contract["vae_decoder"].ranges
+    height, width = 8 * ranges["H"][0], 8 * ranges["W"][0]
+    rng = np.random.default_rng(0)
+    coarse = rng.integers(0, 256, (height // 32, width // 32, 3), dtype=np.uint8)
+    mask = np.zeros((height, width), np.uint8)
+    mask[height // 4 : -height // 4, width // 4 : -width // 4] = 255
+    return {
+        "image": coarse.repeat(32, 0).repeat(32, 1),
+        "mask": mask,
+        "prompt": "a photograph",
+        "width": width,
+        "height": height,
+        "num_inference_steps": STEPS,
+        "scheduler": "DDIM",
+        "seed": 0,
+    }
