@@ -198,5 +198,5 @@ def test_the_gate_sees_a_weight_of_the_first_graph(
     (bias,) = (one for one in model.graph.initializer if one.name.endswith("conv_in.bias"))
     bias.CopyFrom(onnx.numpy_helper.from_array(1.01 * onnx.numpy_helper.to_array(bias), bias.name))
     onnx.save(model, file)
-    with pytest.raises(CheckpointError, match="unet_step on unet_once: .* departs from torch"):
+    with pytest.raises(CheckpointError, match=r"unet_step on unet_once: .* departs from torch"):
         compare_hoisted(checkpoint, folder, contract, static=False)
