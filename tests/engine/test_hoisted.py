@@ -329,7 +329,7 @@ DAMAGES: dict[str, tuple[Any, str]] = {
     "no step": (lose("unet_step"), r"unet_step.model\.onnx: missing"),
     "swapped": (swap, "unet_once/model.onnx changed since it was exported"),
     "a plain one beside": (add_plain, "unet/model.onnx does not belong"),
-    "not hoisted": (edit(hoisted=False), r"unet.model\.onnx: missing"),
+    "not hoisted": (edit(hoisted=False), "says nothing of the sizes of unet;"),
     "no word": (edit(hoisted="yes"), "no manifest of an export"),
     "Optimum's": (edit(layout="optimum"), "no manifest of an export"),
     "ranges": (edit(ranges={"unet": {}}), "says nothing of the sizes of text_encoder"),
