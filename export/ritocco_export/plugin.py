@@ -30,6 +30,10 @@ def command(
     check: Annotated[
         Path | None, typer.Option(help="Check this folder of graphs, and write nothing.")
     ] = None,
+    trtexec: Annotated[
+        Path | None,
+        typer.Option(help="Print trtexec's and polygraphy's commands for this folder of graphs."),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="With --check: the findings as JSON.")] = False,
     model: Annotated[
         str | None,
@@ -50,10 +54,18 @@ def command(
     """Write a checkpoint as ONNX graphs that ONNX Runtime, OpenVINO and TensorRT take."""
     from ritocco.loading import model_path
 
-    if (out is None) == (check is None):
+    if [out, check, trtexec].count(None) != 2:
         raise RequestError(
-            "name --out, where to write graphs, or --check, which graphs to check", field="--out"
+            "name one of --out, where to write graphs, --check, which graphs to check, and --trtexec, which "
+            "graphs to print commands for",
+            field="--out",
         )
+    if trtexec is not None:
+        from ritocco.artefacts import open_artefacts
+        from ritocco_export.trtexec import commands
+
+        typer.echo(commands(open_artefacts(trtexec)), nl=False)
+        return
     _refuse_missing()
     if check is not None:
         from ritocco_export.report import report
@@ -61,7 +73,7 @@ def command(
         passed, text = report(check, as_json=as_json)
         typer.echo(text)
         raise typer.Exit(0 if passed else 1)
-    assert out is not None  # noqa: S101 - one of the two is given
+    assert out is not None  # noqa: S101 - one of the three is given
     if dtype not in DTYPES:
         raise RequestError(f"--dtype is {shown(dtype)}; it must be {', '.join(DTYPES)}", field="--dtype")
     if layout not in ("ritocco", "optimum"):

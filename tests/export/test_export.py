@@ -217,7 +217,7 @@ def test_what_is_missing_names_its_extra(monkeypatch: pytest.MonkeyPatch, tmp_pa
     monkeypatch.setattr(plugin, "installed", lambda name: name != "onnxscript")
     with pytest.raises(BackendError, match=r'export needs onnxscript; pip install "ritocco\[onnx\]"'):
         plugin.command(out=tmp_path / "out")
-    with pytest.raises(RequestError, match="--out, where to write graphs, or --check"):
+    with pytest.raises(RequestError, match="one of --out, where to write graphs, --check"):
         plugin.command()
 
 
