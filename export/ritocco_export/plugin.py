@@ -16,7 +16,11 @@ from ritocco.errors import BackendError, RequestError
 from ritocco.shown import shown
 
 if TYPE_CHECKING:
+    from ritocco.artefacts import Artefacts
+    from ritocco.backends.engine_store import EngineOptions
+    from ritocco.backends.tensorrt_library import Library
     from ritocco.checkpoint import Checkpoint
+    from ritocco.nets.io import GraphName
 
 NEEDED = ("onnx", "onnxruntime", "onnxscript")
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
@@ -34,6 +38,22 @@ def command(
         Path | None,
         typer.Option(help="Print trtexec's and polygraphy's commands for this folder of graphs."),
     ] = None,
+    engines: Annotated[
+        Path | None,
+        typer.Option(
+            help="Build TensorRT engines of this folder of graphs; --out, or the cache, takes them."
+        ),
+    ] = None,
+    library: Annotated[
+        str, typer.Option(help="With --engines: tensorrt, for the GPU at hand, or tensorrt-rtx.")
+    ] = "tensorrt-rtx",
+    target: Annotated[
+        list[str] | None,
+        typer.Option(help="With --engines and tensorrt-rtx: sm86, sm89, sm120 ...; no such GPU is needed."),
+    ] = None,
+    refit: Annotated[
+        bool, typer.Option("--refit", help="With --engines: for all checkpoints of this shape.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="With --check: the findings as JSON.")] = False,
     model: Annotated[
         str | None,
@@ -54,10 +74,12 @@ def command(
     """Write a checkpoint as ONNX graphs that ONNX Runtime, OpenVINO and TensorRT take."""
     from ritocco.loading import model_path
 
-    if [out, check, trtexec].count(None) != 2:
+    folders = {"out": out, "check": check, "trtexec": trtexec, "engines": engines}
+    named = [name for name, folder in folders.items() if folder is not None]
+    if named not in (["out"], ["check"], ["trtexec"], ["engines"], ["out", "engines"]):
         raise RequestError(
-            "name one of --out, where to write graphs, --check, which graphs to check, and --trtexec, which "
-            "graphs to print commands for",
+            "name one of --out, where to write graphs, --check, which graphs to check, --trtexec, which to "
+            "print commands for, and --engines, which to build engines of",
             field="--out",
         )
     if trtexec is not None:
@@ -65,6 +87,9 @@ def command(
         from ritocco_export.trtexec import commands
 
         typer.echo(commands(open_artefacts(trtexec)), nl=False)
+        return
+    if engines is not None:
+        _build(engines, out, library=library, targets=target or [], refit=refit)
         return
     _refuse_missing()
     if check is not None:
@@ -103,6 +128,26 @@ def command(
     typer.echo(out)
 
 
+def _build(graphs: Path, out: Path | None, *, library: str, targets: list[str], refit: bool) -> None:
+    from ritocco.artefacts import open_artefacts
+    from ritocco.backends.engine_store import EngineOptions
+    from ritocco_export.tensorrt_build import build_all
+
+    if library not in ("tensorrt", "tensorrt-rtx"):
+        raise RequestError(
+            f"--library is {shown(library)}; it must be tensorrt or tensorrt-rtx", field="--library"
+        )
+    for file in build_all(
+        open_artefacts(graphs),
+        library="tensorrt" if library == "tensorrt" else "tensorrt-rtx",
+        options=EngineOptions(refit=refit),
+        targets=targets,
+        folder=out,
+        say=lambda line: typer.echo(line, err=True),
+    ):
+        typer.echo(file)
+
+
 def _refuse_missing() -> None:
     if missing := [name for name in NEEDED if not installed(name)]:
         raise BackendError(f'export needs {", ".join(missing)}; pip install "ritocco[onnx]"')
@@ -119,6 +164,28 @@ class Plugin:
         from ritocco_export.exporter import export_checkpoint
 
         export_checkpoint(checkpoint, out, dtype=dtype)
+
+    def build_engine(
+        self,
+        artefacts: Artefacts,
+        graph: GraphName,
+        out: Path,
+        *,
+        library: Library,
+        options: EngineOptions,
+        target: str,
+        timing: Path | None,
+    ) -> None:
+        """See `ritocco.plugins.Exporter`."""
+        from ritocco_export.tensorrt_build import build_engine
+
+        build_engine(artefacts, graph, out, library=library, options=options, target=target, timing=timing)
+
+    def structure(self, artefacts: Artefacts, graph: GraphName) -> str:
+        """See `ritocco.plugins.Exporter`."""
+        from ritocco_export.tensorrt_build import structure
+
+        return structure(artefacts.graph(graph))
 
 
 PLUGIN = Plugin()

@@ -30,7 +30,7 @@ def commands(artefacts: Artefacts) -> str:
 
 
 def shapes_of(artefacts: Artefacts, graph: GraphName) -> list[dict[str, Shapes]]:
-    """Smallest, best and largest shape of each input that moves, for each profile; none for a static graph."""
+    """Smallest, best and largest shape of each moving input, for each profile; none for a static graph."""
     io = artefacts.contract[graph]
     found = [io.shapes(ranges) for ranges in artefacts.profiles(graph)]
     return [shapes for shapes in found if shapes]

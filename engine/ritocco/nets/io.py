@@ -89,6 +89,16 @@ class NetworkIO:
             if moving & port.symbols
         }
 
+    def sizes(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
+        """The size of each symbol, from the shapes of the inputs by name."""
+        found = {}
+        for port in self.inputs:
+            for dim, size in zip(port.shape, shapes[port.name], strict=True):
+                if isinstance(dim, str):
+                    factor, _, symbol = dim.rpartition("*")
+                    found[symbol] = size // int(factor or 1)
+        return found
+
 
 Contract = Mapping[GraphName, NetworkIO]
 
