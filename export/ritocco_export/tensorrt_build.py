@@ -64,7 +64,8 @@ def build_engine(
     parser = trt.OnnxParser(network, log.logger)
     file = artefacts.graph(graph)
     if not parser.parse_from_file(str(file)):
-        errors = [parser.get_error(i).desc() for i in range(parser.num_errors)]
+        held = [parser.get_error(i) for i in range(parser.num_errors)]
+        errors = [f"{one.node_operator()} {one.node_name()}: {one.desc()}" for one in held]
         raise CheckpointError(
             f"{file}: {library}'s parser does not take it ({plain('; '.join(errors), 300)})"
         )

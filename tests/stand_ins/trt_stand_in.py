@@ -60,6 +60,12 @@ class ParserError:
     def desc(self) -> str:
         return self._text
 
+    def node_name(self) -> str:
+        return "a node"
+
+    def node_operator(self) -> str:
+        return "Op"
+
 
 class INetworkDefinition:
     def __init__(self, flags: int) -> None:

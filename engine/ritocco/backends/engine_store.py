@@ -10,7 +10,9 @@ import hashlib
 import json
 import os
 import secrets
+import shutil
 import tempfile
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields
@@ -35,7 +37,7 @@ class EngineOptions:
 
     hardware: what an engine of TensorRT runs on: the `gpu` model it was built on, every GPU of its compute
     `capability`, or `ampere+` (8.0 and newer). version_compatible: newer TensorRT of the same major version
-    runs it too. refit: built once for all checkpoints of a shape, whose weights are put in at load. level:
+    runs it too. refit: built once, on a GPU, for all checkpoints of a shape, whose weights are put in at load. level:
     builder optimisation level. workspace_bytes: most scratch memory. cuda_graph: calls with unchanged shapes
     are replayed. engines: a folder that is looked into before the cache. via: for `tensorrt-rtx`, its own
     bindings (`bindings`), ONNX Runtime's provider (`onnxruntime`), or `auto`, the provider where installed.
@@ -158,12 +160,15 @@ def weights_of(artefacts: Artefacts, graph: GraphName) -> dict[str, str]:
 
 
 class EngineStore:
-    """A folder that engines are written to, and others that are only looked into."""
+    """A folder that engines are written to, and others that are only looked into.
+
+    kept: whether what is written is there at the next start.
+    """
 
     def __init__(self, folder: Path | None = None, *, also: Sequence[Path] = ()) -> None:
         """folder: None takes the cache, or one that goes with this object where that can't be written."""
         self._also = tuple(also)
-        self._temporary: tempfile.TemporaryDirectory[str] | None = None
+        self.kept = True
         wanted = cache_root() / "engines" if folder is None else folder
         try:
             wanted.mkdir(parents=True, exist_ok=True)
@@ -172,14 +177,10 @@ class EngineStore:
         except OSError:
             if folder is not None:
                 raise
-            self._temporary = tempfile.TemporaryDirectory(prefix="ritocco-engines-")
-            wanted = Path(self._temporary.name)
+            self.kept = False
+            wanted = Path(tempfile.mkdtemp(prefix="ritocco-engines-"))
+            weakref.finalize(self, shutil.rmtree, wanted, ignore_errors=True)
         self.folder = wanted
-
-    @property
-    def kept(self) -> bool:
-        """Whether what is written here is there at the next start."""
-        return self._temporary is None
 
     def find(self, key: EngineKey) -> tuple[Path, Mapping[str, str]] | None:
         """The engine of a key and the digests of the weights in it; None where none is whole."""

@@ -80,8 +80,8 @@ def _cards() -> tuple[Any, Sequence[Any]]:
     if not cards:
         raise BackendError(
             "TensorRT for RTX finds no card that it runs on: it takes compute capability 8.6, 8.9 and from "
-            "12.0 on (GeForce RTX 30, 40 and 50 and their workstation kin). Use the backend tensorrt on other "
-            "NVIDIA GPUs, openvino or onnxruntime on a CPU"
+            "12.0 on (GeForce RTX 30, 40 and 50 and their workstation kin). Use the backend tensorrt on "
+            "other NVIDIA GPUs, openvino or onnxruntime on a CPU"
         )
     return plugin, cards
 
