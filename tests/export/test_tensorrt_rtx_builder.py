@@ -43,7 +43,7 @@ def test_it_names_what_it_does_not_take(tiny_graphs: Path, tmp_path: Path) -> No
     model = onnx.load(file, load_external_data=False)
     next(node for node in model.graph.node if node.op_type == "Conv").op_type = "NotAnOperator"
     onnx.save(model, file)
-    with pytest.raises(CheckpointError, match="tensorrt-rtx's parser does not take it.*NotAnOperator"):
+    with pytest.raises(CheckpointError, match=r"tensorrt-rtx's parser does not take it.*NotAnOperator"):
         build_engine(
             artefacts, "unet", tmp_path / "x", library="tensorrt-rtx", options=EngineOptions(), target="sm89"
         )

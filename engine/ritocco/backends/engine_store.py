@@ -37,10 +37,11 @@ class EngineOptions:
 
     hardware: what an engine of TensorRT runs on: the `gpu` model it was built on, every GPU of its compute
     `capability`, or `ampere+` (8.0 and newer). version_compatible: newer TensorRT of the same major version
-    runs it too. refit: built once, on a GPU, for all checkpoints of a shape, whose weights are put in at load. level:
-    builder optimisation level. workspace_bytes: most scratch memory. cuda_graph: calls with unchanged shapes
-    are replayed. engines: a folder that is looked into before the cache. via: for `tensorrt-rtx`, its own
-    bindings (`bindings`), ONNX Runtime's provider (`onnxruntime`), or `auto`, the provider where installed.
+    runs it too. refit: built once, on a GPU, for all checkpoints of a shape, whose weights are put in at
+    load. level: builder optimisation level. workspace_bytes: most scratch memory. cuda_graph: calls with
+    unchanged shapes are replayed. engines: a folder that is looked into before the cache. via: for
+    `tensorrt-rtx`, its own bindings (`bindings`), ONNX Runtime's provider (`onnxruntime`), or `auto`, the
+    provider where installed.
     """
 
     hardware: Hardware = "gpu"
