@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import shutil
+import sys
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -384,3 +385,18 @@ def pocket_graphs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("graphs") / "pocket"
     export_checkpoint(open_checkpoint(pocket_model()), out, profiles=[Profile.parse("256..512@1..2")])
     return out
+
+
+@pytest.fixture(scope="module")
+def standing_in() -> Iterator[None]:
+    """TensorRT's modules and CUDA's are the stand-ins of tests/stand_ins for the length of a module."""
+    roots = ("tensorrt", "tensorrt_rtx", "cuda", "trt_stand_in")
+    before = {name: held for name, held in sys.modules.items() if name.partition(".")[0] in roots}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(Path(__file__).parent / "stand_ins"))
+        for name in before:
+            del sys.modules[name]
+        yield
+    for name in [name for name in sys.modules if name.partition(".")[0] in roots]:
+        del sys.modules[name]
+    sys.modules.update(before)

@@ -13,7 +13,7 @@ import os
 import secrets
 import shutil
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -27,6 +27,7 @@ from ritocco.nets.io import (
     GraphName,
     Layout,
     Range,
+    Ranges,
     contract_digest,
     contract_of,
 )
@@ -54,7 +55,8 @@ class Manifest:
     version: of the checkpoint, as in a prediction. hoisted: whether the UNet is two graphs, HOISTED_GRAPHS.
     dtype: of the graphs. contract: `contract_digest` of the ports. ranges: for each graph and symbol the
     sizes it takes. files: every file but this one, with its digest. versions: of the packages that made it.
-    parity: figures of the gate.
+    parity: figures of the gate. profiles: the parts of the ranges that were asked for, each as `ranges`; none
+    stands for the ranges as one.
     """
 
     version: str
@@ -63,10 +65,11 @@ class Manifest:
     dtype: str
     opset: int
     contract: str
-    ranges: Mapping[str, Mapping[str, Range]]
+    ranges: Mapping[str, Ranges]
     files: Mapping[str, str]
     versions: Mapping[str, str]
     parity: Mapping[str, Any] = field(default_factory=dict)
+    profiles: Sequence[Mapping[str, Ranges]] = ()
     format: int = FORMAT
 
 
@@ -101,6 +104,15 @@ class Artefacts:
     def graph(self, name: GraphName) -> Path:
         """The ONNX file of a graph."""
         return self.path / name / GRAPH_FILE
+
+    def profiles(self, name: GraphName) -> tuple[Ranges, ...]:
+        """The parts of a graph's ranges that were asked for, without repetitions; at least one."""
+        held = self.manifest.profiles if self.manifest else ()
+        found: list[Ranges] = []
+        for ranges in [dict(profile[name]) for profile in held] or [dict(self.contract[name].ranges)]:
+            if ranges not in found:
+                found.append(ranges)
+        return tuple(found)
 
 
 def is_artefacts(path: Path) -> bool:
@@ -178,16 +190,20 @@ def read_manifest(path: Path) -> Manifest:
             "files": dict(files),
             "versions": dict(),
             "parity": dict(),
-        } if set(held) == set(Manifest.__dataclass_fields__) and not (hoisted and layout == "optimum"):
+        } if held.keys() | {"profiles"} == set(Manifest.__dataclass_fields__) and not (
+            hoisted and layout == "optimum"
+        ):
             pass
         case _:
             raise CheckpointError(f"{file}: no manifest of an export; export the checkpoint again")
     if not files or not all(isinstance(digest, str) for digest in files.values()):
         raise CheckpointError(f"{file}: names no files; export the checkpoint again")
-    read = {
-        graph: _ranges_of(file, graph, ranges.get(graph)) for graph in (HOISTED_GRAPHS if hoisted else GRAPHS)
-    }
-    return Manifest(**{**held, "ranges": read})
+    graphs = HOISTED_GRAPHS if hoisted else GRAPHS
+    profiles = held.get("profiles", [])
+    if not isinstance(profiles, list):
+        raise CheckpointError(f"{file}: profiles are {shown(profiles)}; export the checkpoint again")
+    read = [_graph_ranges_of(file, graphs, one) for one in (ranges, *profiles)]
+    return Manifest(**{**held, "ranges": read[0], "profiles": tuple(read[1:])})
 
 
 def write_manifest(path: Path, manifest: Manifest) -> None:
@@ -270,10 +286,16 @@ def _check(path: Path, manifest: Manifest, contract: Contract, version: str | No
             f"{path}: stale, made of the checkpoint {manifest.version[:12]} and not of {version[:12]}; "
             "export the checkpoint again"
         )
-    for graph, io in contract.items():
-        if set(manifest.ranges[graph]) != set(io.ranges):
-            needed = ", ".join(sorted(io.ranges))
-            raise CheckpointError(f"{path / MANIFEST}: sizes of {graph} must be those of {needed}")
+    for ranges in (manifest.ranges, *manifest.profiles):
+        for graph, io in contract.items():
+            if set(ranges[graph]) != set(io.ranges):
+                needed = ", ".join(sorted(io.ranges))
+                raise CheckpointError(f"{path / MANIFEST}: sizes of {graph} must be those of {needed}")
+            for symbol, (least, _, most) in ranges[graph].items():
+                first, _, last = manifest.ranges[graph][symbol]
+                if not first <= least <= most <= last:
+                    rule = f"a profile of {graph} has {symbol} from {least} to {most}"
+                    raise CheckpointError(f"{path / MANIFEST}: {rule}; the graph takes {first} to {last}")
     found = files_of(path)
     for name in sorted(manifest.files.keys() | found.keys()):
         file = f"{path}: {plain(name)}"
@@ -283,6 +305,12 @@ def _check(path: Path, manifest: Manifest, contract: Contract, version: str | No
             raise CheckpointError(f"{file} does not belong to the export; take it away, or export again")
         if found[name] != manifest.files[name]:
             raise CheckpointError(f"{file} changed since it was exported; export the checkpoint again")
+
+
+def _graph_ranges_of(file: Path, graphs: Sequence[GraphName], held: object) -> dict[str, dict[str, Range]]:
+    if not isinstance(held, dict):
+        raise CheckpointError(f"{file}: a profile is {shown(held)}; export the checkpoint again")
+    return {graph: _ranges_of(file, graph, held.get(graph)) for graph in graphs}
 
 
 def _ranges_of(file: Path, graph: str, held: object) -> dict[str, Range]:

@@ -37,7 +37,7 @@ Model = Annotated[
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 Dtype = Annotated[str, typer.Option(help="auto, float32, float16 or bfloat16.")]
-Backend = Annotated[str, typer.Option(help="auto, torch, onnxruntime or openvino.")]
+Backend = Annotated[str, typer.Option(help="auto, torch, onnxruntime, openvino, tensorrt or tensorrt-rtx.")]
 Variant = Annotated[str | None, typer.Option(help="fp16 and such, where a folder holds several.")]
 TokenizerFolder = Annotated[
     Path | None, typer.Option(help="Folder of vocab.json and merges.txt, for a single file.")

@@ -6,7 +6,7 @@ import platform
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 
-from ritocco.backends import SESSION_BACKENDS, faster_command, installed
+from ritocco.backends import SESSION_BACKENDS, faster_command, found, installed
 from ritocco.device import choose, native_bfloat16
 from ritocco.errors import BackendError
 
@@ -36,10 +36,9 @@ def examine() -> list[Line]:
         *_choice(),
         Line(level="ok", subject="backend torch", message="found"),
         *(
-            _optional(f"backend {name}", name, "runs exported graphs", e)
+            _optional(f"backend {name}", found(name) or name, "runs exported graphs", e)
             for name, e in SESSION_BACKENDS.items()
         ),
-        Line(level="missing", subject="backend tensorrt", message="not in this version"),
     ]
     return lines + [_optional(package, package, purpose, extra) for package, purpose, extra in _OPTIONAL]
 
@@ -49,6 +48,8 @@ _OPTIONAL = (
     ("onnx", "ritocco export", "onnx"),
     ("diffusers", "sharing a pipeline in memory; the reference in tests and benchmarks", "diffusers"),
 )
+# Package -> the distribution that brings it, where the two differ.
+_DISTRIBUTIONS = {"onnxruntime_ep_nv_tensorrt_rtx": "onnxruntime-ep-nv-tensorrt-rtx-cu13"}
 
 
 def _cpu() -> Line:
@@ -93,10 +94,10 @@ def _optional(subject: str, package: str, purpose: str, extra: str) -> Line:
         message = f'missing: {purpose}. pip install "ritocco[{extra}]"'
         return Line(level="missing", subject=subject, message=message)
     try:
-        found = version(package)
+        installed_version = version(_DISTRIBUTIONS.get(package, package))
     except PackageNotFoundError:
-        found = "unknown version"
-    return Line(level="ok", subject=subject, message=f"{found}: {purpose}")
+        installed_version = "unknown version"
+    return Line(level="ok", subject=subject, message=f"{installed_version}: {purpose}")
 
 
 def report(lines: list[Line]) -> str:

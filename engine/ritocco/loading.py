@@ -32,15 +32,16 @@ def load(
     variant: str | None = None,
     tokenizer: str | Path | None = None,
     fetcher: Fetcher | None = None,
+    backend_options: Mapping[str, Any] | None = None,
 ) -> Engine:
     """Load a checkpoint.
 
     model: a diffusers folder, a single `.safetensors` file, or a folder of exported graphs; None takes
     RITOCCO_MODEL from the environment, else the embedded pocket model. device, dtype: see `device.choose`.
-    backend: `torch`, `onnxruntime` or `openvino`; the last two export a checkpoint once, into the cache.
-    `auto`: torch, or a faster one that is installed and whose graphs of this checkpoint lie in the cache.
-    variant: `fp16` and such, where a folder holds several. tokenizer: folder of vocab.json and
-    merges.txt, for single files.
+    backend: `torch`, `onnxruntime`, `openvino`, `tensorrt` or `tensorrt-rtx`; the last four export a
+    checkpoint once, into the cache. `auto`: torch, or a faster one that is installed and whose graphs of this
+    checkpoint lie in the cache. variant: `fp16` and such, where a folder holds several. tokenizer: folder of
+    vocab.json and merges.txt, for single files. backend_options: of TensorRT, see `EngineOptions`.
     fetcher: opens the URLs of requests; None makes one from the environment.
     Raises CheckpointError, BackendError, and RequestError where RITOCCO_ALLOW_NETWORKS can't be read.
     """
@@ -48,12 +49,17 @@ def load(
     if is_artefacts(path):
         if variant is not None or tokenizer is not None:
             raise CheckpointError(f"{path}: exported graphs; variant and tokenizer are for checkpoints")
-        return _from_artefacts(open_artefacts(path), device, dtype, backend, fetcher)
+        return _from_artefacts(open_artefacts(path), device, dtype, backend, fetcher, options=backend_options)
     from ritocco.checkpoint import open_checkpoint
 
     checkpoint = open_checkpoint(path, variant=variant, tokenizer=tokenizer)
     if backend in SESSION_BACKENDS:
-        return _from_artefacts(_exported(checkpoint), device, dtype, backend, fetcher, checkpoint)
+        artefacts = _exported(checkpoint)
+        return _from_artefacts(
+            artefacts, device, dtype, backend, fetcher, checkpoint, options=backend_options
+        )
+    if backend_options:
+        raise BackendError(f"backend_options are for TensorRT; backend is {backend!r}")
     if backend == "auto" and (graphs := _faster_graphs(checkpoint, device, dtype)) is not None:
         return _from_artefacts(graphs, device, dtype, "auto", fetcher, checkpoint)
     return _engine(checkpoint, device, dtype, backend, fetcher)
@@ -135,6 +141,8 @@ def _from_artefacts(
     backend: str,
     fetcher: Fetcher | None,
     checkpoint: Checkpoint | None = None,
+    *,
+    options: Mapping[str, Any] | None = None,
 ) -> Engine:
     """An engine on exported graphs; torch is imported for a checkpoint's safety checker alone.
 
@@ -147,7 +155,7 @@ def _from_artefacts(
     fetcher = fetcher or Fetcher.from_environment()
     scheduler = from_pipeline(artefacts.scheduler)
     warnings = [f"Warning: {problem}" for problem in check_scheduler(scheduler)]
-    runtime, reasons = open_sessions(artefacts, backend=backend, device=device, dtype=dtype)
+    runtime, reasons = open_sessions(artefacts, backend=backend, device=device, dtype=dtype, options=options)
     safety, about = None, f"{artefacts.path.name}: exported graphs carry no safety checker, so none is run"
     if checkpoint is not None and checkpoint.safety_checker is not None:
         from ritocco.device import choose

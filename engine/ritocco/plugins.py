@@ -1,4 +1,4 @@
-"""What other packages add to ritocco: sub-commands, and the exporter that an engine may ask for graphs.
+"""What other packages add to ritocco: sub-commands, and the exporter, which makes graphs and engines.
 
 A plug-in is an object named by an entry point of the group `ritocco.plugins`. Nothing is imported before
 somebody asks.
@@ -9,10 +9,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Protocol, cast
+from typing import TYPE_CHECKING, Protocol, cast
 
-from ritocco.checkpoint import Checkpoint
 from ritocco.errors import BackendError
+
+if TYPE_CHECKING:  # what is exported already is run without torch
+    from ritocco.artefacts import Artefacts
+    from ritocco.backends.engine_store import EngineOptions
+    from ritocco.backends.tensorrt_library import Library
+    from ritocco.checkpoint import Checkpoint
+    from ritocco.nets.io import GraphName
 
 GROUP = "ritocco.plugins"
 EXPORTER = "export"
@@ -26,6 +32,24 @@ class Exporter(Protocol):
 
     def export(self, checkpoint: Checkpoint, out: Path, *, dtype: str) -> None:
         """Write the checkpoint's graphs to the folder `out`. dtype: `float32`, `float16`, `bfloat16`."""
+
+    def build_engine(
+        self,
+        artefacts: Artefacts,
+        graph: GraphName,
+        out: Path,
+        *,
+        library: Library,
+        options: EngineOptions,
+        target: str,
+        timing: Path | None,
+    ) -> None:
+        """Write a graph's TensorRT engine to the file `out`. target: a compute capability as `sm89`, or empty
+        for the GPU at hand. timing: a file of kernels timed before.
+        """
+
+    def structure(self, artefacts: Artefacts, graph: GraphName) -> str:
+        """A digest of a graph without its weights."""
 
 
 def exporter() -> Exporter:

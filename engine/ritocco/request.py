@@ -135,6 +135,15 @@ def _check_size(fields: PredictionInput, traits: Traits) -> None:
         if cells is not None and not cells[0] <= side // CELL <= cells[1]:
             rule = f"these graphs take {CELL * cells[0]} to {CELL * cells[1]}; export others with --profile"
             raise RequestError(f"input.{name} is {side}; {rule}", field=f"input.{name}")
+    height, width = fields.height // CELL, fields.width // CELL
+    if traits.areas and not any(
+        low <= height <= high and left <= width <= right for (low, high), (left, right) in traits.areas
+    ):
+        raise RequestError(
+            f"input.width is {fields.width} and input.height {fields.height}, which none of the "
+            f"{len(traits.areas)} profiles of these engines takes together; export others with --profile",
+            field="input.width",
+        )
 
 
 def _given_latents(given: Any, count: int, shape: tuple[int, int, int]) -> list[Floats]:

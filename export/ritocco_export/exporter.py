@@ -24,7 +24,16 @@ from ritocco.artefacts import (
 from ritocco.checkpoint import TOKENIZER_FILES, Checkpoint, fingerprint
 from ritocco.device import DTYPES
 from ritocco.errors import CheckpointError, RequestError
-from ritocco.nets.io import Contract, GraphName, Layout, NetworkIO, contract_digest, contract_of
+from ritocco.nets.io import (
+    Contract,
+    GraphName,
+    Layout,
+    NetworkIO,
+    Range,
+    Ranges,
+    contract_digest,
+    contract_of,
+)
 from ritocco.nets.specs import TextSpec, UNetSpec, VAESpec
 from ritocco_export.gate import Figures, compare, compare_hoisted
 from ritocco_export.graphs import OPSETS, graph_module, write_graph
@@ -94,6 +103,7 @@ def export_checkpoint(
             files=files_of(part),
             versions=_versions(),
             parity={graph: figures.as_json() for graph, figures in parity.items()},
+            profiles=profile_ranges(contract, profiles, static=static),
         )
         write_manifest(part, manifest)
         picture = compare_picture(checkpoint, part)
@@ -118,9 +128,7 @@ def contract_for(
     ranges = ranges_of(profiles)
     out: dict[GraphName, NetworkIO] = {}
     for graph, io in contract_of(unet, vae, text, dtype=dtype, layout=layout, hoisted=hoisted).items():
-        held = ranges[graph]
-        if static:
-            held = {symbol: (best, best, best) for symbol, (_, best, _) in held.items()}
+        held = _held(ranges[graph], static=static)
         for symbol, multiple in io.multiples.items():
             if any(size % multiple for size in held[symbol]):
                 raise RequestError(
@@ -129,6 +137,20 @@ def contract_for(
                 )
         out[graph] = NetworkIO(inputs=io.inputs, outputs=io.outputs, ranges=held, multiples=io.multiples)
     return out
+
+
+def profile_ranges(
+    contract: Contract, profiles: Iterable[Profile], *, static: bool
+) -> tuple[Mapping[str, Ranges], ...]:
+    """What each graph has to take for each profile alone; the contract's ranges where none was named."""
+    alone = [ranges_of([profile]) for profile in profiles]
+    if not alone:
+        return ({graph: dict(io.ranges) for graph, io in contract.items()},)
+    return tuple({graph: _held(held, static=static) for graph, held in ranges.items()} for ranges in alone)
+
+
+def _held(ranges: Ranges, *, static: bool) -> dict[str, Range]:
+    return {symbol: (one[1],) * 3 if static else one for symbol, one in ranges.items()}
 
 
 def _write_configs(checkpoint: Checkpoint, part: Path) -> None:

@@ -16,7 +16,11 @@ from ritocco.errors import BackendError, RequestError
 from ritocco.shown import shown
 
 if TYPE_CHECKING:
+    from ritocco.artefacts import Artefacts
+    from ritocco.backends.engine_store import EngineOptions
+    from ritocco.backends.tensorrt_library import Library
     from ritocco.checkpoint import Checkpoint
+    from ritocco.nets.io import GraphName
 
 NEEDED = ("onnx", "onnxruntime", "onnxscript")
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
@@ -30,6 +34,26 @@ def command(
     check: Annotated[
         Path | None, typer.Option(help="Check this folder of graphs, and write nothing.")
     ] = None,
+    trtexec: Annotated[
+        Path | None,
+        typer.Option(help="Print trtexec's and polygraphy's commands for this folder of graphs."),
+    ] = None,
+    engines: Annotated[
+        Path | None,
+        typer.Option(
+            help="Build TensorRT engines of this folder of graphs; --out, or the cache, takes them."
+        ),
+    ] = None,
+    library: Annotated[
+        str, typer.Option(help="With --engines: tensorrt, for the GPU at hand, or tensorrt-rtx.")
+    ] = "tensorrt-rtx",
+    target: Annotated[
+        list[str] | None,
+        typer.Option(help="With --engines and tensorrt-rtx: sm86, sm89, sm120 ...; no such GPU is needed."),
+    ] = None,
+    refit: Annotated[
+        bool, typer.Option("--refit", help="With --engines: for all checkpoints of this shape.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="With --check: the findings as JSON.")] = False,
     model: Annotated[
         str | None,
@@ -53,10 +77,23 @@ def command(
     """Write a checkpoint as ONNX graphs that ONNX Runtime, OpenVINO and TensorRT take."""
     from ritocco.loading import model_path
 
-    if (out is None) == (check is None):
+    folders = {"out": out, "check": check, "trtexec": trtexec, "engines": engines}
+    named = [name for name, folder in folders.items() if folder is not None]
+    if named not in (["out"], ["check"], ["trtexec"], ["engines"], ["out", "engines"]):
         raise RequestError(
-            "name --out, where to write graphs, or --check, which graphs to check", field="--out"
+            "name one of --out, where to write graphs, --check, which graphs to check, --trtexec, which to "
+            "print commands for, and --engines, which to build engines of",
+            field="--out",
         )
+    if trtexec is not None:
+        from ritocco.artefacts import open_artefacts
+        from ritocco_export.trtexec import commands
+
+        typer.echo(commands(open_artefacts(trtexec)), nl=False)
+        return
+    if engines is not None:
+        _build(engines, out, library=library, targets=target or [], refit=refit)
+        return
     _refuse_missing()
     if check is not None:
         from ritocco_export.report import report
@@ -64,7 +101,7 @@ def command(
         passed, text = report(check, as_json=as_json)
         typer.echo(text)
         raise typer.Exit(0 if passed else 1)
-    assert out is not None  # noqa: S101 - one of the two is given
+    assert out is not None  # noqa: S101 - one of the three is given
     if dtype not in DTYPES:
         raise RequestError(f"--dtype is {shown(dtype)}; it must be {', '.join(DTYPES)}", field="--dtype")
     if layout not in ("ritocco", "optimum"):
@@ -95,6 +132,26 @@ def command(
     typer.echo(out)
 
 
+def _build(graphs: Path, out: Path | None, *, library: str, targets: list[str], refit: bool) -> None:
+    from ritocco.artefacts import open_artefacts
+    from ritocco.backends.engine_store import EngineOptions
+    from ritocco_export.tensorrt_build import build_all
+
+    if library not in ("tensorrt", "tensorrt-rtx"):
+        raise RequestError(
+            f"--library is {shown(library)}; it must be tensorrt or tensorrt-rtx", field="--library"
+        )
+    for file in build_all(
+        open_artefacts(graphs),
+        library="tensorrt" if library == "tensorrt" else "tensorrt-rtx",
+        options=EngineOptions(refit=refit),
+        targets=targets,
+        folder=out,
+        say=lambda line: typer.echo(line, err=True),
+    ):
+        typer.echo(file)
+
+
 def _refuse_missing() -> None:
     if missing := [name for name in NEEDED if not installed(name)]:
         raise BackendError(f'export needs {", ".join(missing)}; pip install "ritocco[onnx]"')
@@ -111,6 +168,28 @@ class Plugin:
         from ritocco_export.exporter import export_checkpoint
 
         export_checkpoint(checkpoint, out, dtype=dtype)
+
+    def build_engine(
+        self,
+        artefacts: Artefacts,
+        graph: GraphName,
+        out: Path,
+        *,
+        library: Library,
+        options: EngineOptions,
+        target: str,
+        timing: Path | None,
+    ) -> None:
+        """See `ritocco.plugins.Exporter`."""
+        from ritocco_export.tensorrt_build import build_engine
+
+        build_engine(artefacts, graph, out, library=library, options=options, target=target, timing=timing)
+
+    def structure(self, artefacts: Artefacts, graph: GraphName) -> str:
+        """See `ritocco.plugins.Exporter`."""
+        from ritocco_export.tensorrt_build import structure
+
+        return structure(artefacts.graph(graph))
 
 
 PLUGIN = Plugin()

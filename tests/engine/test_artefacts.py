@@ -58,6 +58,11 @@ def no_ranges(folder: Path, graph: str) -> None:
     edit(folder, ranges=held["ranges"] | {graph: {}})
 
 
+def one_profile(folder: Path, graph: str, ranges: object) -> None:
+    held = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    edit(folder, profiles=[held["ranges"] | {graph: ranges}])
+
+
 def swap_prediction(folder: Path) -> None:
     file = folder / "scheduler" / "scheduler_config.json"
     held = json.loads(file.read_text(encoding="utf-8"))
@@ -90,6 +95,13 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "scheduler": (swap_prediction, r"scheduler_config\.json changed since it was exported"),
     "tokens": (swap_tokens, r"vocab\.json changed since it was exported"),
     "symbols": (lambda f: no_ranges(f, "unet"), "sizes of unet must be those of H, M, W"),
+    "profiles": (lambda f: edit(f, profiles={}), "profiles are"),
+    "a profile": (lambda f: edit(f, profiles=[7]), "a profile is 7"),
+    "a profile outside": (
+        lambda f: one_profile(f, "unet", {"M": [1, 2, 4], "H": [8, 8, 33], "W": [8, 8, 8]}),
+        "a profile of unet has H from 8 to 33; the graph takes 8 to 32",
+    ),
+    "a profile's symbols": (lambda f: one_profile(f, "unet", {}), "sizes of unet must be those of H, M, W"),
     "text symbols": (lambda f: no_ranges(f, "text_encoder"), "sizes of text_encoder must be those of N"),
 }
 
@@ -101,6 +113,28 @@ def test_damaged_folders(folder: Path, damage: str) -> None:
     spoil(folder)
     with pytest.raises(CheckpointError, match=said):
         open_artefacts(folder)
+
+
+def test_a_manifest_without_profiles_has_one(folder: Path) -> None:
+    """Manifests of before there were several."""
+    held = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    del held["profiles"]
+    (folder / MANIFEST).write_text(json.dumps(held), encoding="utf-8")
+    opened = open_artefacts(folder)
+    assert opened.profiles("unet") == (opened.contract["unet"].ranges,)
+
+
+def test_profiles_are_kept_apart(folder: Path) -> None:
+    small, large = {"M": [1, 2, 4], "H": [8, 8, 8], "W": [8, 8, 8]}, {"M": [1, 2, 2], "H": [8, 32, 32]}
+    held = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    large["W"] = large["H"]
+    edit(folder, profiles=[held["ranges"] | {"unet": one} for one in (small, large)])
+    opened = open_artefacts(folder)
+    assert [one["M"] for one in opened.profiles("unet")] == [(1, 2, 4), (1, 2, 2)]
+    assert opened.profiles("text_encoder") == (opened.contract["text_encoder"].ranges,)
+    shapes = opened.contract["unet"].shapes(opened.profiles("unet")[1])
+    assert shapes["sample"] == ((1, 9, 8, 8), (2, 9, 32, 32), (2, 9, 32, 32))
+    assert shapes["timestep"] == ((1,), (2,), (2,))
 
 
 def test_graphs_of_another_checkpoint_are_stale(folder: Path) -> None:

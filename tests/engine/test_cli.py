@@ -182,7 +182,7 @@ def test_a_missing_image_option_is_exit_status_two(run: Run) -> None:
         (("--model", "no/such/model"), "no such file or folder"),
         (("--device", "cuda:99"), "cuda:99"),
         (("--dtype", "float16", "--device", "cpu"), "float16"),
-        (("--backend", "tensorrt"), "this version has torch"),
+        (("--backend", "tpu"), "this version has torch"),
     ],
 )
 def test_what_cannot_run_is_exit_status_one(predict: Run, args: tuple[object, ...], words: str) -> None:

@@ -1,4 +1,7 @@
-"""Exported graphs on ONNX Runtime and OpenVINO: one conformance suite, beside the torch runtime."""
+"""Exported graphs on ONNX Runtime, OpenVINO and stand-ins of TensorRT: one conformance suite, beside torch.
+
+TensorRT itself does not run here: what is tested is all up to the last call of its API.
+"""
 
 from __future__ import annotations
 
@@ -22,6 +25,7 @@ from ritocco.backends.runtime import Floats
 from ritocco.backends.sessions import SessionRuntime
 from ritocco.checkpoint import open_checkpoint
 from ritocco.schedules import SCHEDULERS
+from ritocco_export.plugin import Plugin
 
 # On decoded floats, largest value about 1: float32 on both sides, in another order of sums. Measured: 6e-6.
 TOLERANCE = 1e-4
@@ -34,8 +38,13 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Mon
     monkeypatch.setenv("RITOCCO_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
 
 
+# The provider's package may be installed; it would be taken before the bindings.
+OPTIONS = {"tensorrt-rtx": {"via": "bindings"}}
+STAND_INS = Path(__file__).parents[1] / "stand_ins"
+
+
 @pytest.fixture(scope="module", params=sorted(SESSION_BACKENDS))
-def backend(request: pytest.FixtureRequest) -> str:
+def backend(request: pytest.FixtureRequest, standing_in: None) -> str:
     return str(request.param)
 
 
@@ -46,11 +55,15 @@ def own_graphs(request: pytest.FixtureRequest) -> Path:
     return cast(Path, request.getfixturevalue(name))
 
 
+def load(model: Path, backend: str, dtype: str = "float32") -> Engine:
+    return ritocco.load(model, backend=backend, dtype=dtype, backend_options=OPTIONS.get(backend))
+
+
 @pytest.fixture(scope="module")
 def engine(backend: str, own_graphs: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RITOCCO_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
-        yield ritocco.load(own_graphs, backend=backend, dtype="float32")
+        yield load(own_graphs, backend)
 
 
 def floats(engine: Engine, given: dict[str, Any], **options: Any) -> Floats:
@@ -117,14 +130,15 @@ def test_a_size_outside_the_profile_is_refused_before_anything_runs(engine: Engi
 
 def test_the_log_says_what_runs(engine: Engine, backend: str, ask: Ask) -> None:
     logs = engine.predict(ask()).logs
-    assert f"Running {backend} on cpu: as asked; in float32" in logs
+    device = "cuda:0" if backend.startswith("tensorrt") else "cpu"
+    assert f"Running {backend} on {device}: as asked; in float32" in logs
     assert "carry no safety checker" in logs
 
 
 def test_optimums_layout_paints_the_same(
     backend: str, tiny_optimum_graphs: Path, tiny_engine: Engine, ask: Ask
 ) -> None:
-    engine = ritocco.load(tiny_optimum_graphs, backend=backend, dtype="float32")
+    engine = load(tiny_optimum_graphs, backend)
     assert not engine.traits.lane_timesteps
     for scheduler in ("DDIM", "K_EULER"):
         given = ask(scheduler=scheduler, num_outputs=2)
@@ -135,7 +149,7 @@ def test_optimums_layout_paints_the_same(
 def test_half_graphs_on_a_cpu_are_near(
     backend: str, graphs: str, tiny_engine: Engine, ask: Ask, request: pytest.FixtureRequest
 ) -> None:
-    engine = ritocco.load(request.getfixturevalue(graphs), backend=backend, dtype="auto")
+    engine = load(request.getfixturevalue(graphs), backend, dtype="auto")
     difference = np.abs(floats(engine, ask()) - floats(tiny_engine, ask()))
     assert difference.max() < 0.1
     assert difference.mean() < 0.01
@@ -148,7 +162,8 @@ import socket
 def refused(*args, **kwargs): raise AssertionError("a socket was opened")
 socket.socket.connect = refused
 import ritocco
-engine = ritocco.load(sys.argv[1], backend=sys.argv[2])
+options = {"via": "bindings"} if sys.argv[2] == "tensorrt-rtx" else None
+engine = ritocco.load(sys.argv[1], backend=sys.argv[2], backend_options=options)
 image = np.zeros((64, 64, 3), np.uint8)
 p = engine.predict({"image": image, "mask": image[..., 0] + 255, "prompt": "x", "width": 64, "height": 64,
                     "num_inference_steps": 1})
@@ -160,6 +175,7 @@ print(*[name for name in ("torch", "transformers", "diffusers", "onnx") if name 
 def test_graphs_run_without_torch_or_a_socket(backend: str, own_graphs: Path) -> None:
     root = Path(__file__).parents[2]
     paths = os.pathsep.join(str(root / name) for name in ("engine", "kernels", "export"))
+    paths = os.pathsep.join([paths, str(STAND_INS)])
     done = subprocess.run(
         [sys.executable, "-c", WITHOUT_TORCH, str(own_graphs), backend],
         capture_output=True,
@@ -176,7 +192,7 @@ def test_a_checkpoint_is_exported_once(
 ) -> None:
     exports: list[Path] = []
 
-    class Stub:
+    class Stub(Plugin):
         def export(self, checkpoint: Any, out: Path, *, dtype: str) -> None:
             import shutil
 
@@ -186,8 +202,8 @@ def test_a_checkpoint_is_exported_once(
 
     monkeypatch.setenv("RITOCCO_CACHE", str(Path(os.environ["RITOCCO_CACHE"]) / backend))
     monkeypatch.setattr("ritocco.plugins.exporter", Stub)
-    first = ritocco.load(tiny_checkpoint, backend=backend, dtype="float32")
-    second = ritocco.load(tiny_checkpoint, backend=backend, dtype="float32")
+    first = load(tiny_checkpoint, backend)
+    second = load(tiny_checkpoint, backend)
     assert len(exports) == 1
     assert first.version == second.version == open_artefacts(tiny_graphs).version
     assert (floats(first, ask()) == floats(second, ask())).all()
@@ -197,7 +213,7 @@ def test_auto_takes_the_fastest_that_is_installed(tiny_graphs: Path, monkeypatch
     artefacts = open_artefacts(tiny_graphs)
     opened: list[str] = []
 
-    def fake(artefacts: Any, name: str, *rest: str) -> tuple[None, tuple[str, ...]]:
+    def fake(artefacts: Any, name: str, *rest: object) -> tuple[None, tuple[str, ...]]:
         opened.append(name)
         return None, ()
 
@@ -220,10 +236,11 @@ def test_auto_takes_the_fastest_that_is_installed(tiny_graphs: Path, monkeypatch
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"backend": "torch"}, "exported graphs run on openvino or onnxruntime"),
+        ({"backend": "torch"}, "exported graphs run on openvino or onnxruntime or tensorrt or tensorrt-rtx"),
         ({"backend": "onnxruntime", "device": "cuda"}, "has no CUDAExecutionProvider"),
         ({"backend": "onnxruntime", "dtype": "float16"}, "these graphs are float32"),
         ({"backend": "onnxruntime", "device": "tpu"}, "cpu, cuda and cuda:N"),
+        ({"backend": "onnxruntime", "device": "tensorrt"}, "has no TensorrtExecutionProvider"),
         ({"backend": "openvino", "device": "cuda"}, "runs on cpu"),
         ({"backend": "openvino", "dtype": "float16"}, "float32 or bfloat16"),
     ],
@@ -276,7 +293,7 @@ def test_graphs_of_one_size_take_one_row_too(
 
     checkpoint, profile = open_checkpoint(tiny_checkpoint), Profile.parse("128x64@1")
     export_checkpoint(checkpoint, tmp_path / "one", profiles=[profile], static=True, hoisted=hoisted)
-    engine = ritocco.load(tmp_path / "one", backend=backend, dtype="float32")
+    engine = load(tmp_path / "one", backend)
     for given in (
         ask(size=(128, 64), guidance_scale=1.0, num_outputs=3),
         ask(size=(128, 64), guidance_scale=5.0),
@@ -296,7 +313,7 @@ def no_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_graphs_run_without_a_cache(backend: str, tiny_graphs: Path, ask: Ask, no_cache: Path) -> None:
-    engine = ritocco.load(tiny_graphs, backend=backend, dtype="float32")
+    engine = load(tiny_graphs, backend)
     assert engine.predict(ask()).status == "succeeded"
     assert no_cache.is_file()
 
@@ -304,25 +321,25 @@ def test_graphs_run_without_a_cache(backend: str, tiny_graphs: Path, ask: Ask, n
 def test_a_checkpoint_that_can_not_be_kept_says_why(
     backend: str, tiny_checkpoint: Path, no_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class Writer:
+    class Writer(Plugin):
         def export(self, checkpoint: Any, out: Path, *, dtype: str) -> None:
             out.mkdir(parents=True)
 
     monkeypatch.setattr("ritocco.plugins.exporter", Writer)
     with pytest.raises(BackendError, match="Set RITOCCO_CACHE to another folder"):
-        ritocco.load(tiny_checkpoint, backend=backend)
+        load(tiny_checkpoint, backend)
 
 
 def test_a_backend_that_is_not_there_is_named_with_those_that_are(tiny_checkpoint: Path) -> None:
-    with pytest.raises(BackendError, match="this version has torch, openvino, onnxruntime"):
-        ritocco.load(tiny_checkpoint, backend="tensorrt")
+    with pytest.raises(BackendError, match="this version has torch, openvino, onnxruntime, tensorrt"):
+        ritocco.load(tiny_checkpoint, backend="tpu")
 
 
 def test_a_checkpoints_safety_checker_is_not_lost(
     backend: str, tiny_safety_checkpoint: Path, tiny_graphs: Path, ask: Ask, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("ritocco.loading._exported", lambda checkpoint: open_artefacts(tiny_graphs))
-    engine = ritocco.load(tiny_safety_checkpoint, backend=backend, dtype="float32")
+    engine = load(tiny_safety_checkpoint, backend)
     safety = engine._safety
     assert safety is not None
     monkeypatch.setattr(type(safety), "flag", lambda self, pixels: [True] * len(pixels))

@@ -18,7 +18,7 @@ from ritocco.cli import _add_plugins, app
 from ritocco.errors import BackendError, CheckpointError, RequestError
 from ritocco.nets.io import GRAPHS
 from ritocco_export import exporter, gate, graphs, plugin
-from ritocco_export.exporter import export_checkpoint
+from ritocco_export.exporter import contract_for, export_checkpoint, profile_ranges
 from ritocco_export.gate import difference
 from ritocco_export.profiles import Profile, ranges_of
 
@@ -101,7 +101,10 @@ def test_static_graphs_have_one_size(tiny_checkpoint: Path, tmp_path: Path) -> N
     export_checkpoint(checkpoint, tmp_path / "one", profiles=[Profile.parse("128x64@1")], static=True)
     unet = graph_of(tmp_path / "one", "unet")
     assert ports(unet.graph.input)["sample"][1] == [2, 9, 8, 16]
-    assert open_artefacts(tmp_path / "one").contract["unet"].ranges["W"] == (16, 16, 16)
+    opened = open_artefacts(tmp_path / "one")
+    assert opened.contract["unet"].ranges["W"] == (16, 16, 16)
+    assert opened.profiles("unet") == ({"M": (2, 2, 2), "W": (16, 16, 16), "H": (8, 8, 8)},)
+    assert opened.contract["unet"].shapes(opened.profiles("unet")[0]) == {}
 
 
 @pytest.mark.parametrize(
@@ -126,6 +129,19 @@ def test_ranges_cover_every_profile() -> None:
     both = ranges_of([Profile.parse("512x768@1..4"), Profile.parse("256..1024x512@2")])
     assert both["unet"] == {"M": (1, 2, 8), "W": (32, 64, 128), "H": (64, 64, 96)}
     assert ranges_of([])["unet"]["H"] == (8, 64, 128)
+
+
+def test_every_profile_is_kept(tiny_checkpoint: Path) -> None:
+    profiles = [Profile.parse("64x128@1..2"), Profile.parse("64..256@1")]
+    contract = contract_for(
+        open_checkpoint(tiny_checkpoint), dtype="float32", layout="ritocco", profiles=profiles, static=False
+    )
+    first, second = profile_ranges(contract, profiles, static=False)
+    assert first["unet"] == {"M": (1, 2, 4), "W": (8, 8, 8), "H": (16, 16, 16)}
+    assert second["unet"] == {"M": (1, 2, 2), "W": (8, 32, 32), "H": (8, 32, 32)}
+    assert contract["unet"].ranges == {"M": (1, 2, 4), "W": (8, 32, 32), "H": (8, 32, 32)}
+    whole = profile_ranges(contract, [], static=False)
+    assert whole == ({graph: io.ranges for graph, io in contract.items()},)
 
 
 def test_static_needs_one_profile(tiny_checkpoint: Path, tmp_path: Path) -> None:
@@ -201,7 +217,7 @@ def test_what_is_missing_names_its_extra(monkeypatch: pytest.MonkeyPatch, tmp_pa
     monkeypatch.setattr(plugin, "installed", lambda name: name != "onnxscript")
     with pytest.raises(BackendError, match=r'export needs onnxscript; pip install "ritocco\[onnx\]"'):
         plugin.command(out=tmp_path / "out")
-    with pytest.raises(RequestError, match="--out, where to write graphs, or --check"):
+    with pytest.raises(RequestError, match="one of --out, where to write graphs, --check"):
         plugin.command()
 
 

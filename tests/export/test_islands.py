@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -28,7 +29,8 @@ def error_of(module: torch.nn.Module, x: torch.Tensor, folder: Path) -> tuple[fl
     write_graph(module.half(), io, folder / "model.onnx", opset=20, static=True)
     graph = onnx.load(folder / "model.onnx")
     with np.errstate(over="ignore", invalid="ignore"):
-        found = ReferenceEvaluator(graph).run(None, {"x": x.half().numpy()})[0].astype(np.float64)
+        outputs: Any = ReferenceEvaluator(graph).run(None, {"x": x.half().numpy()})
+        found = outputs[0].astype(np.float64)
     with torch.inference_mode():
         wanted = module.float()(x.half().float()).double().numpy()
     if isinstance(module, ResnetBlock):  # what the block adds, not what it lets through

@@ -2,44 +2,62 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from ritocco.errors import BackendError
 from ritocco.shown import shown
 
 if TYPE_CHECKING:
     from ritocco.artefacts import Artefacts
+    from ritocco.backends.engine_store import EngineOptions
     from ritocco.backends.sessions import SessionRuntime
+    from ritocco.backends.tensorrt_library import Library
 
 # Name -> the extra that installs it; the fastest on a CPU first.
-SESSION_BACKENDS = {"openvino": "openvino", "onnxruntime": "onnx"}
+SESSION_BACKENDS = {
+    "openvino": "openvino",
+    "onnxruntime": "onnx",
+    "tensorrt": "tensorrt",
+    "tensorrt-rtx": "tensorrt-rtx",
+}
+# Which of them `auto` looks at. TensorRT is taken where it is asked for: its engines take minutes to build.
+_AUTO = ("openvino", "onnxruntime")
+# Name -> packages, one of which must be there; a name that is missing is its own package's.
+PACKAGES = {"tensorrt": ("tensorrt",), "tensorrt-rtx": ("onnxruntime_ep_nv_tensorrt_rtx", "tensorrt_rtx")}
 
 # Kind of device -> backends that were measured faster than torch there (`python -m ritocco_bench backends`).
 FASTER_THAN_TORCH = {"cpu": ("openvino",)}
 
 
 def open_sessions(
-    artefacts: Artefacts, *, backend: str, device: str, dtype: str
+    artefacts: Artefacts,
+    *,
+    backend: str,
+    device: str,
+    dtype: str,
+    options: Mapping[str, Any] | None = None,
 ) -> tuple[SessionRuntime, tuple[str, ...]]:
     """A Runtime on exported graphs, and why this one, in words.
 
-    backend: `openvino`, `onnxruntime`, or `auto`: the first of them that is installed and runs on `device`.
-    Raises BackendError where none is.
+    backend: `openvino`, `onnxruntime`, `tensorrt`, `tensorrt-rtx`, or `auto`: the first of the first two that
+    is installed and runs on `device`. options: of TensorRT, see `EngineOptions`. Raises BackendError where
+    none is.
     """
     if backend not in ("auto", *SESSION_BACKENDS):
         raise BackendError(
             f"backend is {shown(backend)}; exported graphs run on {' or '.join(SESSION_BACKENDS)}"
         )
     if backend != "auto":
-        return _open(artefacts, backend, device, dtype, "as asked")
+        return _open(artefacts, backend, device, dtype, "as asked", options)
     on_cpu = device in ("auto", "cpu")
-    candidates = [name for name in SESSION_BACKENDS if installed(name) and (on_cpu or name != "openvino")]
+    candidates = [name for name in _AUTO if installed(name) and (on_cpu or name != "openvino")]
     if not candidates:
-        extras = " or ".join(f'"ritocco[{extra}]"' for extra in SESSION_BACKENDS.values())
+        extras = " or ".join(f'"ritocco[{SESSION_BACKENDS[name]}]"' for name in _AUTO)
         raise BackendError(
             f"{artefacts.path}: exported graphs, and nothing to run them; pip install {extras}"
         )
-    return _open(artefacts, candidates[0], device, dtype, "the fastest that is installed")
+    return _open(artefacts, candidates[0], device, dtype, "the fastest that is installed", options)
 
 
 def faster_than_torch(device: str) -> str | None:
@@ -67,15 +85,56 @@ def installed(package: str) -> bool:
         return False
 
 
+def found(backend: str) -> str | None:
+    """The package that a backend of exported graphs runs on; None where none of them is installed."""
+    return next((name for name in PACKAGES.get(backend, (backend,)) if installed(name)), None)
+
+
 def _open(
-    artefacts: Artefacts, backend: str, device: str, dtype: str, why: str
+    artefacts: Artefacts,
+    backend: str,
+    device: str,
+    dtype: str,
+    why: str,
+    options: Mapping[str, Any] | None,
 ) -> tuple[SessionRuntime, tuple[str, ...]]:
-    if not installed(backend):
+    if found(backend) is None:
         extra = SESSION_BACKENDS[backend]
         raise BackendError(f'backend is {backend!r}, which is not installed; pip install "ritocco[{extra}]"')
-    if backend == "openvino":
-        from ritocco.backends.openvino_ import open_openvino as opened
-    else:
-        from ritocco.backends.onnxruntime_ import open_onnxruntime as opened
-    runtime = opened(artefacts, device=device, dtype=dtype)
-    return runtime, (f"{backend} on {runtime.traits.device}: {why}", f"in {runtime.traits.dtype}")
+    if options and backend == "openvino":
+        raise BackendError(f"backend_options are for TensorRT; the backend {backend} has none")
+    parsed = None
+    if options:
+        from ritocco.backends.engine_store import EngineOptions
+
+        parsed = EngineOptions.parse(options)
+    match backend:
+        case "openvino":
+            from ritocco.backends.openvino_ import open_openvino
+
+            runtime = open_openvino(artefacts, device=device, dtype=dtype)
+        case "onnxruntime":
+            from ritocco.backends.onnxruntime_ import open_onnxruntime
+
+            runtime = open_onnxruntime(artefacts, device=device, dtype=dtype, options=parsed)
+        case _:
+            runtime = _open_tensorrt(artefacts, backend, device, dtype, parsed)
+    about = (f"{backend} on {runtime.traits.device}: {why}", f"in {runtime.traits.dtype}")
+    return runtime, (*about, *runtime.notes)
+
+
+def _open_tensorrt(
+    artefacts: Artefacts, backend: str, device: str, dtype: str, given: EngineOptions | None
+) -> SessionRuntime:
+    from ritocco.backends.engine_store import EngineOptions
+
+    options = given or EngineOptions()
+    provider = options.via == "onnxruntime" or (options.via == "auto" and installed(PACKAGES[backend][0]))
+    if backend == "tensorrt-rtx" and provider:
+        from ritocco.backends.tensorrt_rtx_provider import open_provider
+
+        return open_provider(artefacts, device=device, dtype=dtype, options=options)
+    from ritocco.backends.tensorrt_ import open_tensorrt
+
+    library: Library = "tensorrt" if backend == "tensorrt" else "tensorrt-rtx"
+    return open_tensorrt(artefacts, library=library, device=device, dtype=dtype, options=options)

@@ -2,18 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy.typing as npt
 import onnxruntime
 
 from ritocco.artefacts import Artefacts
-from ritocco.backends.sessions import Arrays, SessionRuntime
+from ritocco.backends.engine_store import EngineOptions, EngineStore, engine_key
+from ritocco.backends.sessions import Arrays, SessionRuntime, refuse_other_dtype
 from ritocco.errors import BackendError, CheckpointError
-from ritocco.nets.io import GraphName
+from ritocco.nets.io import GraphName, NetworkIO
 
-PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+PROVIDERS = {
+    "cpu": "CPUExecutionProvider",
+    "cuda": "CUDAExecutionProvider",
+    "tensorrt": "TensorrtExecutionProvider",
+}
+_RTX = "NvTensorRTRTXExecutionProvider"
+# They compile whole graphs: a node elsewhere is worth a word. CUDA's leaves shapes to the CPU by design.
+_WHOLE = (PROVIDERS["tensorrt"], _RTX)
+_NEEDED = {
+    PROVIDERS["cpu"]: "The package onnxruntime is damaged",
+    PROVIDERS["cuda"]: "The package onnxruntime-gpu and its CUDA libraries are needed",
+    PROVIDERS["tensorrt"]: "The package onnxruntime-gpu and TensorRT's libraries are needed",
+    _RTX: "A card and driver that TensorRT for RTX runs on are needed",
+}
+_RECORD = "session.record_ep_graph_assignment_info"
 _DTYPES = {
     "tensor(float)": "float32",
     "tensor(float16)": "float16",
@@ -24,29 +41,39 @@ _QUIET = 3  # errors only; fallbacks are checked here and not left to a warning
 
 
 class OnnxSession:
-    """See `Session`."""
+    """See `Session`. notes: what the wanted provider left to others."""
 
-    def __init__(self, artefacts: Artefacts, graph: GraphName, device: str) -> None:
-        """device: `cpu`, `cuda` or `cuda:N`. Raises CheckpointError for a graph that can't be opened, and
-        BackendError where the provider would not take it.
+    def __init__(
+        self,
+        file: Path,
+        options: Any,
+        *,
+        wanted: str,
+        graph: GraphName,
+        providers: Sequence[Any] | None = None,
+    ) -> None:
+        """options: of the session. wanted: the provider that must take the graph; providers: None where
+        `options` names devices. Raises CheckpointError for a graph that can't be opened, and BackendError
+        where the provider would not take it.
         """
-        kind, _, index = device.partition(":")
-        options = onnxruntime.SessionOptions()
         options.log_severity_level = _QUIET
-        provider: Any = PROVIDERS[kind]
-        if kind == "cuda":
-            provider = (provider, {"device_id": index or "0", "cudnn_conv_algo_search": "HEURISTIC"})
-        file = artefacts.graph(graph)
+        options.add_session_config_entry(_RECORD, "1")
         try:
-            self._session = onnxruntime.InferenceSession(str(file), options, providers=[provider])
+            self._session = onnxruntime.InferenceSession(str(file), options, providers=providers)
         except Exception as error:  # its errors share no base of their own
             raise CheckpointError(f"{file}: ONNX Runtime can't open it ({_first_line(error)})") from error
         used = self._session.get_providers()
-        if used[0] != PROVIDERS[kind]:
+        taken = _nodes_by_provider(self._session)
+        if used[0] != wanted or (taken and wanted not in taken):
+            instead = next(iter(taken), used[0]) if used[0] == wanted else used[0]
             raise BackendError(
-                f"device is {device!r}; ONNX Runtime fell back to {used[0]} for {graph}. The package "
-                "onnxruntime-gpu and its CUDA libraries are needed"
+                f"{wanted} is wanted; ONNX Runtime fell back to {instead} for {graph}. {_NEEDED[wanted]}"
             )
+        others = {name: count for name, count in taken.items() if name != wanted}
+        self.notes: tuple[str, ...] = ()
+        if others and wanted in _WHOLE:
+            left = ", ".join(f"{count} to {name}" for name, count in sorted(others.items()))
+            self.notes = (f"{graph}: {wanted} left nodes to others: {left}",)
         self.dtypes: Mapping[str, str] = {
             port.name: _DTYPES.get(port.type, port.type) for port in self._session.get_inputs()
         }
@@ -62,30 +89,125 @@ class OnnxSession:
         return dict(zip(self._outputs, self._session.run(self._outputs, dict(feeds)), strict=True))
 
 
-def open_onnxruntime(artefacts: Artefacts, *, device: str, dtype: str) -> SessionRuntime:
-    """A Runtime on ONNX Runtime. device: `auto` takes CUDA where the installed package has it, else the CPU.
+def open_onnxruntime(
+    artefacts: Artefacts, *, device: str, dtype: str, options: EngineOptions | None = None
+) -> SessionRuntime:
+    """A Runtime on ONNX Runtime. device: `auto` takes CUDA where the installed package has it, else the CPU;
+    `tensorrt` and `tensorrt:N` take its TensorRT provider, whose engines are kept in the cache.
 
-    dtype: `auto`, or the dtype of the graphs, in which they are computed.
+    dtype: `auto`, or the dtype of the graphs, in which they are computed. options: of TensorRT.
     Raises BackendError and CheckpointError.
     """
     available = onnxruntime.get_available_providers()
     if device == "auto":
         device = "cuda:0" if PROVIDERS["cuda"] in available else "cpu"
-    kind = device.partition(":")[0]
+    kind, _, index = device.partition(":")
     if kind not in PROVIDERS:
-        raise BackendError(f"device is {device!r}; ONNX Runtime runs here on cpu, cuda and cuda:N")
+        raise BackendError(
+            f"device is {device!r}; ONNX Runtime runs here on cpu, cuda and cuda:N, tensorrt and tensorrt:N"
+        )
+    if options is not None and kind != "tensorrt":
+        raise BackendError("backend_options are for TensorRT; name the device tensorrt")
     if PROVIDERS[kind] not in available:
         raise BackendError(
             f"device is {device!r}; the installed ONNX Runtime has no {PROVIDERS[kind]}. Install "
             '"ritocco[gpu]" in an environment without the package onnxruntime: the two exclude each other'
         )
-    held = artefacts.contract["text_encoder"].outputs[0].dtype
-    if dtype not in ("auto", held):
-        raise BackendError(f"dtype is {dtype!r}; these graphs are {held}, and ONNX Runtime computes in that")
+    held = refuse_other_dtype(artefacts, dtype, "ONNX Runtime")
     if kind == "cpu" and held == "bfloat16":
         raise BackendError("bfloat16 graphs don't run on ONNX Runtime's CPU; export with --dtype float32")
-    sessions = {graph: OnnxSession(artefacts, graph, device) for graph in artefacts.contract}
-    return SessionRuntime(artefacts, sessions, device=device, dtype=held)
+    store = EngineStore() if kind == "tensorrt" else None
+    sessions = {}
+    for graph in artefacts.contract:
+        providers: list[Any] = [PROVIDERS[kind]]
+        if kind == "cuda":
+            chosen = {"device_id": index or "0", "cudnn_conv_algo_search": "HEURISTIC"}
+            providers = [(PROVIDERS[kind], chosen)]
+        elif store is not None:
+            given = tensorrt_options(artefacts, graph, options or EngineOptions(), store, index or "0")
+            providers = [(PROVIDERS[kind], given), (PROVIDERS["cuda"], {"device_id": index or "0"})]
+        sessions[graph] = OnnxSession(
+            artefacts.graph(graph),
+            onnxruntime.SessionOptions(),
+            wanted=PROVIDERS[kind],
+            graph=graph,
+            providers=providers,
+        )
+    notes = [note for session in sessions.values() for note in session.notes]
+    if store is not None:
+        device = f"cuda:{index or 0}"
+        notes.insert(0, "ONNX Runtime's TensorRT provider")
+    return SessionRuntime(artefacts, sessions, device=device, dtype=held, release=(store,), notes=notes)
+
+
+def tensorrt_options(
+    artefacts: Artefacts, graph: GraphName, options: EngineOptions, store: EngineStore, index: str
+) -> dict[str, str]:
+    """What ONNX Runtime's TensorRT provider is told of a graph.
+
+    [onnxruntime.ai, TensorRT Execution Provider, configurations]
+    """
+    if options.refit or options.version_compatible or options.hardware == "capability":
+        raise BackendError(
+            "ONNX Runtime's TensorRT provider has no refit, version_compatible or hardware 'capability'; the "
+            "backend tensorrt has"
+        )
+    io = artefacts.contract[graph]
+    key = engine_key(
+        artefacts,
+        graph,
+        options,
+        library="tensorrt",
+        version=f"in onnxruntime {onnxruntime.__version__}",
+        target=f"tensorrt:{index}",
+    )
+    folder = store.folder / f"{key.digest()}.onnxruntime"
+    folder.mkdir(exist_ok=True)
+    dtype = artefacts.contract["unet"].inputs[0].dtype
+    given = {
+        "device_id": index,
+        "trt_engine_cache_enable": "True",
+        "trt_engine_cache_path": str(folder),
+        "trt_timing_cache_enable": "True",
+        "trt_timing_cache_path": str(store.folder),
+        # It builds weakly typed networks: without these, arithmetic is float32.
+        "trt_fp16_enable": str(dtype == "float16"),
+        "trt_bf16_enable": str(dtype == "bfloat16"),
+        "trt_engine_hw_compatible": str(options.hardware == "ampere+"),
+        "trt_cuda_graph_enable": "False",  # it replays addresses, which change with every array from the host
+        **profile_options(io, "trt"),
+    }
+    if options.level is not None:
+        given["trt_builder_optimization_level"] = str(options.level)
+    if options.workspace_bytes is not None:
+        given["trt_max_workspace_size"] = str(options.workspace_bytes)
+    return given
+
+
+def profile_options(io: NetworkIO, prefix: str) -> dict[str, str]:
+    """Smallest, best and largest shapes for a provider of ONNX Runtime, of all profiles as one.
+
+    prefix: `trt` or `nv`. Nothing for a graph of one size.
+    """
+    shapes = io.shapes(io.ranges)
+    if not shapes:
+        return {}
+    return {
+        f"{prefix}_profile_{kind}_shapes": ",".join(
+            f"{name}:{'x'.join(map(str, held[i]))}" for name, held in shapes.items()
+        )
+        for i, kind in enumerate(("min", "opt", "max"))
+    }
+
+
+def _nodes_by_provider(session: Any) -> dict[str, int]:
+    """How many nodes each provider took; empty where this ONNX Runtime does not tell (before 1.24)."""
+    if not hasattr(session, "get_provider_graph_assignment_info"):
+        return {}
+    taken: Counter[str] = Counter()
+    for part in session.get_provider_graph_assignment_info():
+        taken[part.ep_name] += len(part.get_nodes())
+    return dict(taken)
 
 
 def _first_line(error: Exception) -> str:

@@ -21,7 +21,8 @@ class Traits:
 
     device, dtype: as torch writes them (`cuda:0`, `bfloat16`). lane_timesteps: whether the rows of one UNet
     call may have different timesteps. size_multiple: latent height and width are multiples of it (cells).
-    heights, widths: least and most cells; None where any size runs. whole_timesteps: fractions are cut off.
+    heights, widths: least and most cells; None where any size runs. areas: heights and widths that go
+    together, where not all do. whole_timesteps: fractions are cut off.
     """
 
     device: str
@@ -30,6 +31,7 @@ class Traits:
     size_multiple: int
     heights: tuple[int, int] | None = None
     widths: tuple[int, int] | None = None
+    areas: tuple[tuple[tuple[int, int], tuple[int, int]], ...] = ()
     whole_timesteps: bool = False
 
 

@@ -1,4 +1,4 @@
-"""A Runtime around exported graphs, whatever runs them: ONNX Runtime, OpenVINO."""
+"""A Runtime around exported graphs, whatever runs them: ONNX Runtime, OpenVINO, TensorRT."""
 
 from __future__ import annotations
 
@@ -42,13 +42,15 @@ class SessionRuntime:
         device: str,
         dtype: str,
         release: Sequence[Any] = (),
+        notes: Sequence[str] = (),
     ) -> None:
-        """device, dtype: what is computed on and in, for `Traits`.
+        """device, dtype: what is computed on and in, for `Traits`. notes: what to say of it in logs.
 
         Raises BackendError where a graph does not have the inputs of the contract.
         """
         self._artefacts, self._sessions = artefacts, dict(sessions)
         self._keep = release  # objects that the sessions need alive
+        self.notes = tuple(notes)
         for name, io in artefacts.contract.items():
             _check_inputs(name, io, self._sessions[name])
         ranges = artefacts.sizes
@@ -114,6 +116,14 @@ class SessionRuntime:
             for port, array in zip(ports, arrays, strict=True)
         }
         return session.run(feeds).astype(np.float32, copy=False)
+
+
+def refuse_other_dtype(artefacts: Artefacts, dtype: str, runtime: str) -> str:
+    """The dtype of the graphs, in which a runtime computes. Raises BackendError for another."""
+    held = artefacts.contract["unet"].inputs[0].dtype
+    if dtype not in ("auto", held):
+        raise BackendError(f"dtype is {dtype!r}; these graphs are {held}, and {runtime} computes in that")
+    return held
 
 
 def _check_inputs(graph: str, io: NetworkIO, session: Session) -> None:

@@ -18,6 +18,12 @@ from ritocco.nets.specs import TextSpec, UNetSpec, VAESpec
 Range = tuple[int, int, int]
 """Smallest, best and largest size."""
 
+Ranges = Mapping[str, Range]
+"""Of every symbol of a graph."""
+
+Shapes = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
+"""Smallest, best and largest shape."""
+
 GraphName = Literal["text_encoder", "unet", "unet_once", "unet_step", "vae_encoder", "vae_decoder"]
 GRAPHS: tuple[GraphName, ...] = ("text_encoder", "unet", "vae_encoder", "vae_decoder")
 HOISTED_GRAPHS: tuple[GraphName, ...] = (
@@ -65,6 +71,11 @@ class Port:
     shape: tuple[int | str, ...]
     dtype: str
 
+    @property
+    def symbols(self) -> frozenset[str]:
+        """The symbols in the shape."""
+        return frozenset(dim.rpartition("*")[2] for dim in self.shape if isinstance(dim, str))
+
     def resolve(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
         """The shape with numbers for its symbols. Raises KeyError for a symbol that `sizes` lacks."""
         return tuple(dim if isinstance(dim, int) else _resolve(dim, sizes) for dim in self.shape)
@@ -80,8 +91,28 @@ class NetworkIO:
 
     inputs: tuple[Port, ...]
     outputs: tuple[Port, ...]
-    ranges: Mapping[str, Range]
+    ranges: Ranges
     multiples: Mapping[str, int]
+
+    def shapes(self, ranges: Ranges) -> dict[str, Shapes]:
+        """What `ranges`, a part of the contract's, mean for each input that has more than one shape."""
+        moving = {symbol for symbol, (least, _, most) in self.ranges.items() if least < most}
+        least, best, most = ({symbol: one[i] for symbol, one in ranges.items()} for i in range(3))
+        return {
+            port.name: (port.resolve(least), port.resolve(best), port.resolve(most))
+            for port in self.inputs
+            if moving & port.symbols
+        }
+
+    def sizes(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
+        """The size of each symbol, from the shapes of the inputs by name."""
+        found = {}
+        for port in self.inputs:
+            for dim, size in zip(port.shape, shapes[port.name], strict=True):
+                if isinstance(dim, str):
+                    factor, _, symbol = dim.rpartition("*")
+                    found[symbol] = size // int(factor or 1)
+        return found
 
 
 Contract = Mapping[GraphName, NetworkIO]

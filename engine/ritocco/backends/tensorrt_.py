@@ -1,0 +1,325 @@
+"""TensorRT and TensorRT for RTX through their own bindings: engines from the cache, or built into it."""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Mapping, Sequence
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ritocco.artefacts import Artefacts
+from ritocco.backends.cuda import Buffer, Cuda, Graph, from_bfloat16, to_bfloat16
+from ritocco.backends.engine_store import (
+    EngineOptions,
+    EngineStore,
+    engine_key,
+    target_of,
+    weights_of,
+    write_whole,
+)
+from ritocco.backends.sessions import Arrays, SessionRuntime, refuse_other_dtype
+from ritocco.backends.tensorrt_library import Library, Log, tensorrt
+from ritocco.errors import BackendError
+from ritocco.nets.io import GRAPHS, GraphName, NetworkIO, Ranges
+
+_DTYPES = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16", "INT64": "int64", "INT32": "int32"}
+_PLAYS_AFTER = 1  # calls with the same shapes before they are captured: TensorRT sets up lazily in the first
+
+
+def open_tensorrt(
+    artefacts: Artefacts, *, library: Library, device: str, dtype: str, options: EngineOptions
+) -> SessionRuntime:
+    """A Runtime on TensorRT. Engines that are not in the cache are built first, which takes minutes.
+
+    device: `auto`, `cuda` or `cuda:N`. dtype: `auto`, or that of the graphs: networks are strongly typed.
+    Raises BackendError, and CheckpointError for a graph that TensorRT's parser does not take.
+    """
+    if artefacts.hoisted:
+        raise BackendError(
+            f"{artefacts.path}: graphs with --hoisted run through ONNX Runtime, not yet through {library}'s "
+            "bindings; export without --hoisted"
+        )
+    trt = tensorrt(library)
+    held = refuse_other_dtype(artefacts, dtype, "TensorRT")
+    cuda = Cuda(device)
+    target = target_of(library, options, cuda.gpu)
+    store = EngineStore(also=[Path(options.engines)] if options.engines else [])
+    opener = _Opener(trt, artefacts, library, options, target, cuda, store)
+    sessions = {graph: opener.session(graph) for graph in GRAPHS}
+    notes = [f"{library} {trt.__version__} on {cuda.gpu.name}", *opener.notes]
+    if not store.kept:
+        notes.append("engines are not kept, as the cache can't be written: set RITOCCO_CACHE")
+    runtime = SessionRuntime(
+        artefacts, sessions, device=f"cuda:{cuda.index}", dtype=held, release=(opener, store), notes=notes
+    )
+    areas = [(one["H"][::2], one["W"][::2]) for one in artefacts.profiles("unet")]
+    runtime.traits = replace(runtime.traits, areas=tuple(areas))
+    return runtime
+
+
+class _Opener:
+    """Makes the sessions of one runtime."""
+
+    def __init__(
+        self,
+        trt: Any,
+        artefacts: Artefacts,
+        library: Library,
+        options: EngineOptions,
+        target: str,
+        cuda: Cuda,
+        store: EngineStore,
+    ) -> None:
+        self.trt, self.artefacts, self.library, self.options = trt, artefacts, library, options
+        self.target, self.cuda, self.store = target, cuda, store
+        self.log = Log(trt)
+        self.runtime = trt.Runtime(self.log.logger)
+        if options.version_compatible:
+            # Such an engine carries code of its own; it comes from this machine's cache or a named folder.
+            self.runtime.engine_host_code_allowed = True
+        self.notes: list[str] = []
+
+    def session(self, graph: GraphName) -> TensorRtSession:
+        structure = None
+        if self.options.refit:
+            from ritocco.plugins import exporter
+
+            structure = exporter().structure(self.artefacts, graph)
+        key = engine_key(
+            self.artefacts,
+            graph,
+            self.options,
+            library=self.library,
+            version=self.trt.__version__,
+            target=self.target,
+            structure=structure,
+        )
+        weights = weights_of(self.artefacts, graph)
+        found = self.store.find(key)
+        if found is not None:
+            engine = self._read(found[0])
+            if engine is not None and (found[1] == weights or self._refitted(graph, engine)):
+                return self._session(graph, engine, key.digest())
+            self.notes.append(f"{graph}'s engine was not usable ({self.log.last()}), and is built again")
+        from ritocco.plugins import exporter
+
+        timing = self.store.cache_file(f"timing {self.trt.__version__} {self.target}")
+        with self.store.written(key, weights) as part:
+            exporter().build_engine(
+                self.artefacts,
+                graph,
+                part,
+                library=self.library,
+                options=self.options,
+                target=self.target if self.library == "tensorrt-rtx" else "",
+                timing=timing if self.library == "tensorrt" else None,
+            )
+        found = self.store.find(key)
+        engine = None if found is None else self._read(found[0])
+        if engine is None:
+            raise BackendError(f"{graph}: {self.library} does not load what it built ({self.log.last()})")
+        return self._session(graph, engine, key.digest())
+
+    def _read(self, file: Path) -> Any:
+        """The engine in a file; None where the library refuses it."""
+        with (
+            file.open("rb") as stream,
+            closing(mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)) as held,
+        ):
+            return self.runtime.deserialize_cuda_engine(held)
+
+    def _refitted(self, graph: GraphName, engine: Any) -> bool:
+        """Whether the engine has this checkpoint's weights now."""
+        refitter = self.trt.Refitter(engine, self.log.logger)
+        parser = self.trt.OnnxParserRefitter(refitter, self.log.logger)
+        return bool(parser.refit_from_file(str(self.artefacts.graph(graph))) and refitter.refit_cuda_engine())
+
+    def _session(self, graph: GraphName, engine: Any, digest: str) -> TensorRtSession:
+        kernels = None
+        if self.library == "tensorrt-rtx":
+            config = engine.create_runtime_config()
+            if self.options.cuda_graph:
+                config.cuda_graph_strategy = self.trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
+            kernels = _KernelCache(config, self.store.cache_file(f"kernels {digest} {self.cuda.gpu.name}"))
+            context = engine.create_execution_context(config)
+        else:
+            context = engine.create_execution_context()
+        if context is None:
+            raise BackendError(f"{graph}: no memory to run its engine ({self.log.last()})")
+        return TensorRtSession(
+            self.trt,
+            engine,
+            context,
+            self.cuda,
+            graph=graph,
+            io=self.artefacts.contract[graph],
+            profiles=self.artefacts.profiles(graph),
+            replays=self.options.cuda_graph and kernels is None,
+            kernels=kernels,
+        )
+
+
+class _KernelCache:
+    """What TensorRT for RTX compiled on this machine: read at start, written when there is more of it."""
+
+    def __init__(self, config: Any, file: Path) -> None:
+        self._cache, self._file = config.create_runtime_cache(), file
+        self._nbytes = 0
+        try:
+            held = file.read_bytes()
+        except OSError:
+            held = b""
+        if held and self._cache.deserialize(held):  # it refuses those of other drivers and GPUs
+            self._nbytes = len(held)
+        config.set_runtime_cache(self._cache)
+
+    def save(self) -> None:
+        data = memoryview(self._cache.serialize())
+        if data.nbytes == self._nbytes:
+            return
+        try:
+            write_whole(self._file, data)
+        except OSError:
+            return  # the next start compiles again
+        self._nbytes = data.nbytes
+
+
+class TensorRtSession:
+    """See `Session`. Rows beyond the most of a profile go in several calls.
+
+    Device buffers grow to the largest call and stay. With `replays`, calls whose shapes are those of the call
+    before are replayed from a CUDA graph.
+    """
+
+    def __init__(
+        self,
+        trt: Any,
+        engine: Any,
+        context: Any,
+        cuda: Cuda,
+        *,
+        graph: GraphName,
+        io: NetworkIO,
+        profiles: Sequence[Ranges],
+        replays: bool,
+        kernels: _KernelCache | None,
+    ) -> None:
+        self._engine, self._context, self._cuda = engine, context, cuda  # the engine must outlive its context
+        self._graph, self._io, self._profiles = graph, io, profiles
+        self._replays, self._kernels = replays, kernels
+        names = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
+        self._types = {name: _DTYPES[engine.get_tensor_dtype(name).name] for name in names}
+        inputs = [name for name in names if engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT]
+        self._output = next(name for name in names if name not in inputs)
+        # NumPy has no bfloat16: it is made of float32 here.
+        self.dtypes: Mapping[str, str] = {
+            name: "float32" if self._types[name] == "bfloat16" else self._types[name] for name in inputs
+        }
+        self._buffers: dict[str, Buffer] = {}
+        self._profile = 0
+        self._state: tuple[int, tuple[tuple[int, ...], ...]] | None = None
+        self._calls = 0
+        self._replayed: Graph | None = None
+
+    def run(self, feeds: Arrays) -> npt.NDArray[Any]:
+        """See `Session`. Raises BackendError for a size that is in none of the profiles."""
+        self._cuda.use()
+        rows = "M" if self._graph == "unet" else "N"
+        index = self._choose(feeds, rows)
+        least, _, most = self._profiles[index][rows]
+        batched = [port.name for port in self._io.inputs if rows in port.symbols]
+        count = len(feeds[batched[0]])
+        outputs = []
+        for first in range(0, count, most):
+            taken = min(most, count - first)
+            chosen = [first + min(i, taken - 1) for i in range(max(taken, least))]
+            part = {name: array[chosen] if name in batched else array for name, array in feeds.items()}
+            outputs.append(self._call(index, part if len(chosen) < count else feeds)[:taken])
+        return outputs[0] if len(outputs) == 1 else np.concatenate(outputs)
+
+    def run_all(self, feeds: Arrays) -> Arrays:
+        """See `Session`; these graphs have one output."""
+        return {self._output: self.run(feeds)}
+
+    def _choose(self, feeds: Arrays, rows: str) -> int:
+        """The profile to run in: the first that takes all rows at once, else the one that takes most."""
+        sizes = self._io.sizes({name: array.shape for name, array in feeds.items()})
+        fitting = [
+            index
+            for index, ranges in enumerate(self._profiles)
+            if all(ranges[s][0] <= size <= ranges[s][2] for s, size in sizes.items() if s != rows)
+        ]
+        if not fitting:
+            asked = " x ".join(str(size) for symbol, size in sizes.items() if symbol != rows)
+            raise BackendError(
+                f"{self._graph}: {asked} cells is in none of the {len(self._profiles)} profiles that these "
+                "graphs were exported with; export others with --profile"
+            )
+        whole = [index for index in fitting if sizes[rows] <= self._profiles[index][rows][2]]
+        return whole[0] if whole else max(fitting, key=lambda index: self._profiles[index][rows][2])
+
+    def _call(self, index: int, feeds: Arrays) -> npt.NDArray[Any]:
+        arrays = {name: self._as_declared(name, feeds[name]) for name in self.dtypes}
+        state = (index, tuple(array.shape for array in arrays.values()))
+        fresh = state != self._state
+        if fresh:
+            self._prepare(index, arrays)
+            self._state, self._calls = state, 0
+        for name, array in arrays.items():
+            self._cuda.upload(array, self._buffers[name])
+        if self._replayed is not None:
+            self._replayed.replay()
+        elif self._replays and self._calls >= _PLAYS_AFTER:
+            self._replayed = self._cuda.captured(self._queue)
+            self._replayed.replay()
+        else:
+            self._queue()
+        self._calls += 1
+        kind = self._types[self._output]
+        output = np.empty(self._shape, np.uint16 if kind == "bfloat16" else kind)
+        self._cuda.download(self._buffers[self._output], output)
+        self._cuda.wait()
+        if fresh and self._kernels is not None:
+            self._kernels.save()
+        return from_bfloat16(output) if kind == "bfloat16" else output
+
+    def _prepare(self, index: int, arrays: Arrays) -> None:
+        """Profile, shapes and addresses for calls like this one."""
+        self._replayed = None  # of other shapes, and perhaps of other buffers
+        self._state = None
+        context, stream = self._context, self._cuda.stream
+        if index != self._profile:
+            self._checked(context.set_optimization_profile_async(index, stream), f"take profile {index}")
+            self._profile = index
+        for name, array in arrays.items():
+            self._checked(context.set_input_shape(name, tuple(array.shape)), f"take {name} {array.shape}")
+        if missing := context.infer_shapes():
+            raise BackendError(f"{self._graph}: TensorRT lacks the shapes of {', '.join(missing)}")
+        self._shape = tuple(context.get_tensor_shape(self._output))
+        kind = self._types[self._output]
+        nbytes = {name: array.nbytes for name, array in arrays.items()}
+        nbytes[self._output] = int(np.prod(self._shape)) * (
+            2 if kind == "bfloat16" else np.dtype(kind).itemsize
+        )
+        for name, size in nbytes.items():
+            if name not in self._buffers or self._buffers[name].nbytes < size:
+                self._buffers.pop(name, None)  # given back before the larger one is asked for
+                self._buffers[name] = self._cuda.buffer(size)
+            self._checked(context.set_tensor_address(name, self._buffers[name].address), f"take {name}")
+
+    def _queue(self) -> None:
+        self._checked(self._context.execute_async_v3(self._cuda.stream), "run")
+
+    def _as_declared(self, name: str, array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        if self._types[name] == "bfloat16":
+            return to_bfloat16(array)
+        return np.ascontiguousarray(array) if array.ndim else array
+
+    def _checked(self, done: bool, what: str) -> None:
+        if not done:
+            raise BackendError(f"{self._graph}: TensorRT could not {what}")
