@@ -163,7 +163,7 @@ def tensorrt_options(
     )
     folder = store.folder / f"{key.digest()}.onnxruntime"
     folder.mkdir(exist_ok=True)
-    dtype = artefacts.contract["unet"].inputs[0].dtype
+    dtype = artefacts.contract["vae_decoder"].inputs[0].dtype
     given = {
         "device_id": index,
         "trt_engine_cache_enable": "True",

@@ -120,7 +120,7 @@ class SessionRuntime:
 
 def refuse_other_dtype(artefacts: Artefacts, dtype: str, runtime: str) -> str:
     """The dtype of the graphs, in which a runtime computes. Raises BackendError for another."""
-    held = artefacts.contract["unet"].inputs[0].dtype
+    held = artefacts.contract["vae_decoder"].inputs[0].dtype
     if dtype not in ("auto", held):
         raise BackendError(f"dtype is {dtype!r}; these graphs are {held}, and {runtime} computes in that")
     return held
