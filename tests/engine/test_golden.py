@@ -14,7 +14,6 @@ from pocket.evaluate import psnr
 from pocket.golden import FOLDER, SUBJECT, asked, hole, window
 from pocket.judge import JUDGE, Judge, load_judge
 from ritocco import Engine
-from ritocco.backends import SESSION_BACKENDS
 from ritocco.loading import pocket_model
 from ritocco.schedules import SCHEDULERS
 
@@ -29,7 +28,7 @@ def judge() -> Judge:
     return load_judge(JUDGE)[0]
 
 
-@pytest.fixture(scope="module", params=["torch", *sorted(SESSION_BACKENDS)])
+@pytest.fixture(scope="module", params=["torch", "onnxruntime", "openvino"])
 def engine(request: pytest.FixtureRequest, pocket_graphs: Path) -> Iterator[Engine]:
     backend = str(request.param)
     model = pocket_model() if backend == "torch" else pocket_graphs
