@@ -27,9 +27,10 @@ help: ## this list
 demo: $(VENV)/core.stamp ## repaint the photograph that ships with ritocco, into demo-output/
 	@$(BIN)/ritocco demo --out demo-output
 
-# One thread: the quick tests are small, and on a busy machine OpenMP's threads mostly wait for each other.
+# Two processes of one thread: the quick tests are small, and on a busy machine OpenMP's threads mostly wait for each
+# other. A file stays in one process, which makes its exports once.
 test: lint ## lint, then the quick tests; what CI runs
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not gpu"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not gpu" -n 2 --dist loadfile
 
 test-all: lint ## lint, then all tests that need no GPU: full size, second environments
 	$(BIN)/python -m pytest -m "not gpu"

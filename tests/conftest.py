@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import itertools
 import json
+import os
 import shutil
 import sys
 import warnings
@@ -20,7 +22,6 @@ import ritocco
 from ritocco import Engine
 from ritocco.backends.runtime import Batch, Floats, LatentSize, Runtime, Tokens
 from ritocco.checkpoint import load_tokenizer, open_checkpoint
-from ritocco.nets.io import Layout
 
 TEXT = (
     "a photograph of a yellow cat's face on a park bench, high resolution. they're the quick brown dogs "
@@ -322,69 +323,69 @@ def ask() -> Callable[..., dict[str, Any]]:
     return make
 
 
-def _export(
-    checkpoint: Path,
-    out: Path,
-    *,
-    layout: Layout = "ritocco",
-    dtype: str = "float32",
-    hoisted: bool = False,
-) -> Path:
+Export = Callable[..., Path]
+SIZES = "64..256@1..2"
+
+
+@pytest.fixture(scope="session")
+def export(tmp_path_factory: pytest.TempPathFactory) -> Export:
+    """Exports a checkpoint under a name, once for all processes of a test run: it takes half a minute."""
     from ritocco_export.exporter import export_checkpoint
     from ritocco_export.profiles import Profile
 
-    export_checkpoint(
-        open_checkpoint(checkpoint),
-        out,
-        dtype=dtype,
-        layout=layout,
-        profiles=[Profile.parse("64..256@1..2")],
-        hoisted=hoisted,
-    )
-    return out
+    own = tmp_path_factory.getbasetemp()
+    root = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "shared-graphs"
+    root.mkdir(exist_ok=True)
+
+    def make(checkpoint: Path, name: str, profile: str, **options: Any) -> Path:
+        out = root / name
+        with (root / f"{name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not out.exists():
+                export_checkpoint(
+                    open_checkpoint(checkpoint), out, profiles=[Profile.parse(profile)], **options
+                )
+        return out
+
+    return make
 
 
 @pytest.fixture(scope="session")
-def tiny_graphs(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tiny_graphs(tiny_checkpoint: Path, export: Export) -> Path:
     """float32, our layout. Read-only by agreement: copy it before you change it."""
-    return _export(tiny_checkpoint, tmp_path_factory.mktemp("graphs") / "own")
+    return export(tiny_checkpoint, "own", SIZES)
 
 
 @pytest.fixture(scope="session")
-def tiny_optimum_graphs(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tiny_optimum_graphs(tiny_checkpoint: Path, export: Export) -> Path:
     """float32, Optimum's layout."""
-    return _export(tiny_checkpoint, tmp_path_factory.mktemp("graphs") / "optimum", layout="optimum")
+    return export(tiny_checkpoint, "optimum", SIZES, layout="optimum")
 
 
 @pytest.fixture(scope="session")
-def tiny_half_graphs(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tiny_half_graphs(tiny_checkpoint: Path, export: Export) -> Path:
     """float16, our layout."""
-    return _export(tiny_checkpoint, tmp_path_factory.mktemp("graphs") / "half", dtype="float16")
+    return export(tiny_checkpoint, "half", SIZES, dtype="float16")
 
 
 @pytest.fixture(scope="session")
-def tiny_hoisted_graphs(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tiny_hoisted_graphs(tiny_checkpoint: Path, export: Export) -> Path:
     """float32, our layout, the UNet in two graphs."""
-    return _export(tiny_checkpoint, tmp_path_factory.mktemp("graphs") / "hoisted", hoisted=True)
+    return export(tiny_checkpoint, "hoisted", SIZES, hoisted=True)
 
 
 @pytest.fixture(scope="session")
-def tiny_half_hoisted_graphs(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tiny_half_hoisted_graphs(tiny_checkpoint: Path, export: Export) -> Path:
     """float16, our layout, the UNet in two graphs."""
-    folder = tmp_path_factory.mktemp("graphs") / "half-hoisted"
-    return _export(tiny_checkpoint, folder, dtype="float16", hoisted=True)
+    return export(tiny_checkpoint, "half-hoisted", SIZES, dtype="float16", hoisted=True)
 
 
 @pytest.fixture(scope="session")
-def pocket_graphs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def pocket_graphs(export: Export) -> Path:
     """The embedded model in float32, our layout, 256 to 512 pixels."""
     from ritocco.loading import pocket_model
-    from ritocco_export.exporter import export_checkpoint
-    from ritocco_export.profiles import Profile
 
-    out = tmp_path_factory.mktemp("graphs") / "pocket"
-    export_checkpoint(open_checkpoint(pocket_model()), out, profiles=[Profile.parse("256..512@1..2")])
-    return out
+    return export(pocket_model(), "pocket", "256..512@1..2")
 
 
 @pytest.fixture(scope="module")

@@ -59,8 +59,8 @@ def test_the_manifest_says_hoisted(tiny_hoisted_graphs: Path, tiny_graphs: Path)
     }
     assert manifest.ranges["unet_once"]["R"] == (1, 50, 512)
     # Each graph beside torch, and the two together beside the whole UNet.
-    assert set(manifest.parity) == {*HOISTED_GRAPHS, "unet"}
-    assert all(figures["error"] < 1e-4 for figures in manifest.parity.values())
+    assert set(manifest.parity) == {*HOISTED_GRAPHS, "unet", "picture"}
+    assert all(figures["error"] < 1e-4 for name, figures in manifest.parity.items() if name != "picture")
     assert not (tiny_hoisted_graphs / "unet" / GRAPH_FILE).exists()
 
 
@@ -114,7 +114,7 @@ def test_the_check_of_a_folder(tiny_hoisted_graphs: Path, tmp_path: Path) -> Non
     _add_plugins()
     done = CliRunner().invoke(app, ["export", "--check", str(tiny_hoisted_graphs)])
     assert (done.exit_code, done.output.splitlines()[-1]) == (0, "passed")
-    assert done.output.count("parity") == 6
+    assert done.output.count("parity") == 7
     folder = shutil.copytree(tiny_hoisted_graphs, tmp_path / "damaged")
     (folder / "unet_once" / GRAPH_FILE).unlink()
     done = CliRunner().invoke(app, ["export", "--check", str(folder)])
@@ -149,6 +149,7 @@ def test_ranges_of_eight_pictures() -> None:
     assert found["unet_once"] == {"R": (1, 50, 512), "M": (1, 2, 2), "H": (64, 64, 64), "W": (64, 64, 64)}
 
 
+@pytest.mark.slow
 def test_one_size_in_float16(tiny_checkpoint: Path, tmp_path: Path) -> None:
     folder = export(tiny_checkpoint, tmp_path / "one", profile="128x64@2", static=True, dtype="float16")
     once, step = (graph_of(folder, name).graph for name in UNET)
@@ -162,6 +163,7 @@ def test_one_size_in_float16(tiny_checkpoint: Path, tmp_path: Path) -> None:
     assert parity["unet"]["error"] < 4e-3
 
 
+@pytest.mark.slow
 def test_bfloat16_is_written_and_valid(tiny_checkpoint: Path, tmp_path: Path) -> None:
     folder = export(tiny_checkpoint, tmp_path / "brain", profile="64@1", dtype="bfloat16")
     step = graph_of(folder, "unet_step").graph

@@ -90,6 +90,13 @@ def found(backend: str) -> str | None:
     return next((name for name in PACKAGES.get(backend, (backend,)) if installed(name)), None)
 
 
+def refuse_absent(backend: str) -> None:
+    """Raises BackendError where the package of a backend of exported graphs is not installed."""
+    if found(backend) is None:
+        extra = SESSION_BACKENDS[backend]
+        raise BackendError(f'backend is {backend!r}, which is not installed; pip install "ritocco[{extra}]"')
+
+
 def _open(
     artefacts: Artefacts,
     backend: str,
@@ -98,9 +105,7 @@ def _open(
     why: str,
     options: Mapping[str, Any] | None,
 ) -> tuple[SessionRuntime, tuple[str, ...]]:
-    if found(backend) is None:
-        extra = SESSION_BACKENDS[backend]
-        raise BackendError(f'backend is {backend!r}, which is not installed; pip install "ritocco[{extra}]"')
+    refuse_absent(backend)
     if options and backend == "openvino":
         raise BackendError(f"backend_options are for TensorRT; the backend {backend} has none")
     parsed = None
