@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from ritocco import backends
 from ritocco.artefacts import cache_root
 from ritocco.backends.sessions import SessionRuntime
 from ritocco.backends.torch_ import TorchRuntime
+from ritocco.checkpoint import fingerprint, open_checkpoint
 
 Ask = Callable[..., dict[str, Any]]
 
@@ -23,10 +25,10 @@ def _empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def cached(tiny_checkpoint: Path) -> Path:
+def cached(tiny_checkpoint: Path, tiny_graphs: Path) -> Path:
     """Graphs of the tiny checkpoint in the cache. Returns their folder."""
-    ritocco.load(tiny_checkpoint, backend="openvino").close()
-    (folder,) = (cache_root() / "graphs").iterdir()
+    folder = cache_root() / "graphs" / fingerprint(open_checkpoint(tiny_checkpoint))[:32]
+    shutil.copytree(tiny_graphs, folder)
     return folder
 
 

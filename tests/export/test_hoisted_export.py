@@ -58,9 +58,9 @@ def test_the_manifest_says_hoisted(tiny_hoisted_graphs: Path, tiny_graphs: Path)
         "W": (8, 32, 32),
     }
     assert manifest.ranges["unet_once"]["R"] == (1, 50, 512)
-    # Each graph beside torch, and the two together beside the whole UNet.
-    assert set(manifest.parity) == {*HOISTED_GRAPHS, "unet"}
-    assert all(figures["error"] < 1e-4 for figures in manifest.parity.values())
+    # Each graph beside torch, the two together beside the whole UNet, and a picture in whole bytes.
+    assert set(manifest.parity) == {*HOISTED_GRAPHS, "unet", "picture"}
+    assert all(manifest.parity[name]["error"] < 1e-4 for name in (*HOISTED_GRAPHS, "unet"))
     assert not (tiny_hoisted_graphs / "unet" / GRAPH_FILE).exists()
 
 
@@ -114,7 +114,7 @@ def test_the_check_of_a_folder(tiny_hoisted_graphs: Path, tmp_path: Path) -> Non
     _add_plugins()
     done = CliRunner().invoke(app, ["export", "--check", str(tiny_hoisted_graphs)])
     assert (done.exit_code, done.output.splitlines()[-1]) == (0, "passed")
-    assert done.output.count("parity") == 6
+    assert done.output.count("parity") == 7, "five graphs, the UNet's two together, the picture"
     folder = shutil.copytree(tiny_hoisted_graphs, tmp_path / "damaged")
     (folder / "unet_once" / GRAPH_FILE).unlink()
     done = CliRunner().invoke(app, ["export", "--check", str(folder)])

@@ -52,5 +52,7 @@ def test_an_export_whose_picture_departs_leaves_nothing(
     monkeypatch.setattr(picture, "LEAST_PSNR_DB", {"float32": 1000.0})
     monkeypatch.setattr(picture, "difference", lambda *_, **__: (0.5, 12.0))
     with pytest.raises(CheckpointError, match=r"by 12\.0 dB.*nothing was kept"):
-        export_checkpoint(open_checkpoint(tiny_checkpoint), tmp_path / "out", profiles=[Profile.parse("64")])
+        export_checkpoint(
+            open_checkpoint(tiny_checkpoint), tmp_path / "out", profiles=[Profile.parse("64")], static=True
+        )
     assert not list(tmp_path.iterdir())
