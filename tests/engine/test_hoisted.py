@@ -291,6 +291,8 @@ def test_fixed_sizes_are_filled_up_and_long_tables_go_in_parts(
     for slot, lane in enumerate(wanted):
         batch.join(slot, lane)
     assert [len(one.fed) for one in (sessions["unet_once"], sessions["unet_step"])] == [2 + 1 + 1 + 3 + 1, 0]
+    assert isinstance(batch, HoistedBatch)
+    assert [len(held.time) for held in batch._hoisted.values()] == [len(lane.table) for lane in wanted]
     indices = {0: 5, 1: 2, 2: 0, 3: 8, 4: 3}
     batch.step(indices)
     expected = [

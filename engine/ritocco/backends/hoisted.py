@@ -126,13 +126,12 @@ class HoistedBatch(NetworkBatch):
         except BaseException:
             super().leave(slot)
             raise
-        self._groups.clear()
 
     def leave(self, slot: int) -> LaneState:
         """See `Batch`."""
         state = super().leave(slot)
         del self._hoisted[slot]
-        self._groups.clear()
+        self._groups.clear()  # another lane may take the slot
         return state
 
     def _hoist(self, slot: int, lane: Lane) -> Hoisted:
