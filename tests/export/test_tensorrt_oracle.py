@@ -19,7 +19,7 @@ from planted_graphs import PLANTED
 from ritocco.artefacts import GRAPH_FILE, open_artefacts
 from ritocco.checkpoint import open_checkpoint
 from ritocco.loading import pocket_model
-from ritocco.nets.io import GRAPHS, Contract
+from ritocco.nets.io import GRAPHS, HOISTED_GRAPHS, Contract
 from ritocco_export.exporter import contract_for
 from ritocco_export.graphs import OPSETS, graph_module, write_graph
 from ritocco_export.profiles import Profile
@@ -59,19 +59,20 @@ def verdicts(folder: Path, contract: Contract) -> dict[str, Verdict]:
 
 
 def assert_taken(found: dict[str, Verdict]) -> None:
-    assert set(found) == set(GRAPHS)
+    assert set(found) in (set(GRAPHS), set(HOISTED_GRAPHS))
     assert {name: verdict.objections for name, verdict in found.items() if verdict.objections} == {}
-    assert all(verdict.layers > 50 and verdict.engine_bytes > 1 << 20 for verdict in found.values())
+    assert all(verdict.layers > 20 and verdict.engine_bytes > 1 << 16 for verdict in found.values())
     # Allowed, and there: else the list of what is allowed has grown stale.
     assert {name: verdict.warnings for name, verdict in found.items() if verdict.warnings} == {
         "text_encoder": (TOKENS,)
     }
 
 
-@pytest.mark.parametrize("graphs", ["tiny_graphs", "tiny_half_graphs"])
+@pytest.mark.parametrize("graphs", ["tiny_graphs", "tiny_half_graphs", "tiny_hoisted_graphs"])
 def test_dynamic_graphs_are_taken_with_their_profiles(graphs: str, request: pytest.FixtureRequest) -> None:
     artefacts = open_artefacts(request.getfixturevalue(graphs))
-    assert set(profiles_of(artefacts.contract["unet"])) == {"sample", "timestep", "context"}
+    if not artefacts.hoisted:
+        assert set(profiles_of(artefacts.contract["unet"])) == {"sample", "timestep", "context"}
     assert_taken(verdicts(artefacts.path, artefacts.contract))
 
 
