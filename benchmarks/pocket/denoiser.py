@@ -46,9 +46,9 @@ DROPPED = 0.15
 SHOWS = 24.0  # nats of evidence from which captions are dropped in that share
 PLAIN = 256.0  # and in half of the cases
 # Where the picture has more signal than noise, with and without caption must give the same: guidance would
-# multiply the network's errors there, and it makes the equation stiff: at guidance 7.5 the largest eigenvalue
-# of sigma d(eps)/dx was 4 to 5 below sigma 1, and the fourth-order multistep methods (PNDM, KLMS), stable to
-# 0.3 sigma / step, broke pictures into a mosaic there and nowhere else.
+# multiply the network's errors there, and it makes the equation stiff. The fourth-order multistep methods
+# (PNDM, KLMS) are stable while a step times the Jacobian is below 0.3, the interval of Adams-Bashforth's, and
+# at guidance 7.5 they broke pictures into a mosaic below sigma 1, and nowhere else.
 AGREEMENT = 4.0  # weight of the squared difference
 AGREE_FROM, AGREE_FULLY = 1.6, 1.0  # sigma where the weight sets in, and where it is whole
 OUTSIDE_WEIGHT = 0.15  # of the loss outside the hole, where the answer is given by the condition

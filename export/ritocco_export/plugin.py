@@ -101,7 +101,33 @@ def command(
         passed, text = report(check, as_json=as_json)
         typer.echo(text)
         raise typer.Exit(0 if passed else 1)
-    assert out is not None  # noqa: S101 - one of the three is given
+    assert out is not None  # noqa: S101 - it is what is named where none of the others is
+    _write(
+        model_path(model),
+        out,
+        dtype=dtype,
+        profiles=profile or [],
+        static=static,
+        layout=layout,
+        hoisted=hoisted,
+        variant=variant,
+        tokenizer=tokenizer,
+    )
+    typer.echo(out)
+
+
+def _write(
+    model: Path,
+    out: Path,
+    *,
+    dtype: str,
+    profiles: list[str],
+    static: bool,
+    layout: str,
+    hoisted: bool,
+    variant: str | None,
+    tokenizer: Path | None,
+) -> None:
     if dtype not in DTYPES:
         raise RequestError(f"--dtype is {shown(dtype)}; it must be {', '.join(DTYPES)}", field="--dtype")
     if layout not in ("ritocco", "optimum"):
@@ -110,18 +136,17 @@ def command(
     from ritocco_export.exporter import export_checkpoint
     from ritocco_export.profiles import Profile
 
-    profiles = [Profile.parse(text) for text in profile or ()]
-    path = model_path(model)
-    if is_artefacts(path):
-        raise RequestError(f"--model is {path}, which holds exported graphs already", field="--model")
-    checkpoint = open_checkpoint(path, variant=variant, tokenizer=tokenizer)
+    sizes = [Profile.parse(text) for text in profiles]
+    if is_artefacts(model):
+        raise RequestError(f"--model is {model}, which holds exported graphs already", field="--model")
+    checkpoint = open_checkpoint(model, variant=variant, tokenizer=tokenizer)
     try:
         export_checkpoint(
             checkpoint,
             out,
             dtype=DTYPES[dtype],
             layout="optimum" if layout == "optimum" else "ritocco",
-            profiles=profiles,
+            profiles=sizes,
             static=static,
             hoisted=hoisted,
             say=lambda line: typer.echo(line, err=True),
@@ -129,7 +154,6 @@ def command(
     except OSError as error:
         typer.echo(f"error: {out}: {error}; nothing was kept", err=True)
         raise typer.Exit(1) from error
-    typer.echo(out)
 
 
 def _build(graphs: Path, out: Path | None, *, library: str, targets: list[str], refit: bool) -> None:

@@ -7,12 +7,14 @@ import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from random_lanes import random_lane
 from ritocco.artefacts import MANIFEST, Artefacts, open_artefacts
 from ritocco.backends import open_sessions
 from ritocco.backends.hoisted import HoistedBatch
@@ -24,16 +26,8 @@ from ritocco.errors import CheckpointError
 from ritocco.nets.io import HOISTED, HOISTED_GRAPHS, contract_of, unet_once_io
 from ritocco.nets.specs import UNetSpec
 from ritocco.noise import normal
-from ritocco.schedules import SCHEDULERS, build
+from ritocco.schedules import SCHEDULERS
 
-CONFIG: dict[str, Any] = {
-    "num_train_timesteps": 1000,
-    "beta_start": 0.00085,
-    "beta_end": 0.012,
-    "beta_schedule": "scaled_linear",
-    "set_alpha_to_one": False,
-    "steps_offset": 1,
-}
 SIZE = LatentSize(height=8, width=12)
 # Latents of a few units after a few steps, float32 on both sides; the sums have another order.
 TOLERANCE = 2e-4
@@ -81,21 +75,7 @@ def counted(runtimes: tuple[SessionRuntime, SessionRuntime]) -> Mapping[str, Cou
     return sessions
 
 
-def make_lane(scheduler: str, steps: int, seed: int, guidance: float = 1.0, **changes: Any) -> Lane:
-    """A lane of seeded random contents, of SIZE."""
-    cells = (SIZE.height, SIZE.width)
-    shapes = ((4, *cells), (5, *cells), (2, 77, 32))
-    latents, condition, contexts = (normal(1000 + seed, draw, shape) for draw, shape in enumerate(shapes))
-    lane = Lane(
-        table=build(scheduler, steps, CONFIG),
-        seed=seed,
-        guidance=guidance,
-        latents=latents,
-        context=contexts[0],
-        unconditional=contexts[1] if guidance > 1 else None,
-        condition=condition,
-    )
-    return replace(lane, **changes)
+make_lane = partial(random_lane, cells=(SIZE.height, SIZE.width), width=32)
 
 
 def mixed_lanes() -> list[Lane]:

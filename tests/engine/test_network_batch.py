@@ -4,24 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pytest
 
+from random_lanes import random_lane
 from ritocco.backends.network import NetworkBatch
 from ritocco.backends.runtime import Floats, Lane, LaneState
 from ritocco.noise import normal
-from ritocco.schedules import NO_HISTORY, SCHEDULERS, advance, build, stack
+from ritocco.schedules import NO_HISTORY, SCHEDULERS, advance, stack
 
-CONFIG: dict[str, Any] = {
-    "num_train_timesteps": 1000,
-    "beta_start": 0.00085,
-    "beta_end": 0.012,
-    "beta_schedule": "scaled_linear",
-    "set_alpha_to_one": False,
-    "steps_offset": 1,
-}
 SHAPE = (4, 6, 8)
 
 
@@ -43,25 +37,7 @@ class ToyUNet:
         return output
 
 
-def make_lane(
-    scheduler: str, steps: int, seed: int, guidance: float = 1.0, *, strength: float = 1.0, **changes: Any
-) -> Lane:
-    """A lane of seeded random contents."""
-    draws = (
-        normal((1000 + seed) % 2**64, draw, shape)
-        for draw, shape in enumerate((SHAPE, (5, 6, 8), (2, 77, 3)))
-    )
-    latents, condition, contexts = draws
-    lane = Lane(
-        table=build(scheduler, steps, CONFIG, strength=strength),
-        seed=seed,
-        guidance=guidance,
-        latents=latents,
-        context=contexts[0],
-        unconditional=contexts[1] if guidance > 1 else None,
-        condition=condition,
-    )
-    return replace(lane, **changes)
+make_lane = partial(random_lane, cells=SHAPE[1:], width=3)
 
 
 def mixed_lanes() -> list[Lane]:

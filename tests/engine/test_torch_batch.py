@@ -13,13 +13,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from random_lanes import random_lane
 from ritocco import Engine
 from ritocco.backends.network import NetworkBatch
 from ritocco.backends.runtime import Batch, Floats, Lane, LaneState, LatentSize
 from ritocco.backends.torch_ import TorchRuntime
 from ritocco.checkpoint import open_checkpoint
 from ritocco.noise import normal
-from ritocco.schedules import NO_HISTORY, SCHEDULERS, advance, build, stack
+from ritocco.schedules import NO_HISTORY, SCHEDULERS, advance, stack
 
 # float32, relative to the largest value: both sides run the same matrix products, in other batch shapes and
 # with conv_in split in two sums. Measured: 3e-6; guidance enlarges it.
@@ -37,20 +38,9 @@ def runtime(tiny_engine: Engine) -> TorchRuntime:
 def make_lane(tiny_checkpoint: Path) -> Callable[..., Lane]:
     config = open_checkpoint(tiny_checkpoint).scheduler
 
-    def make(scheduler: str, steps: int, seed: int, guidance: float = 1.0, **changes: Any) -> Lane:
-        latents, condition = normal(seed, 0, SHAPE), normal(seed, 1, (5, 6, 8))
-        contexts = normal(seed, 2, (2, 77, 32))
-        table = build(scheduler, steps, config)
-        lane = Lane(
-            table=table,
-            seed=seed,
-            guidance=guidance,
-            latents=np.float32(table.start_noise[0]) * latents,
-            context=contexts[0],
-            unconditional=contexts[1] if guidance > 1 else None,
-            condition=condition,
-        )
-        return replace(lane, **changes)
+    def make(*asked: Any, **changes: Any) -> Lane:
+        lane = random_lane(*asked, cells=SHAPE[1:], width=32, config=config)
+        return replace(lane, **({"latents": np.float32(lane.table.start_noise[0]) * lane.latents} | changes))
 
     return make
 

@@ -174,3 +174,16 @@ def test_the_stand_in_has_only_names_of_the_library(flavour: str, library: str, 
     assert set(stand_in.Severity.__members__) == set(real["ILogger.Severity"])
     if flavour == "tensorrt_rtx":
         assert {target.upper() for target in TARGETS} < set(real["ComputeCapability"])
+
+
+def test_no_engine_is_built_that_nothing_here_runs(tiny_hoisted_graphs: Path, tmp_path: Path) -> None:
+    with pytest.raises(BackendError, match="--hoisted run through ONNX Runtime"):
+        build_all(
+            open_artefacts(tiny_hoisted_graphs),
+            library="tensorrt-rtx",
+            options=EngineOptions(),
+            targets=["sm89"],
+            folder=tmp_path / "engines",
+            say=lambda line: None,
+        )
+    assert not (tmp_path / "engines").exists()

@@ -18,6 +18,7 @@ from ritocco.backends.engine_store import (
     EngineOptions,
     EngineStore,
     engine_key,
+    refuse_hoisted,
     target_of,
     weights_of,
     write_whole,
@@ -39,11 +40,7 @@ def open_tensorrt(
     device: `auto`, `cuda` or `cuda:N`. dtype: `auto`, or that of the graphs: networks are strongly typed.
     Raises BackendError, and CheckpointError for a graph that TensorRT's parser does not take.
     """
-    if artefacts.hoisted:
-        raise BackendError(
-            f"{artefacts.path}: graphs with --hoisted run through ONNX Runtime, not yet through {library}'s "
-            "bindings; export without --hoisted"
-        )
+    refuse_hoisted(artefacts, library)
     trt = tensorrt(library)
     held = refuse_other_dtype(artefacts, dtype, "TensorRT")
     cuda = Cuda(device)
