@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 import ritocco
-from ritocco import backends
+from ritocco import BackendError, backends
 from ritocco.artefacts import cache_root
 from ritocco.backends.sessions import SessionRuntime
 from ritocco.backends.torch_ import TorchRuntime
@@ -76,3 +76,20 @@ def test_what_to_install_is_named(
 def test_nothing_was_measured_faster_on_cuda() -> None:
     assert backends.faster_than_torch("cuda") is None
     assert backends.faster_command("cuda") == ()
+
+
+def test_graphs_that_openvino_does_not_open_run_elsewhere(
+    tiny_graphs: Path, ask: Ask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ritocco.backends import openvino_
+
+    def refused(*args: object, **kwargs: object) -> None:
+        raise BackendError("openvino: no such plugin")
+
+    monkeypatch.setattr(openvino_, "open_openvino", refused)
+    with ritocco.load(tiny_graphs, device="cpu") as engine:
+        logs = engine.predict(ask()).logs
+    assert "Running onnxruntime on cpu: openvino failed (openvino: no such plugin)" in logs
+    monkeypatch.setattr(backends, "installed", lambda package: package == "openvino")
+    with pytest.raises(BackendError, match="no such plugin"):
+        ritocco.load(tiny_graphs, device="cpu")

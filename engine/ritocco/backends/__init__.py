@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from ritocco.errors import BackendError
+from ritocco.errors import BackendError, RitoccoError
 from ritocco.shown import shown
 
 if TYPE_CHECKING:
@@ -41,8 +41,8 @@ def open_sessions(
     """A Runtime on exported graphs, and why this one, in words.
 
     backend: `openvino`, `onnxruntime`, `tensorrt`, `tensorrt-rtx`, or `auto`: the first of the first two that
-    is installed and runs on `device`. options: of TensorRT, see `EngineOptions`. Raises BackendError where
-    none is.
+    is installed, runs on `device` and opens the graphs. options: of TensorRT, see `EngineOptions`. Raises
+    BackendError where none is, and what the first of them raised where none opens the graphs.
     """
     if backend not in ("auto", *SESSION_BACKENDS):
         raise BackendError(
@@ -57,7 +57,14 @@ def open_sessions(
         raise BackendError(
             f"{artefacts.path}: exported graphs, and nothing to run them; pip install {extras}"
         )
-    return _open(artefacts, candidates[0], device, dtype, "the fastest that is installed", options)
+    why, failures = "the fastest that is installed", []
+    for name in candidates:
+        try:
+            return _open(artefacts, name, device, dtype, why, options)
+        except RitoccoError as error:
+            failures.append(error)
+            why = f"{name} failed ({error})"
+    raise failures[0]
 
 
 def faster_than_torch(device: str) -> str | None:
