@@ -5,17 +5,17 @@ ONNX Runtime itself computes, on its CPU; its calls for devices and providers ar
 
 from __future__ import annotations
 
-import shutil
 import sys
 from importlib.machinery import ModuleSpec
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 import onnxruntime
 import pytest
 
+from provider_double import RTX, Ort
 from ritocco import BackendError
 from ritocco.artefacts import open_artefacts
 from ritocco.backends import onnxruntime_, open_sessions, tensorrt_rtx_provider
@@ -23,79 +23,11 @@ from ritocco.backends.onnxruntime_ import PROVIDERS, OnnxSession
 from ritocco.backends.sessions import SessionRuntime
 from ritocco.backends.tensorrt_library import PLUGIN
 
-RTX = "NvTensorRTRTXExecutionProvider"
 # What ONNX Runtime 1.32 says where there is no driver.
 NO_DRIVER = (
     "[ONNXRuntimeError] : 1 : FAIL : Failed to load library libonnxruntime_providers_nv_tensorrt_rtx.so with "
     "error: libcuda.so.1: cannot open shared object file: No such file or directory"
 )
-
-
-class Options:
-    """Of a session."""
-
-    def __init__(self) -> None:
-        self.entries: dict[str, str] = {}
-        self.devices: list[Any] = []
-        self.given: dict[str, str] = {}
-        self.log_severity_level = 2
-
-    def add_session_config_entry(self, name: str, value: str) -> None:
-        self.entries[name] = value
-
-    def add_provider_for_devices(self, devices: list[Any], given: dict[str, str]) -> None:
-        self.devices, self.given = devices, given
-
-
-class Ort:
-    """ONNX Runtime with a provider for TensorRT; `left` nodes of each graph go to the CPU."""
-
-    __version__ = "1.32.0"
-
-    def __init__(self, cards: int = 1) -> None:
-        self.cards = cards
-        self.registered: list[tuple[str, str]] = []
-        self.opened: list[tuple[Path, Options, Any]] = []
-        self.refused = ""
-        self.left = 0
-        self.fallback = False
-        self.damaged = False
-
-    SessionOptions = Options
-
-    def register_execution_provider_library(self, name: str, path: str) -> None:
-        if self.refused:
-            raise RuntimeError(self.refused)
-        self.registered.append((name, path))
-
-    def get_ep_devices(self) -> list[Any]:
-        assert self.registered, "asked for devices before the provider was registered"
-        about = SimpleNamespace(vendor="NVIDIA", device_id=9876)
-        cpu = SimpleNamespace(ep_name="CPUExecutionProvider", device=about)
-        return [cpu, *(SimpleNamespace(ep_name=RTX, device=about, place=i) for i in range(self.cards))]
-
-    def get_available_providers(self) -> list[str]:
-        return list(PROVIDERS.values())
-
-    def InferenceSession(self, path: str, options: Options, providers: Any = None) -> Any:  # noqa: N802
-        self.opened.append((Path(path), options, providers))
-        if self.damaged and "context" in path:
-            raise RuntimeError("the context is of another driver")
-        real = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-        if options.entries.get("ep.context_enable") == "1":
-            for file in Path(path).parent.glob("model.*"):  # weights may lie beside the graph
-                shutil.copyfile(file, Path(options.entries["ep.context_file_path"]).with_name(file.name))
-        wanted = RTX if providers is None else providers[0][0]
-        used = ["CPUExecutionProvider"] if self.fallback else [wanted, "CPUExecutionProvider"]
-        taken = {used[0]: 10} | ({"CPUExecutionProvider": self.left} if self.left else {})
-        parts = [SimpleNamespace(ep_name=name, get_nodes=lambda n=n: [None] * n) for name, n in taken.items()]
-        return SimpleNamespace(
-            get_providers=lambda: used,
-            get_provider_graph_assignment_info=lambda: parts,
-            get_inputs=real.get_inputs,
-            get_outputs=real.get_outputs,
-            run=real.run,
-        )
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ import onnxruntime
 
 from ritocco.artefacts import Artefacts
 from ritocco.backends.engine_store import EngineOptions, EngineStore, engine_key
+from ritocco.backends.onnx_binding import DeviceBinding
 from ritocco.backends.sessions import Arrays, SessionRuntime, refuse_other_dtype
 from ritocco.errors import BackendError, CheckpointError
 from ritocco.nets.io import GraphName, NetworkIO
@@ -78,15 +79,27 @@ class OnnxSession:
             port.name: _DTYPES.get(port.type, port.type) for port in self._session.get_inputs()
         }
         self._outputs = [port.name for port in self._session.get_outputs()]
+        self._binding: DeviceBinding | None = None
+
+    def bind(self, device: str, index: int, *, replayable: bool) -> None:
+        """Keep inputs and outputs in a device's memory, see `DeviceBinding`."""
+        self._binding = DeviceBinding(self._session, device, index, replayable=replayable)
 
     def run(self, feeds: Arrays) -> npt.NDArray[Any]:
         """See `Session`."""
+        if self._binding is not None:
+            return self._binding.run(feeds)[0]
         output: npt.NDArray[Any] = self._session.run(self._outputs[:1], dict(feeds))[0]
         return output
 
     def run_all(self, feeds: Arrays) -> Arrays:
         """See `Session`."""
-        return dict(zip(self._outputs, self._session.run(self._outputs, dict(feeds)), strict=True))
+        found = (
+            self._session.run(self._outputs, dict(feeds))
+            if self._binding is None
+            else self._binding.run(feeds)
+        )
+        return dict(zip(self._outputs, found, strict=True))
 
 
 def open_onnxruntime(
@@ -119,25 +132,47 @@ def open_onnxruntime(
     store = EngineStore() if kind == "tensorrt" else None
     sessions = {}
     for graph in artefacts.contract:
-        providers: list[Any] = [PROVIDERS[kind]]
         if kind == "cuda":
-            chosen = {"device_id": index or "0", "cudnn_conv_algo_search": "HEURISTIC"}
-            providers = [(PROVIDERS[kind], chosen)]
-        elif store is not None:
+            sessions[graph] = _on_cuda(artefacts, graph, int(index or 0))
+            continue
+        providers: list[Any] = [PROVIDERS[kind]]
+        if store is not None:
             given = tensorrt_options(artefacts, graph, options or EngineOptions(), store, index or "0")
             providers = [(PROVIDERS[kind], given), (PROVIDERS["cuda"], {"device_id": index or "0"})]
-        sessions[graph] = OnnxSession(
-            artefacts.graph(graph),
-            onnxruntime.SessionOptions(),
-            wanted=PROVIDERS[kind],
-            graph=graph,
-            providers=providers,
-        )
+        sessions[graph] = _opened(artefacts, graph, PROVIDERS[kind], providers)
     notes = [note for session in sessions.values() for note in session.notes]
     if store is not None:
         device = f"cuda:{index or 0}"
         notes.insert(0, "ONNX Runtime's TensorRT provider")
     return SessionRuntime(artefacts, sessions, device=device, dtype=held, release=(store,), notes=notes)
+
+
+def _opened(artefacts: Artefacts, graph: GraphName, wanted: str, providers: Sequence[Any]) -> OnnxSession:
+    options = onnxruntime.SessionOptions()
+    return OnnxSession(artefacts.graph(graph), options, wanted=wanted, graph=graph, providers=providers)
+
+
+def _on_cuda(artefacts: Artefacts, graph: GraphName, index: int) -> OnnxSession:
+    """On CUDA's provider, with inputs kept on the device; a graph of one size is replayed as a CUDA graph.
+
+    The provider refuses to capture a graph of which a node runs elsewhere: it then runs as any other.
+    """
+    io = artefacts.contract[graph]
+    one_size = not io.shapes(io.ranges)
+    given = {"device_id": str(index), "cudnn_conv_algo_search": "HEURISTIC"}
+    note, session = "", None
+    if one_size:
+        try:
+            providers = [(PROVIDERS["cuda"], {**given, "enable_cuda_graph": "1"})]
+            session = _opened(artefacts, graph, PROVIDERS["cuda"], providers)
+        except CheckpointError as error:
+            note = f"{graph}: runs without a CUDA graph ({error})"
+    replayable = session is not None
+    if session is None:
+        session = _opened(artefacts, graph, PROVIDERS["cuda"], [(PROVIDERS["cuda"], given)])
+    session.bind("cuda", index, replayable=replayable)
+    session.notes += (note,) if note else ()
+    return session
 
 
 def tensorrt_options(

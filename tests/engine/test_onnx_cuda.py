@@ -1,0 +1,152 @@
+"""ONNX Runtime's CUDA provider: what it is told, and what stays on the device; its CPU stands in for it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import pytest
+
+from provider_double import Ort
+from ritocco import BackendError
+from ritocco.artefacts import open_artefacts
+from ritocco.backends import onnx_binding, onnxruntime_, open_sessions
+from ritocco.backends.onnx_binding import DeviceBinding
+from ritocco.backends.onnxruntime_ import PROVIDERS
+from ritocco.backends.sessions import SessionRuntime
+from ritocco.checkpoint import open_checkpoint
+from ritocco_export.exporter import export_checkpoint
+from ritocco_export.profiles import Profile
+
+
+@pytest.fixture(scope="module")
+def one_size(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("one-size") / "graphs"
+    export_checkpoint(
+        open_checkpoint(tiny_checkpoint),
+        out,
+        dtype="float32",
+        profiles=[Profile.parse("128x64@1")],
+        static=True,
+    )
+    return out
+
+
+@pytest.fixture
+def ort(monkeypatch: pytest.MonkeyPatch) -> Ort:
+    """Device memory is the host's."""
+    stand_in = Ort()
+    real = onnxruntime.OrtValue.ortvalue_from_shape_and_type
+
+    def allocated(shape: list[int], dtype: type, device: str, index: int) -> Any:
+        assert (device, index) == ("cuda", 1)
+        return real(shape, dtype, "cpu", 0)
+
+    memory = SimpleNamespace(OrtValue=SimpleNamespace(ortvalue_from_shape_and_type=allocated))
+    monkeypatch.setattr(onnxruntime_, "onnxruntime", stand_in)
+    monkeypatch.setattr(onnx_binding, "onnxruntime", memory)
+    return stand_in
+
+
+def opened(graphs: Path, device: str = "cuda:1") -> SessionRuntime:
+    return open_sessions(open_artefacts(graphs), backend="onnxruntime", device=device, dtype="auto")[0]
+
+
+def told(ort: Ort) -> list[dict[str, str]]:
+    return [dict(providers[0][1]) for _, _, providers in ort.opened]
+
+
+def agree(found: SessionRuntime, graphs: Path) -> None:
+    """Twice: the second call finds its buffers allocated."""
+    plain = open_sessions(open_artefacts(graphs), backend="openvino", device="cpu", dtype="float32")[0]
+    rng = np.random.default_rng(0)
+    for _ in range(2):
+        pixels = rng.uniform(-1, 1, (1, 3, 64, 128)).astype(np.float32)
+        latents = found.encode_image(pixels)
+        np.testing.assert_allclose(latents, plain.encode_image(pixels), atol=1e-4)
+        np.testing.assert_allclose(found.decode(latents), plain.decode(latents), atol=1e-4)
+
+
+def test_graphs_of_one_size_are_captured(one_size: Path, ort: Ort) -> None:
+    runtime = opened(one_size)
+    assert [one["enable_cuda_graph"] for one in told(ort)] == ["1"] * 4
+    assert {one["device_id"] for one in told(ort)} == {"1"}
+    assert runtime.notes == ()
+    agree(runtime, one_size)
+
+
+def test_what_can_not_be_captured_runs_and_is_named(one_size: Path, ort: Ort) -> None:
+    ort.captures = False
+    runtime = opened(one_size)
+    assert ["enable_cuda_graph" in one for one in told(ort)] == [True, False] * 4
+    assert "unet: runs without a CUDA graph" in runtime.notes[1]
+    assert "cannot use the graph capture" in runtime.notes[1]
+    agree(runtime, one_size)
+
+
+def test_graphs_of_many_sizes_are_not_captured(tiny_graphs: Path, ort: Ort) -> None:
+    runtime = opened(tiny_graphs)
+    assert not any("enable_cuda_graph" in one for one in told(ort))
+    agree(runtime, tiny_graphs)
+
+
+def test_a_provider_that_falls_back_is_an_error(one_size: Path, ort: Ort) -> None:
+    ort.fallback = True
+    with pytest.raises(BackendError, match="CUDAExecutionProvider is wanted; ONNX Runtime fell back to CPU"):
+        opened(one_size)
+
+
+class Counting:
+    """A session of which the copies to the device are counted."""
+
+    def __init__(self, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.session = onnxruntime.InferenceSession(str(file), providers=[PROVIDERS["cpu"]])
+        self.copies = 0
+        update = onnxruntime.OrtValue.update_inplace
+
+        def counted(value: Any, data: Any) -> None:
+            self.copies += 1
+            update(value, data)
+
+        monkeypatch.setattr(onnxruntime.OrtValue, "update_inplace", counted)
+
+
+def test_only_what_may_have_changed_is_copied(tiny_graphs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    counting = Counting(tiny_graphs / "vae_decoder" / "model.onnx", monkeypatch)
+    binding = DeviceBinding(counting.session, "cpu", 0, replayable=False)
+    (name,) = (port.name for port in counting.session.get_inputs())
+    latents = np.random.default_rng(0).normal(size=(1, 4, 16, 16)).astype(np.float32)
+
+    def agrees(array: np.ndarray[Any, Any]) -> None:
+        (wanted,) = counting.session.run(None, {name: array})
+        (found,) = binding.run({name: array})
+        np.testing.assert_array_equal(found, wanted)
+
+    agrees(latents)
+    latents *= 2  # in place, as a caller may
+    agrees(latents)
+    assert counting.copies == 2
+    latents.setflags(write=False)
+    kept = latents.copy()
+    kept.setflags(write=False)
+    agrees(kept)
+    agrees(kept)
+    assert counting.copies == 3
+    agrees(np.ascontiguousarray(latents[:, :, :8]))  # another shape, and back
+    agrees(kept)
+    assert counting.copies == 5
+
+
+def test_outputs_stay_as_they_are(tiny_graphs: Path) -> None:
+    session = onnxruntime.InferenceSession(
+        str(tiny_graphs / "vae_decoder" / "model.onnx"), providers=[PROVIDERS["cpu"]]
+    )
+    binding = DeviceBinding(session, "cpu", 0, replayable=False)
+    (name,) = (port.name for port in session.get_inputs())
+    (first,) = binding.run({name: np.ones((1, 4, 16, 16), np.float32)})
+    before = first.copy()
+    binding.run({name: np.zeros((1, 4, 16, 16), np.float32)})
+    np.testing.assert_array_equal(first, before)
