@@ -18,7 +18,6 @@ from ritocco.backends.engine_store import (
     EngineOptions,
     EngineStore,
     engine_key,
-    refuse_hoisted,
     target_of,
     weights_of,
     write_whole,
@@ -106,13 +105,12 @@ def build_all(
     """Build the engines of all graphs for all targets into a folder (None: the cache), but those it has.
 
     targets: compute capabilities for TensorRT for RTX; none stands for the GPU at hand. Raises as
-    `build_engine`, and BackendError for a target that the library does not build for, and for hoisted graphs.
+    `build_engine`, and BackendError for a target that the library does not build for.
     """
     for target in targets:
         if library != "tensorrt-rtx" or target not in TARGETS:
             rule = f"it must be {', '.join(TARGETS)}, with tensorrt-rtx"
             raise BackendError(f"--target is {shown(target)}; {rule}. TensorRT builds for the GPU at hand")
-    refuse_hoisted(artefacts, library)
     version = tensorrt(library).__version__
     store = EngineStore(folder)
     files = []

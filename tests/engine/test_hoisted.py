@@ -257,7 +257,7 @@ def test_fixed_sizes_are_filled_up_and_long_tables_go_in_parts(
     contract["unet_step"] = replace(
         contract["unet_step"], ranges={"N": (lanes,) * 3, "M": (rows,) * 3, **cells}
     )
-    artefacts = replace(opened, contract=contract)
+    artefacts = replace(opened, contract=contract, manifest=None)
     sessions: dict[Any, Any] = {name: Recorded(artefacts, name) for name in contract}
     runtime = SessionRuntime(artefacts, sessions, device="cpu", dtype="float32")
     wanted = [

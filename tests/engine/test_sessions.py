@@ -43,14 +43,9 @@ OPTIONS = {"tensorrt-rtx": {"via": "bindings"}}
 STAND_INS = Path(__file__).parents[1] / "stand_ins"
 
 
-# TensorRT's bindings run plain graphs only.
-HOISTED_ON = {"onnxruntime", "openvino"}
-
-
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "own_graphs" in metafunc.fixturenames:
-        pairs = [(name, "plain") for name in sorted(SESSION_BACKENDS)]
-        pairs += [(name, "hoisted") for name in sorted(HOISTED_ON)]
+        pairs = [(name, graphs) for graphs in ("plain", "hoisted") for name in sorted(SESSION_BACKENDS)]
         names = ["-".join(pair) for pair in pairs]
         metafunc.parametrize(("backend", "own_graphs"), pairs, indirect=True, scope="module", ids=names)
     elif "backend" in metafunc.fixturenames:
@@ -176,10 +171,6 @@ def test_optimums_layout_paints_the_same(
 def test_half_graphs_on_a_cpu_are_near(
     backend: str, graphs: str, tiny_engine: Engine, ask: Ask, request: pytest.FixtureRequest
 ) -> None:
-    if "hoisted" in graphs and backend not in HOISTED_ON:
-        with pytest.raises(BackendError, match="--hoisted run through ONNX Runtime"):
-            load(request.getfixturevalue(graphs), backend, dtype="auto")
-        return
     engine = load(request.getfixturevalue(graphs), backend, dtype="auto")
     difference = np.abs(floats(engine, ask()) - floats(tiny_engine, ask()))
     assert difference.max() < 0.1
@@ -318,7 +309,7 @@ def test_graphs_of_one_size_take_one_row_too(
     backend: str, static_graphs: dict[bool, Path], tiny_engine: Engine, ask: Ask
 ) -> None:
     """At guidance 1 a picture has one prompt and one row; these graphs take two."""
-    for hoisted in (False, True) if backend in HOISTED_ON else (False,):
+    for hoisted in (False, True):
         engine = load(static_graphs[hoisted], backend)
         for given in (
             ask(size=(128, 64), guidance_scale=1.0, num_outputs=3),

@@ -16,12 +16,13 @@ import numpy as np
 import pytest
 
 import ritocco
+from random_lanes import random_lane
 from ritocco import BackendError, RequestError
 from ritocco.artefacts import GRAPH_FILE, MANIFEST, file_digest, open_artefacts
 from ritocco.backends import open_sessions
 from ritocco.backends.cuda import Cuda, from_bfloat16, to_bfloat16
 from ritocco.backends.engine_store import EngineOptions, EngineStore, engine_key, target_of, weights_of
-from ritocco.backends.runtime import Floats
+from ritocco.backends.runtime import Floats, Lane, LaneState, LatentSize
 from ritocco.backends.sessions import SessionRuntime
 
 pytestmark = pytest.mark.usefixtures("standing_in")
@@ -63,12 +64,15 @@ def opened(graphs: Path, library: str = "tensorrt", **options: Any) -> SessionRu
 
 
 def with_profiles(graphs: Path, folder: Path) -> Path:
-    """Two UNet profiles: many rows of 64 x 64 pixels, two of any size."""
+    """Two profiles of the UNet or its steps: many rows of 64 x 64 pixels, two of any size."""
     shutil.copytree(graphs, folder)
     held = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    small = {"M": [1, 2, 4], "H": [8, 8, 8], "W": [8, 8, 8]}
-    large = {"M": [1, 2, 2], "H": [8, 32, 32], "W": [16, 32, 32]}
-    held["profiles"] = [held["ranges"] | {"unet": one} for one in (small, large)]
+    unet = "unet_step" if "unet_step" in held["ranges"] else "unet"
+    small = held["ranges"][unet] | {"M": [1, 2, 4], "H": [8, 8, 8], "W": [8, 8, 8]}
+    large = held["ranges"][unet] | {"M": [1, 2, 2], "H": [8, 32, 32], "W": [16, 32, 32]}
+    if unet == "unet_step":
+        small["N"], large["N"] = [1, 2, 2], [1, 1, 1]
+    held["profiles"] = [held["ranges"] | {unet: one} for one in (small, large)]
     (folder / MANIFEST).write_text(json.dumps(held), encoding="utf-8")
     return folder
 
@@ -222,6 +226,49 @@ def test_rows_go_through_the_profile_that_takes_them(
         feeds = unet_feeds(rows, *size)
         assert np.allclose(runtime._unet(*feeds), plain._unet(*feeds), atol=1e-6)
         assert session._profile == profile
+
+
+def walked(runtime: SessionRuntime, size: LatentSize, lanes: list[Lane]) -> list[LaneState]:
+    batch = runtime.open(size, len(lanes))
+    for slot, lane in enumerate(lanes):
+        batch.join(slot, lane)
+    for index in range(4):
+        batch.step(dict.fromkeys(range(len(lanes)), index))
+    return [batch.leave(slot) for slot in range(len(lanes))]
+
+
+def test_hoisted_steps_go_through_the_profile_of_their_size(
+    tiny_hoisted_graphs: Path, tmp_path: Path, stand_in: Any
+) -> None:
+    graphs = with_profiles(tiny_hoisted_graphs, tmp_path / "two")
+    runtime = opened(graphs)
+    plain, _ = open_sessions(open_artefacts(graphs), backend="onnxruntime", device="cpu", dtype="auto")
+    session: Any = runtime._sessions["unet_step"]
+    for cells, profile in (((8, 8), 0), ((16, 16), 1)):
+        lanes = [
+            random_lane("DDIM", 4, seed, guidance, cells=cells, width=32)
+            for seed, guidance in enumerate((5.0, 1.0, 3.0))
+        ]
+        size = LatentSize(height=cells[0], width=cells[1])
+        for ours, theirs in zip(walked(runtime, size, lanes), walked(plain, size, lanes), strict=True):
+            np.testing.assert_allclose(ours.latents, theirs.latents, atol=1e-4 * np.abs(theirs.latents).max())
+        assert session._profile == profile
+
+
+def test_what_steps_share_is_copied_to_the_device_once(
+    tiny_hoisted_graphs: Path, stand_in: Any, cuda: Any
+) -> None:
+    runtime = opened(tiny_hoisted_graphs)
+    size = LatentSize(height=8, width=8)
+    batch = runtime.open(size, 1)
+    batch.join(0, random_lane("DDIM", 4, 1, 5.0, cells=(8, 8), width=32))
+    copied = []
+    for index in range(4):
+        cuda.CALLS.clear()
+        batch.step({0: index})
+        copied.append(Counter(call[0] for call in cuda.CALLS)["HostToDevice"])
+    inputs = len(open_artefacts(tiny_hoisted_graphs).contract["unet_step"].inputs)
+    assert copied == [inputs, 3, 3, 3]  # latents, rows, time
 
 
 def test_a_size_between_the_profiles_is_refused_before_anything_runs(

@@ -176,14 +176,20 @@ def test_the_stand_in_has_only_names_of_the_library(flavour: str, library: str, 
         assert {target.upper() for target in TARGETS} < set(real["ComputeCapability"])
 
 
-def test_no_engine_is_built_that_nothing_here_runs(tiny_hoisted_graphs: Path, tmp_path: Path) -> None:
-    with pytest.raises(BackendError, match="--hoisted run through ONNX Runtime"):
-        build_all(
-            open_artefacts(tiny_hoisted_graphs),
-            library="tensorrt-rtx",
-            options=EngineOptions(),
-            targets=["sm89"],
-            folder=tmp_path / "engines",
-            say=lambda line: None,
-        )
-    assert not (tmp_path / "engines").exists()
+def test_hoisted_graphs_get_engines_too(tiny_hoisted_graphs: Path, tmp_path: Path, stand_in: Any) -> None:
+    files = build_all(
+        open_artefacts(tiny_hoisted_graphs),
+        library="tensorrt-rtx",
+        options=EngineOptions(),
+        targets=["sm89"],
+        folder=tmp_path / "engines",
+        say=lambda line: None,
+    )
+    built = [Path(one["path"]).parent.name for one in stand_in.BUILT]
+    assert built == ["text_encoder", "unet_once", "unet_step", "vae_encoder", "vae_decoder"]
+    assert len(files) == len(set(files)) == 5
+    (step,) = stand_in.BUILT[2]["profiles"]
+    assert {name: shapes[2][0] for name, shapes in step.items() if name in ("latents", "time")} == {
+        "latents": 2,
+        "time": 2,
+    }

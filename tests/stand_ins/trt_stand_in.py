@@ -33,8 +33,13 @@ class NetworkDefinitionCreationFlag(IntEnum):
     STRONGLY_TYPED = 1
 
 
-_DTYPES = {"tensor(float)": "FLOAT", "tensor(float16)": "HALF", "tensor(int64)": "INT64"}
-_NUMPY = {"FLOAT": np.float32, "HALF": np.float16, "INT64": np.int64}
+_DTYPES = {
+    "tensor(float)": "FLOAT",
+    "tensor(float16)": "HALF",
+    "tensor(int64)": "INT64",
+    "tensor(int32)": "INT32",
+}
+_NUMPY = {"FLOAT": np.float32, "HALF": np.float16, "INT64": np.int64, "INT32": np.int32}
 
 
 class ILogger:
@@ -353,9 +358,9 @@ class IExecutionContext:
                 size = int(np.prod(shape)) * kind.itemsize
                 held = runtime.view(addresses[port.name], size)
                 feeds[port.name] = np.frombuffer(held, kind).reshape(shape).copy()
-            output = session.get_outputs()[0].name
-            found = session.run([output], feeds)[0]
-            runtime.view(addresses[output], found.nbytes)[:] = found.tobytes()
+            names = [port.name for port in session.get_outputs()]
+            for name, found in zip(names, session.run(names, feeds), strict=True):
+                runtime.view(addresses[name], found.nbytes)[:] = found.tobytes()
 
         runtime.enqueue(stream_handle, work)
         return True

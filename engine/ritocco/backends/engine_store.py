@@ -137,15 +137,6 @@ def engine_key(
     )
 
 
-def refuse_hoisted(artefacts: Artefacts, library: Library) -> None:
-    """Raises BackendError for graphs that the bindings of TensorRT do not run."""
-    if artefacts.hoisted:
-        raise BackendError(
-            f"{artefacts.path}: graphs with --hoisted run through ONNX Runtime, not yet through {library}'s "
-            "bindings; export without --hoisted"
-        )
-
-
 def target_of(library: Library, options: EngineOptions, gpu: Gpu) -> str:
     """What engines for a GPU are built for. Raises BackendError where the library does not run on it."""
     capability = f"sm{gpu.capability}"

@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from ritocco.backends.network import NetworkBatch, prompts
 from ritocco.backends.runtime import Floats, Lane, LaneState, LatentSize
-from ritocco.nets.io import HOISTED, NetworkIO, Range
+from ritocco.nets.io import HOISTED, NetworkIO, Range, Ranges
 from ritocco.steps import Row
 
 if TYPE_CHECKING:
@@ -52,20 +52,24 @@ class _Group:
 class HoistedUNet:
     """`unet_once` and `unet_step` of one export, fed by the contract's names."""
 
-    def __init__(self, once: Session, once_io: NetworkIO, step: Session, step_io: NetworkIO) -> None:
+    def __init__(
+        self, once: Session, once_io: NetworkIO, step: Session, step_io: NetworkIO, ranges: Ranges
+    ) -> None:
+        """ranges: of a step at the size that it is for, a part of the contract's."""
         self._once, self._once_io, self._step, self._step_io = once, once_io, step, step_io
+        self._ranges = ranges
         names = (port.name for port in step_io.inputs)
         self._keys_values = tuple(name for name in names if name.startswith(("keys_", "values_")))
 
     @property
     def lanes(self) -> Range:
         """Least, best and most lanes of a step."""
-        return self._step_io.ranges["N"]
+        return self._ranges["N"]
 
     @property
     def rows(self) -> Range:
         """Least, best and most UNet rows of a step."""
-        return self._step_io.ranges["M"]
+        return self._ranges["M"]
 
     def once(self, lane: Lane) -> Hoisted:
         """What all steps of `lane` share."""
@@ -100,8 +104,11 @@ class HoistedUNet:
         return dict(session.run_all(feeds))
 
     def _held(self, name: str, array: Array) -> Array:
-        """As the step graph takes it, so that no step has to convert it."""
-        return np.ascontiguousarray(array, dtype=self._step.dtypes[name])
+        """As the step graph takes it, so that no step has to convert it; read-only, so that a session may
+        keep it on its device."""
+        held = np.ascontiguousarray(array, dtype=self._step.dtypes[name])
+        held.setflags(write=False)
+        return held
 
 
 class HoistedBatch(NetworkBatch):
@@ -189,6 +196,8 @@ class HoistedBatch(NetworkBatch):
                 np.concatenate([*layer, *[layer[-1][-1:]] * spare])
                 for layer in zip(*(one.keys_values for one in held), strict=True)
             )
+            for array in (condition, *keys_values):
+                array.setflags(write=False)  # as `HoistedUNet` holds them
             # The lanes keep views, so that nothing is held twice.
             ends = np.cumsum(counts).tolist()
             for lane, (one, count, end) in enumerate(zip(held, counts, ends, strict=True)):

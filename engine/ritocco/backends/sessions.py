@@ -13,7 +13,7 @@ from ritocco.backends.hoisted import HoistedBatch, HoistedUNet
 from ritocco.backends.network import NetworkBatch
 from ritocco.backends.runtime import Floats, LatentSize, Tokens, Traits
 from ritocco.errors import BackendError
-from ritocco.nets.io import GraphName, NetworkIO
+from ritocco.nets.io import GraphName, NetworkIO, Ranges
 
 Arrays = Mapping[str, npt.NDArray[Any]]
 
@@ -85,7 +85,13 @@ class SessionRuntime:
         """See `Runtime`."""
         if self._artefacts.hoisted:
             io, sessions = self._artefacts.contract, self._sessions
-            unet = HoistedUNet(sessions["unet_once"], io["unet_once"], sessions["unet_step"], io["unet_step"])
+            unet = HoistedUNet(
+                sessions["unet_once"],
+                io["unet_once"],
+                sessions["unet_step"],
+                io["unet_step"],
+                _ranges_at(size, self._artefacts.profiles("unet_step"), io["unet_step"]),
+            )
             channels = self._artefacts.unet.out_channels
             return HoistedBatch(unet, size, channels=channels, capacity=capacity)
         return NetworkBatch(self._unet, capacity=capacity, lane_timesteps=self.traits.lane_timesteps)
@@ -124,6 +130,13 @@ def refuse_other_dtype(artefacts: Artefacts, dtype: str, runtime: str) -> str:
     if dtype not in ("auto", held):
         raise BackendError(f"dtype is {dtype!r}; these graphs are {held}, and {runtime} computes in that")
     return held
+
+
+def _ranges_at(size: LatentSize, profiles: Sequence[Ranges], io: NetworkIO) -> Ranges:
+    """Of the profile that takes most lanes at a size; of all as one where none takes the size by itself."""
+    sizes = {"H": size.height, "W": size.width}
+    fitting = [one for one in profiles if all(one[s][0] <= n <= one[s][2] for s, n in sizes.items())]
+    return max(fitting, key=lambda one: one["N"][2], default=io.ranges)
 
 
 def _check_inputs(graph: str, io: NetworkIO, session: Session) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import mmap
 from collections.abc import Mapping, Sequence
 from contextlib import closing
@@ -18,7 +19,6 @@ from ritocco.backends.engine_store import (
     EngineOptions,
     EngineStore,
     engine_key,
-    refuse_hoisted,
     target_of,
     weights_of,
     write_whole,
@@ -26,9 +26,11 @@ from ritocco.backends.engine_store import (
 from ritocco.backends.sessions import Arrays, SessionRuntime, refuse_other_dtype
 from ritocco.backends.tensorrt_library import Library, Log, tensorrt
 from ritocco.errors import BackendError
-from ritocco.nets.io import GRAPHS, GraphName, NetworkIO, Ranges
+from ritocco.nets.io import GraphName, NetworkIO, Ranges
 
 _DTYPES = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16", "INT64": "int64", "INT32": "int32"}
+# What the calls of a graph may be split along.
+_ROWS: Mapping[GraphName, str] = {"text_encoder": "N", "unet": "M", "vae_encoder": "N", "vae_decoder": "N"}
 _PLAYS_AFTER = 1  # calls with the same shapes before they are captured: TensorRT sets up lazily in the first
 
 
@@ -40,21 +42,21 @@ def open_tensorrt(
     device: `auto`, `cuda` or `cuda:N`. dtype: `auto`, or that of the graphs: networks are strongly typed.
     Raises BackendError, and CheckpointError for a graph that TensorRT's parser does not take.
     """
-    refuse_hoisted(artefacts, library)
     trt = tensorrt(library)
     held = refuse_other_dtype(artefacts, dtype, "TensorRT")
     cuda = Cuda(device)
     target = target_of(library, options, cuda.gpu)
     store = EngineStore(also=[Path(options.engines)] if options.engines else [])
     opener = _Opener(trt, artefacts, library, options, target, cuda, store)
-    sessions = {graph: opener.session(graph) for graph in GRAPHS}
+    sessions = {graph: opener.session(graph) for graph in artefacts.contract}
     notes = [f"{library} {trt.__version__} on {cuda.gpu.name}", *opener.notes]
     if not store.kept:
         notes.append("engines are not kept, as the cache can't be written: set RITOCCO_CACHE")
     runtime = SessionRuntime(
         artefacts, sessions, device=f"cuda:{cuda.index}", dtype=held, release=(opener, store), notes=notes
     )
-    areas = [(one["H"][::2], one["W"][::2]) for one in artefacts.profiles("unet")]
+    unet: GraphName = "unet_step" if artefacts.hoisted else "unet"
+    areas = [(one["H"][::2], one["W"][::2]) for one in artefacts.profiles(unet)]
     runtime.traits = replace(runtime.traits, areas=tuple(areas))
     return runtime
 
@@ -187,10 +189,12 @@ class _KernelCache:
 
 
 class TensorRtSession:
-    """See `Session`. Rows beyond the most of a profile go in several calls.
+    """See `Session`. Rows beyond the most of a profile go in several calls, but those of a hoisted UNet: it
+    is given no more than its profile takes.
 
-    Device buffers grow to the largest call and stay. With `replays`, calls whose shapes are those of the call
-    before are replayed from a CUDA graph.
+    Device buffers grow to the largest call and stay; a read-only array that an input had in the call before
+    is not copied again. With `replays`, calls whose shapes are those of the call before are replayed from a
+    CUDA graph.
     """
 
     def __init__(
@@ -212,12 +216,14 @@ class TensorRtSession:
         names = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
         self._types = {name: _DTYPES[engine.get_tensor_dtype(name).name] for name in names}
         inputs = [name for name in names if engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT]
-        self._output = next(name for name in names if name not in inputs)
+        self._outputs = [name for name in names if name not in inputs]
         # NumPy has no bfloat16: it is made of float32 here.
         self.dtypes: Mapping[str, str] = {
             name: "float32" if self._types[name] == "bfloat16" else self._types[name] for name in inputs
         }
         self._buffers: dict[str, Buffer] = {}
+        self._sources: dict[str, npt.NDArray[Any]] = {}
+        self._shapes: dict[str, tuple[int, ...]] = {}
         self._profile = 0
         self._state: tuple[int, tuple[tuple[int, ...], ...]] | None = None
         self._calls = 0
@@ -225,9 +231,15 @@ class TensorRtSession:
 
     def run(self, feeds: Arrays) -> npt.NDArray[Any]:
         """See `Session`. Raises BackendError for a size that is in none of the profiles."""
+        return self.run_all(feeds)[self._outputs[0]]
+
+    def run_all(self, feeds: Arrays) -> Arrays:
+        """See `Session`. Raises as `run`."""
         self._cuda.use()
-        rows = "M" if self._graph == "unet" else "N"
+        rows = _ROWS.get(self._graph)
         index = self._choose(feeds, rows)
+        if rows is None:
+            return self._call(index, feeds)
         least, _, most = self._profiles[index][rows]
         batched = [port.name for port in self._io.inputs if rows in port.symbols]
         count = len(feeds[batched[0]])
@@ -236,14 +248,13 @@ class TensorRtSession:
             taken = min(most, count - first)
             chosen = [first + min(i, taken - 1) for i in range(max(taken, least))]
             part = {name: array[chosen] if name in batched else array for name, array in feeds.items()}
-            outputs.append(self._call(index, part if len(chosen) < count else feeds)[:taken])
-        return outputs[0] if len(outputs) == 1 else np.concatenate(outputs)
+            found = self._call(index, part if len(chosen) < count else feeds)
+            outputs.append({name: array[:taken] for name, array in found.items()})
+        if len(outputs) == 1:
+            return outputs[0]
+        return {name: np.concatenate([one[name] for one in outputs]) for name in self._outputs}
 
-    def run_all(self, feeds: Arrays) -> Arrays:
-        """See `Session`; these graphs have one output."""
-        return {self._output: self.run(feeds)}
-
-    def _choose(self, feeds: Arrays, rows: str) -> int:
+    def _choose(self, feeds: Arrays, rows: str | None) -> int:
         """The profile to run in: the first that takes all rows at once, else the one that takes most."""
         sizes = self._io.sizes({name: array.shape for name, array in feeds.items()})
         fitting = [
@@ -252,23 +263,23 @@ class TensorRtSession:
             if all(ranges[s][0] <= size <= ranges[s][2] for s, size in sizes.items() if s != rows)
         ]
         if not fitting:
-            asked = " x ".join(str(size) for symbol, size in sizes.items() if symbol != rows)
+            asked = " x ".join(str(sizes[symbol]) for symbol in ("H", "W") if symbol in sizes)
             raise BackendError(
                 f"{self._graph}: {asked} cells is in none of the {len(self._profiles)} profiles that these "
                 "graphs were exported with; export others with --profile"
             )
+        if rows is None:
+            return fitting[0]
         whole = [index for index in fitting if sizes[rows] <= self._profiles[index][rows][2]]
         return whole[0] if whole else max(fitting, key=lambda index: self._profiles[index][rows][2])
 
-    def _call(self, index: int, feeds: Arrays) -> npt.NDArray[Any]:
-        arrays = {name: self._as_declared(name, feeds[name]) for name in self.dtypes}
-        state = (index, tuple(array.shape for array in arrays.values()))
+    def _call(self, index: int, feeds: Arrays) -> dict[str, npt.NDArray[Any]]:
+        state = (index, tuple(feeds[name].shape for name in self.dtypes))
         fresh = state != self._state
         if fresh:
-            self._prepare(index, arrays)
+            self._prepare(index, feeds)
             self._state, self._calls = state, 0
-        for name, array in arrays.items():
-            self._cuda.upload(array, self._buffers[name])
+        uploaded = [self._upload(name, feeds[name]) for name in self.dtypes]
         if self._replayed is not None:
             self._replayed.replay()
         elif self._replays and self._calls >= _PLAYS_AFTER:
@@ -277,37 +288,53 @@ class TensorRtSession:
         else:
             self._queue()
         self._calls += 1
-        kind = self._types[self._output]
-        output = np.empty(self._shape, np.uint16 if kind == "bfloat16" else kind)
-        self._cuda.download(self._buffers[self._output], output)
+        outputs = {name: np.empty(self._shapes[name], self._held(name)) for name in self._outputs}
+        for name, output in outputs.items():
+            self._cuda.download(self._buffers[name], output)
         self._cuda.wait()
+        del uploaded  # the copies have read it by now
         if fresh and self._kernels is not None:
             self._kernels.save()
-        return from_bfloat16(output) if kind == "bfloat16" else output
+        return {
+            name: from_bfloat16(output) if self._types[name] == "bfloat16" else output
+            for name, output in outputs.items()
+        }
 
-    def _prepare(self, index: int, arrays: Arrays) -> None:
+    def _upload(self, name: str, array: npt.NDArray[Any]) -> npt.NDArray[Any] | None:
+        """Queue the copy of an input; what is copied must live until it is done."""
+        if self._sources.get(name) is array and not array.flags.writeable:
+            return None
+        declared = self._as_declared(name, array)
+        self._cuda.upload(declared, self._buffers[name])
+        self._sources[name] = array
+        return declared
+
+    def _prepare(self, index: int, feeds: Arrays) -> None:
         """Profile, shapes and addresses for calls like this one."""
         self._replayed = None  # of other shapes, and perhaps of other buffers
         self._state = None
+        self._sources.clear()
         context, stream = self._context, self._cuda.stream
         if index != self._profile:
             self._checked(context.set_optimization_profile_async(index, stream), f"take profile {index}")
             self._profile = index
-        for name, array in arrays.items():
-            self._checked(context.set_input_shape(name, tuple(array.shape)), f"take {name} {array.shape}")
+        self._shapes = {name: tuple(feeds[name].shape) for name in self.dtypes}
+        for name, shape in self._shapes.items():
+            self._checked(context.set_input_shape(name, shape), f"take {name} {shape}")
         if missing := context.infer_shapes():
             raise BackendError(f"{self._graph}: TensorRT lacks the shapes of {', '.join(missing)}")
-        self._shape = tuple(context.get_tensor_shape(self._output))
-        kind = self._types[self._output]
-        nbytes = {name: array.nbytes for name, array in arrays.items()}
-        nbytes[self._output] = int(np.prod(self._shape)) * (
-            2 if kind == "bfloat16" else np.dtype(kind).itemsize
-        )
-        for name, size in nbytes.items():
+        self._shapes |= {name: tuple(context.get_tensor_shape(name)) for name in self._outputs}
+        for name, shape in self._shapes.items():
+            size = math.prod(shape) * np.dtype(self._held(name)).itemsize
             if name not in self._buffers or self._buffers[name].nbytes < size:
                 self._buffers.pop(name, None)  # given back before the larger one is asked for
                 self._buffers[name] = self._cuda.buffer(size)
             self._checked(context.set_tensor_address(name, self._buffers[name].address), f"take {name}")
+
+    def _held(self, name: str) -> str:
+        """The dtype of a tensor's bytes, for NumPy, which has no bfloat16."""
+        kind = self._types[name]
+        return "uint16" if kind == "bfloat16" else kind
 
     def _queue(self) -> None:
         self._checked(self._context.execute_async_v3(self._cuda.stream), "run")
