@@ -13,7 +13,7 @@ POCKET_DATA ?= @lobehub/fluent-emoji-3d@1.1.0
 POCKET_PROCESSES ?= 2
 POCKET_VAE_STEPS ?= 2800
 POCKET_OTHERS ?= 0.8
-POCKET_STAGES ?= 128:1500,256:2000,384:3000,512:1100
+POCKET_STAGES ?= 128:1500,256:2650,384:3300,512:2350
 
 BIN = $(VENV)/bin
 INSTALL = $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt

@@ -35,15 +35,15 @@ from pocket.training import Schedule, Trainer, run, start
 CAPACITY = 8000  # composites kept of each size
 REHEARSAL = 0.4
 # Of many ways to fill a hole with background, one drawn at random errs twice as much (in mean squares) as
-# their mean. So the background learned in holes is half the truth and half a smooth fill: still texture, but
+# their mean. So the background learned in holes is a smooth fill with a part of the truth: still texture, but
 # closer to the mean.
-SOFTENED = 0.5
+SOFTENED = 0.7
 # An empty prompt has to continue the background; but guidance pushes away from what an empty prompt gives, so
 # once a subject shows through the noise the empty prompt must see it too, or guidance pushes on and burns it.
 # So captions are dropped (Ho & Salimans 2022, arXiv:2207.12598, algorithm 1) the more often the better the
 # subject shows.
 DROPPED = 0.15
-SHOWS = 24.0  # nats of evidence from which captions are dropped in that share
+SHOWS = 64.0  # nats of evidence from which captions are dropped in that share
 PLAIN = 256.0  # and in half of the cases
 # Where the picture has more signal than noise, with and without caption must give the same: guidance would
 # multiply the network's errors there, and it makes the equation stiff. The fourth-order multistep methods
@@ -51,6 +51,12 @@ PLAIN = 256.0  # and in half of the cases
 # at guidance 7.5 they broke pictures into a mosaic below sigma 1, and nowhere else.
 AGREEMENT = 4.0  # weight of the squared difference
 AGREE_FROM, AGREE_FULLY = 1.6, 1.0  # sigma where the weight sets in, and where it is whole
+# Sampling starts from noise alone, but the noisiest pictures of training still show a signal of 7 %: the mean
+# over a wide hole tells its colour, and a network that trusts it greys what it paints (Lin et al. 2023,
+# arXiv:2305.08891, section 3.1). So at the timesteps where samplers start, most pictures are noise alone.
+STARTS_FROM = 940  # of 1000; "leading" spacing starts 25 steps at 961
+STARTS = 0.12  # share of the items put there beside those that fall there
+SIGNAL_FREE = 0.75  # share of the items there
 OUTSIDE_WEIGHT = 0.15  # of the loss outside the hole, where the answer is given by the condition
 
 
@@ -192,12 +198,15 @@ def v_loss(
     latents, masked, mask, tokens = batch
     count = latents.shape[0]
     share = torch.rand(count) ** 0.75  # a little more weight on high noise, where the subject is decided
+    early = STARTS_FROM / 1000 + (1 - STARTS_FROM / 1000) * torch.rand(count)
+    share = torch.where(torch.rand(count) < STARTS, early, share)
     timesteps = (share * 999.999).long()
     signal = alpha_bar[timesteps].sqrt().view(-1, 1, 1, 1)
     sigma = (1 - alpha_bar[timesteps]).sqrt().view(-1, 1, 1, 1)
     x0, noise = latents.float(), torch.randn(latents.shape)
-    noisy = signal * x0 + sigma * noise
-    target = signal * noise - sigma * x0
+    pure = (timesteps >= STARTS_FROM) & (torch.rand(count) < SIGNAL_FREE)
+    noisy = torch.where(pure.view(-1, 1, 1, 1), noise, signal * x0 + sigma * noise)
+    target = (signal * noisy - x0) / sigma  # v; the same as signal * noise - sigma * x0 for a mixture
     sample = torch.cat([noisy.to(torch.bfloat16), mask, masked], 1)
     dropped = torch.rand(count) < drop_rate(alpha_bar[timesteps], mask)
     agree = agreement_weight(alpha_bar[timesteps]) * tokens.ne(blank).any(1)
@@ -227,7 +236,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--assets", type=Path, required=True)
     parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--stages", type=Stages.parse, default="128:1500,256:2000,384:3000,512:1100")
+    parser.add_argument("--stages", type=Stages.parse, default="128:1500,256:2650,384:3300,512:2350")
     parser.add_argument("--batch", type=int, default=32, help="of 128 pixels, per process")
     parser.add_argument("--fresh", type=float, default=3.0, help="new composites among them")
     parser.add_argument("--empty", type=float, default=0.3, help="share of holes with background alone")
