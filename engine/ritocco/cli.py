@@ -16,6 +16,7 @@ import typer
 from tqdm import tqdm
 
 from ritocco.errors import BackendError, RequestError, RitoccoError
+from ritocco.shown import shown
 
 if TYPE_CHECKING:
     from ritocco.engine import Engine
@@ -38,6 +39,9 @@ Model = Annotated[
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 Dtype = Annotated[str, typer.Option(help="auto, float32, float16 or bfloat16.")]
 Backend = Annotated[str, typer.Option(help="auto, torch, onnxruntime, openvino, tensorrt or tensorrt-rtx.")]
+BackendOptions = Annotated[
+    str | None, typer.Option(metavar="JSON", help="Of TensorRT; see the README: '{\"level\": 5}'.")
+]
 Variant = Annotated[str | None, typer.Option(help="fp16 and such, where a folder holds several.")]
 TokenizerFolder = Annotated[
     Path | None, typer.Option(help="Folder of vocab.json and merges.txt, for a single file.")
@@ -96,6 +100,7 @@ def predict(
     device: Device = "auto",
     dtype: Dtype = "auto",
     backend: Backend = "auto",
+    backend_options: BackendOptions = None,
     variant: Variant = None,
     tokenizer: TokenizerFolder = None,
 ) -> None:
@@ -122,22 +127,23 @@ def predict(
     # Before the model is loaded, which may take a while.
     parse_input(given, allow_local=True)
     Options().override(output_format=output_format, mask_feather=mask_feather, strength=strength)
+    options = _parsed(backend_options)
     suffix = output_format or "png"
     with _disk(out):  # before the work, so that it is not lost
         out.mkdir(parents=True, exist_ok=True)
         for path in (out / f"out-{index}.{suffix}" for index in range(num_outputs or 1)):
             if path.is_dir():
                 raise IsADirectoryError(f"{path} is a folder")
-    with _engine(model, device, dtype, backend, variant, tokenizer) as engine:
+    with _engine(model, device, dtype, backend, variant, tokenizer, options) as engine:
         prediction = _run(engine, given, output_format, mask_feather, paste_back, strength)
     paths = [out / f"out-{index}.{suffix}" for index in range(len(prediction.images))]
     with _disk(out):
         for path, picture in zip(paths, prediction.images, strict=True):
             _replace(path, encode(np.asarray(picture), suffix))
     if as_json:
-        shown = prediction.model_copy(update={"output": [str(path) for path in paths] or None})
+        printed = prediction.model_copy(update={"output": [str(path) for path in paths] or None})
         # In ASCII, since the progress bars in the log are not in every console's code page.
-        typer.echo(json.dumps(shown.model_dump(mode="json"), indent=2))
+        typer.echo(json.dumps(printed.model_dump(mode="json"), indent=2))
     else:
         typer.echo(_notes_of(prediction), nl=False, err=True)
         for path in paths:
@@ -153,6 +159,7 @@ def demo(
     model: Model = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
+    backend: Backend = "auto",
     variant: Variant = None,
     tokenizer: TokenizerFolder = None,
 ) -> None:
@@ -161,7 +168,7 @@ def demo(
 
     with _disk(out):
         out.mkdir(parents=True, exist_ok=True)
-    with _engine(model, device, dtype, "auto", variant, tokenizer) as engine, _disk(out):
+    with _engine(model, device, dtype, backend, variant, tokenizer) as engine, _disk(out):
         typer.echo(room.run(engine, out, say=typer.echo))
 
 
@@ -207,12 +214,40 @@ def _replace(path: Path, data: bytes) -> None:
         part.unlink(missing_ok=True)
 
 
+def _parsed(backend_options: str | None) -> dict[str, Any] | None:
+    """Raises RequestError for what is no JSON object; what it holds is checked with the backend."""
+    if backend_options is None:
+        return None
+    try:
+        parsed = json.loads(backend_options)
+    except (ValueError, RecursionError):
+        parsed = None
+    if not isinstance(parsed, dict):
+        rule = "it must be a JSON object, as in '{\"level\": 5}'"
+        raise RequestError(f"--backend-options is {shown(backend_options)}; {rule}")
+    return parsed
+
+
 def _engine(
-    model: str | None, device: str, dtype: str, backend: str, variant: str | None, tokenizer: Path | None
+    model: str | None,
+    device: str,
+    dtype: str,
+    backend: str,
+    variant: str | None,
+    tokenizer: Path | None,
+    options: dict[str, Any] | None = None,
 ) -> Engine:
     from ritocco.loading import load
 
-    return load(model, device=device, dtype=dtype, backend=backend, variant=variant, tokenizer=tokenizer)
+    return load(
+        model,
+        device=device,
+        dtype=dtype,
+        backend=backend,
+        backend_options=options,
+        variant=variant,
+        tokenizer=tokenizer,
+    )
 
 
 def _run(

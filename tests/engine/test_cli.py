@@ -152,6 +152,8 @@ def test_json_alone_is_on_stdout(predict: Run, tmp_path: Path) -> None:
         (("--mask", "nowhere.png"), "nowhere.png"),
         (("--image", "ftp://example.org/a.png"), "ftp"),
         (("--prompt", "half a pair: \udc80"), "input.prompt"),
+        (("--backend-options", "[1]"), "--backend-options is '[1]'; it must be a JSON object"),
+        (("--backend-options", "{level: 5}"), "it must be a JSON object"),
     ],
     ids=lambda value: str(value[0]) if isinstance(value, tuple) else "",
 )
@@ -183,6 +185,7 @@ def test_a_missing_image_option_is_exit_status_two(run: Run) -> None:
         (("--device", "cuda:99"), "cuda:99"),
         (("--dtype", "float16", "--device", "cpu"), "float16"),
         (("--backend", "tpu"), "this version has torch"),
+        (("--backend", "torch", "--backend-options", '{"level": 5}'), "backend_options are for TensorRT"),
     ],
 )
 def test_what_cannot_run_is_exit_status_one(predict: Run, args: tuple[object, ...], words: str) -> None:
