@@ -51,12 +51,14 @@ PLAIN = 256.0  # and in half of the cases
 # at guidance 7.5 they broke pictures into a mosaic below sigma 1, and nowhere else.
 AGREEMENT = 4.0  # weight of the squared difference
 AGREE_FROM, AGREE_FULLY = 1.6, 1.0  # sigma where the weight sets in, and where it is whole
-# Sampling starts from noise alone, but the noisiest pictures of training still show a signal of 7 %: the mean
-# over a wide hole tells its colour, and a network that trusts it greys what it paints (Lin et al. 2023,
-# arXiv:2305.08891, section 3.1). So at the timesteps where samplers start, most pictures are noise alone.
+# Sampling starts from noise alone, where the schedule still leaves a signal of 7 % (Lin et al. 2023,
+# arXiv:2305.08891, section 3.1). What the network then takes for noise lacks that signal, and as samplers
+# carry it along, so does every later step: over a wide hole its mean is off by far more than that of true
+# noise, and a network that trusts the mean greys what it paints. So most pictures of training are mixed as
+# they would arrive there from noise alone, see `mixture`.
 STARTS_FROM = 940  # of 1000; "leading" spacing starts 25 steps at 961
-STARTS = 0.12  # share of the items put there beside those that fall there
-SIGNAL_FREE = 0.75  # share of the items there
+STARTS = 0.15  # share of the items put there beside those that fall there
+FROM_NOISE_ALONE = 0.8  # share of the items
 OUTSIDE_WEIGHT = 0.15  # of the loss outside the hole, where the answer is given by the condition
 
 
@@ -191,6 +193,26 @@ def agreement_weight(alpha_bar: Tensor) -> Tensor:
     return (torch.log(AGREE_FROM / sigma) / math.log(AGREE_FROM / AGREE_FULLY)).clamp(0, 1)
 
 
+def mixture(x0: Tensor, timesteps: Tensor, alpha_bar: Tensor) -> Tensor:
+    """x0 [n,4,h,w] with noise, as a deterministic sampler has it at `timesteps` [n] where no step errs.
+
+    From noise z alone at a start s the sampler takes (z - signal_s x0) / sigma_s for the noise, and keeps to
+    it: x_t = (signal_t - sigma_t signal_s / sigma_s) x0 + sigma_t / sigma_s z. Without a start, signal_t x0 +
+    sigma_t z.
+    """
+    count = len(timesteps)
+    starts = torch.maximum(torch.randint(STARTS_FROM, len(alpha_bar), (count,)), timesteps)
+    signal, sigma, signal_s, sigma_s = (
+        level.sqrt().view(-1, 1, 1, 1)
+        for at in (timesteps, starts)
+        for level in (alpha_bar[at], 1 - alpha_bar[at])
+    )
+    started = (torch.rand(count) < FROM_NOISE_ALONE).view(-1, 1, 1, 1)
+    signal_s = signal_s.where(started, 0.0)
+    sigma_s = sigma_s.where(started, 1.0)
+    return (signal - sigma * signal_s / sigma_s) * x0 + sigma / sigma_s * torch.randn(x0.shape)
+
+
 def v_loss(
     unet: Any, text: Any, alpha_bar: Tensor, blank: Tensor, batch: tuple[Tensor, ...]
 ) -> tuple[Tensor, dict[str, float]]:
@@ -203,10 +225,9 @@ def v_loss(
     timesteps = (share * 999.999).long()
     signal = alpha_bar[timesteps].sqrt().view(-1, 1, 1, 1)
     sigma = (1 - alpha_bar[timesteps]).sqrt().view(-1, 1, 1, 1)
-    x0, noise = latents.float(), torch.randn(latents.shape)
-    pure = (timesteps >= STARTS_FROM) & (torch.rand(count) < SIGNAL_FREE)
-    noisy = torch.where(pure.view(-1, 1, 1, 1), noise, signal * x0 + sigma * noise)
-    target = (signal * noisy - x0) / sigma  # v; the same as signal * noise - sigma * x0 for a mixture
+    x0 = latents.float()
+    noisy = mixture(x0, timesteps, alpha_bar)
+    target = (signal * noisy - x0) / sigma  # v: signal * noise - sigma * x0, with all that is not x0 as noise
     sample = torch.cat([noisy.to(torch.bfloat16), mask, masked], 1)
     dropped = torch.rand(count) < drop_rate(alpha_bar[timesteps], mask)
     agree = agreement_weight(alpha_bar[timesteps]) * tokens.ne(blank).any(1)
