@@ -21,18 +21,18 @@ from pocket.data import Painter
 from pocket.initial import start_as_block_means
 from pocket.models import VAE
 from pocket.norm import quicken
-from pocket.training import Schedule, Trainer, run, start
+from pocket.training import Schedule, Trainer, run, seed, start
 
 NOISE = 0.05  # standard deviation added to the latents, which are held near 1
 SIZE_WEIGHT = 1e-3
 LOGVAR = -6.0  # of the posterior that the file states; training does not learn one
 
 
-def crops(painter: Painter, *, batch: int, size: int, seed: int) -> Iterator[Tensor]:
+def crops(painter: Painter, *, batch: int, size: int, seed: tuple[int, int]) -> Iterator[Tensor]:
     """Endless batches [batch,3,size,size] of crops in [-1,1], made one batch ahead."""
 
     def make(index: int) -> Tensor:
-        rng = np.random.default_rng((seed, index))
+        rng = np.random.default_rng((*seed, index))
         out = np.empty((batch, size, size, 3), np.uint8)
         for i in range(0, batch, 2):
             image = painter.sample(rng, int(rng.choice([192, 256, 384])), empty=0.1).image
@@ -75,8 +75,9 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--size", type=int, default=96)
     parser.add_argument("--peak", type=float, default=7e-4)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cuda: a GPU a process")
     args = parser.parse_args()
-    rank, _ = start()
+    rank, device = start(args.device)
     torch.manual_seed(0)
     model: Any = AutoencoderKL(**VAE)  # type: ignore[no-untyped-call]
     with torch.no_grad():
@@ -84,19 +85,19 @@ def main() -> None:
         model.quant_conv.bias[4:] = LOGVAR
     start_as_block_means(model)
     quicken(model)
+    model.to(device)
     trainer = Trainer(
         modules={"vae": model},
         folder=args.work / "vae",
         schedule=Schedule(steps=args.steps, peak=args.peak, warmup=100, cooldown=0.4),
         ema_decay=0.998,
     )
-    torch.manual_seed(rank)
-    batches = crops(Painter(args.assets), batch=args.batch, size=args.size, seed=rank)
-    run(trainer, batches, lambda pixels: reconstruction_loss(model, pixels))
+    batches = crops(Painter(args.assets), batch=args.batch, size=args.size, seed=seed(trainer, rank))
+    run(trainer, batches, lambda pixels: reconstruction_loss(model, pixels.to(device)))
     if rank:
         return
     weights = trainer.averaged()["vae"]
-    model.float().load_state_dict(weights, strict=True)
+    model.float().cpu().load_state_dict(weights, strict=True)
     model.register_to_config(scaling_factor=latent_scale(model, args.assets))
     model.half().save_pretrained(args.work / "model" / "vae")
 

@@ -1,9 +1,10 @@
 """Composites: a drawn subject on a background, the hole it fills, and a caption.
 
 Subjects are the RGBA pictures of the npm package `@lobehub/fluent-emoji-3d` (MIT); backgrounds are
-photographs that ship with scikit-image (CC0 or public domain) and procedural gradients, textures, scenes
-and dead leaves (Lee, Mumford & Huang 2001, doi:10.1023/A:1011109015675: overlapping shapes of all sizes,
-which have the edges and the scale statistics of photographs).
+photographs that scikit-image gives out (those of training are CC0 or public domain; see `NOTICE`) and
+procedural gradients, textures, scenes and dead leaves (Lee, Mumford & Huang 2001,
+doi:10.1023/A:1011109015675: overlapping shapes of all sizes, which have the edges and the scale statistics
+of photographs).
 """
 
 from __future__ import annotations
@@ -221,7 +222,12 @@ def paste(
 
 
 def _load_subject(assets: Path, code: str) -> Pixels:
-    path = next(p for p in (assets / f"{code}.webp", assets / f"{code}-fe0f.webp") if p.exists())
+    paths = (assets / f"{code}.webp", assets / f"{code}-fe0f.webp")
+    path = next((path for path in paths if path.exists()), None)
+    if path is None:
+        raise SystemExit(
+            f"{paths[0]}: no such file; --assets is the `assets` folder of the package of drawings"
+        )
     rgba = np.asarray(Image.open(path).convert("RGBA")).astype(np.float32)
     rgba[..., :3] *= rgba[..., 3:] / 255
     ys, xs = np.nonzero(rgba[..., 3] > 8)

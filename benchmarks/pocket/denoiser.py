@@ -30,7 +30,7 @@ from pocket.data import Painter, caption_of
 from pocket.initial import start_at_zero
 from pocket.models import SCHEDULER, UNET
 from pocket.norm import quicken
-from pocket.training import Schedule, Trainer, run, start
+from pocket.training import Schedule, Trainer, run, seed, start
 
 CAPACITY = 8000  # composites kept of each size
 REHEARSAL = 0.4
@@ -162,7 +162,8 @@ class Store:
         )
         mask = torch.from_numpy(np.stack([s.mask for s in samples]))[:, None].float()
         both = torch.cat([pixels, pixels * (mask < 0.5)]).to(torch.bfloat16)
-        means = self.vae.encode(both.to(memory_format=torch.channels_last)).latent_dist.mean
+        both = both.to(self.vae.device, memory_format=torch.channels_last)
+        means = self.vae.encode(both).latent_dist.mean.cpu()
         latents, masked = (means * self.vae.config.scaling_factor).chunk(2)
         small = F.interpolate(mask, scale_factor=1 / 8, mode="nearest").to(torch.bfloat16)
         items = self.items[size]
@@ -260,7 +261,7 @@ def main() -> None:
     parser.add_argument("--stages", type=Stages.parse, default="128:1500,256:2650,384:3300,512:2350")
     parser.add_argument("--batch", type=int, default=32, help="of 128 pixels, per process")
     parser.add_argument("--fresh", type=float, default=3.0, help="new composites among them")
-    parser.add_argument("--empty", type=float, default=0.3, help="share of holes with background alone")
+    parser.add_argument("--empty", type=float, default=0.55, help="share of holes with background alone")
     parser.add_argument("--peak", type=float, default=1e-3)
     parser.add_argument("--others", type=float, default=1.0, help="weight of subjects not among the first")
     parser.add_argument(
@@ -268,8 +269,9 @@ def main() -> None:
     )
     parser.add_argument("--muon", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--cooldown", type=float, default=0.3, help="share of the steps with a falling rate")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cuda: a GPU a process")
     args = parser.parse_args()
-    rank, _ = start()
+    rank, device = start(args.device)
     model = args.work / "model"
     torch.manual_seed(0)
     unet = fresh_unet()
@@ -284,6 +286,8 @@ def main() -> None:
         model / "vae", torch_dtype=torch.bfloat16
     ).requires_grad_(False)
     vae.to(memory_format=torch.channels_last)
+    for network in (unet, text, vae):
+        network.to(device)
     trainer = Trainer(
         modules={"unet": unet},
         folder=args.work / "denoiser",
@@ -292,8 +296,7 @@ def main() -> None:
         muon=args.muon,
     )
     config = {key: value for key, value in SCHEDULER.items() if key != "skip_prk_steps"}
-    alpha_bar = DDIMScheduler(**config).alphas_cumprod  # type: ignore[no-untyped-call, attr-defined]
-    torch.manual_seed(rank)
+    alpha_bar = DDIMScheduler(**config).alphas_cumprod.to(device)  # type: ignore[no-untyped-call, attr-defined]
     store = Store(
         Painter(args.assets, others=args.others),
         vae,
@@ -304,9 +307,13 @@ def main() -> None:
         rank=rank,
     )
     blank = tokenizer("", padding="max_length", return_tensors="pt").input_ids[0]
-    trainer.resume()
-    batches = store.batches(args.stages, trainer.step)
-    run(trainer, batches, lambda batch: v_loss(unet, text, alpha_bar, blank, batch))
+    seed(trainer, rank)
+
+    def loss_of(batch: tuple[Tensor, ...]) -> tuple[Tensor, dict[str, float]]:
+        with device:
+            return v_loss(unet, text, alpha_bar, blank.to(device), tuple(part.to(device) for part in batch))
+
+    run(trainer, store.batches(args.stages, trainer.step), loss_of)
 
 
 def fresh_unet() -> Any:

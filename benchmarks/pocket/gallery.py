@@ -105,13 +105,15 @@ SHEETS: dict[str, Callable[[Studio], Tiles]] = {
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("sheets", nargs="*", default=list(SHEETS), help=", ".join(SHEETS))
+    parser.add_argument("sheets", nargs="*", metavar="sheet", help=", ".join(SHEETS))
     parser.add_argument("--out", type=Path, default=Path("docs"))
     parser.add_argument("--model", type=Path, help="default: the embedded one")
     args = parser.parse_args()
+    if unknown := set(args.sheets) - set(SHEETS):
+        parser.error(f"no sheet {', '.join(sorted(unknown))}; there are {', '.join(SHEETS)}")
     studio = Studio(ritocco.load(args.model))
     args.out.mkdir(parents=True, exist_ok=True)
-    for name in args.sheets:
+    for name in args.sheets or SHEETS:
         path = args.out / f"pocket-{name}.png"
         picture = sheet(SHEETS[name](studio), columns=8 if name == "subjects" else 4, side=224)
         picture.quantize(192, dither=Image.Dither.FLOYDSTEINBERG).save(path, optimize=True)

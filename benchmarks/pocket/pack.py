@@ -21,7 +21,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     unet = fresh_unet()
-    state = torch.load(args.work / "denoiser" / "state.pt", weights_only=True)
+    state = torch.load(args.work / "denoiser" / "state.pt", weights_only=True, map_location="cpu")
     args.out.mkdir(parents=True, exist_ok=True)
     for parameter, average in zip(unet.parameters(), state["ema"], strict=True):
         parameter.data.copy_(average)

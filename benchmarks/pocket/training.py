@@ -41,7 +41,7 @@ class Schedule:
 
 @dataclass(slots=True)
 class Trainer:
-    """Trains `modules` in bfloat16 against float32 master weights.
+    """Trains `modules`, which lie on their device, in bfloat16 against float32 master weights.
 
     muon: weights that are matrices learn by Muon, the others and a network's first and last layers by AdamW.
     The masters carry the optimiser's precision: updates smaller than a bfloat16 ulp would be lost otherwise.
@@ -126,7 +126,7 @@ class Trainer:
         path = self.folder / "state.pt"
         if not path.exists():
             return False
-        state = torch.load(path, weights_only=True)
+        state = torch.load(path, weights_only=True, map_location="cpu")
         with torch.no_grad():
             for mine, saved in zip(
                 (*self._masters, *self._ema), (*state["masters"], *state["ema"]), strict=True
@@ -147,42 +147,71 @@ class Trainer:
         }
 
 
-def start() -> tuple[int, int]:
-    """Join the process group that torchrun made, if any. Returns rank and world size."""
+def start(device: str = "cpu") -> tuple[int, torch.device]:
+    """Join the process group that torchrun made, if any. Returns the rank and the device of this process.
+
+    device: `cpu`, or `cuda` for one GPU a process.
+    """
     torch.set_num_threads(1)
+    rank = 0
     if "RANK" in os.environ:
-        dist.init_process_group("gloo")
-        return dist.get_rank(), dist.get_world_size()
-    return 0, 1
+        dist.init_process_group("nccl" if device == "cuda" else "gloo")
+        rank = dist.get_rank()
+    if device == "cuda":
+        torch.cuda.set_device(rank)
+    return rank, torch.device(device)
+
+
+def seed(trainer: Trainer, rank: int) -> tuple[int, int]:
+    """Resume, and seed torch for what comes: a run that goes on does not draw again what it drew before.
+
+    Returns a seed for the data.
+    """
+    if trainer.resume() and rank == 0:
+        print(f"resumed at step {trainer.step}")
+    torch.manual_seed(trainer.step * 1009 + rank)
+    return rank, trainer.step
 
 
 def run(
     trainer: Trainer, batches: Iterator[Any], loss_of: Callable[[Any], tuple[Tensor, dict[str, float]]]
 ) -> None:
-    """Train to the schedule's end; log a line of JSON every 50 steps, save every 3 minutes."""
+    """Train on to the schedule's end; log a line of JSON every 50 steps, save every 3 minutes."""
     first = not dist.is_initialized() or dist.get_rank() == 0
     trainer.folder.mkdir(parents=True, exist_ok=True)
-    if trainer.resume() and first:
-        print(f"resumed at step {trainer.step}")
+    curve = trainer.folder / "curve.jsonl"
+    if first:
+        _cut(curve, trainer.step)
     saved = time.monotonic()
     sums: dict[str, float] = {}
+    counted = 0
     with (
-        (trainer.folder / "curve.jsonl").open("a", encoding="utf-8") as log,
+        curve.open("a", encoding="utf-8") as log,
         tqdm(total=trainer.schedule.steps, initial=trainer.step, mininterval=10, disable=not first) as bar,
     ):
         while trainer.step < trainer.schedule.steps:
             loss, parts = loss_of(next(batches))
             trainer.update(loss)
             bar.update()
+            counted += 1
             for key, value in parts.items():
-                sums[key] = sums.get(key, 0.0) + value / 50
+                sums[key] = sums.get(key, 0.0) + value
             if trainer.step % 50 == 0 and first:
-                bar.set_postfix({k: f"{v:.4f}" for k, v in sums.items()})
-                log.write(json.dumps({"step": trainer.step, "time": time.time(), **sums}) + "\n")
+                means = {key: value / counted for key, value in sums.items()}
+                bar.set_postfix({k: f"{v:.4f}" for k, v in means.items()})
+                log.write(json.dumps({"step": trainer.step, "time": time.time(), **means}) + "\n")
                 log.flush()
-                sums = {}
+                sums, counted = {}, 0
             if first and time.monotonic() - saved > 180:
                 trainer.save()
                 saved = time.monotonic()
     if first:
         trainer.save()
+
+
+def _cut(curve: Path, step: int) -> None:
+    """Drop what was logged after the state that a run goes on from."""
+    if curve.exists():
+        lines = curve.read_text(encoding="utf-8").splitlines(keepends=True)
+        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+        curve.write_text("".join(kept), encoding="utf-8")

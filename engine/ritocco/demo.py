@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from importlib.resources import files
 from pathlib import Path
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from ritocco.engine import Engine
 
@@ -20,12 +20,20 @@ _GAP, _CAPTION = 12, 40
 def run(
     engine: Engine, out: Path, *, prompts: Sequence[str] = PROMPTS, say: Callable[[str], None] = print
 ) -> Path:
-    """Paint every prompt into the photograph; write pictures and sheet to `out`. Returns the sheet's path."""
+    """Paint every prompt into the photograph; write pictures and sheet to `out`. Returns the sheet's path.
+
+    Raises IsADirectoryError, before anything is painted, for a folder in the place of a picture.
+    """
     out.mkdir(parents=True, exist_ok=True)
+    path = out / "sheet.png"
+    paths = [out / f"out-{index}.png" for index in range(len(prompts))]
+    for taken in (path, *paths):
+        if taken.is_dir():
+            raise IsADirectoryError(f"{taken} is a folder")
     assets = Path(str(files("ritocco"))) / "assets"
     photograph, mask = assets / "coffee.jpg", assets / "coffee-mask.png"
     tiles = [("photograph", Image.open(photograph).convert("RGB")), ("mask", Image.open(mask).convert("RGB"))]
-    for index, prompt in enumerate(prompts):
+    for picture, prompt in zip(paths, prompts, strict=True):
         prediction = engine.predict(
             {
                 "image": photograph,
@@ -40,9 +48,8 @@ def run(
         title = f'"{prompt}"' if prompt else "empty prompt"
         say(f"{title}: {prediction.metrics['predict_time']:.1f} s")
         for image in prediction.images:
-            image.save(out / f"out-{index}.png")
+            image.save(picture)
             tiles.append((title, image))
-    path = out / "sheet.png"
     sheet(tiles).save(path)
     return path
 
@@ -56,6 +63,7 @@ def sheet(tiles: Sequence[tuple[str, Image.Image]], *, columns: int = 4, side: i
     for index, (title, image) in enumerate(tiles):
         x = _GAP + index % columns * (side + _GAP)
         y = _GAP + index // columns * (side + _CAPTION + _GAP)
-        canvas.paste(image.resize((side, side), Image.Resampling.LANCZOS), (x, y))
+        whole = ImageOps.contain(image, (side, side), Image.Resampling.LANCZOS)
+        canvas.paste(whole, (x + (side - whole.width) // 2, y + (side - whole.height) // 2))
         draw.text((x, y + side + 8), title, fill="black", font=font)
     return canvas

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -45,7 +47,7 @@ from pocket.models import VAE
 from pocket.muon import Muon, orthogonal
 from pocket.norm import quicken
 from pocket.subjects import FIRST, SUBJECTS
-from pocket.training import Schedule, Trainer
+from pocket.training import Schedule, Trainer, run, seed
 from pocket.vocabulary import learn_merges, make_vocabulary
 from pocket.words import CODES as WORDS
 from pocket.words import NOTHING, captions, endings
@@ -280,6 +282,31 @@ def test_captions_are_labelled() -> None:
             assert any(name in text.lower() for name in SUBJECTS[WORDS[label]])
     assert 2 <= int((labels == NOTHING).sum()) <= 40
     assert endings(torch.tensor([[1, 5, 9, 9]]), 9).tolist() == [[False, False, True, True]]
+
+
+def test_a_run_that_goes_on_draws_anew_and_logs_what_it_saw(tmp_path: Path) -> None:
+    def trainer(steps: int) -> Trainer:
+        net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 3, 3))
+        return Trainer(modules={"net": net}, folder=tmp_path, schedule=Schedule(steps=steps, peak=1e-3))
+
+    def loss_of(one: Trainer) -> Any:
+        draws.append(float(torch.rand(())))
+        out = one.modules["net"](torch.ones(1, 3, 8, 8, dtype=torch.bfloat16))
+        return out.float().square().mean(), {"one": 1.0}
+
+    draws: list[float] = []
+    first = trainer(70)
+    assert seed(first, 0) == (0, 0)
+    run(first, itertools.repeat(None), lambda _: loss_of(first))
+    with (tmp_path / "curve.jsonl").open("a", encoding="utf-8") as log:
+        log.write('{"step": 100, "one": 5.0}\n')  # after the state
+        log.write('{"step": 1')  # cut short
+    second = trainer(150)
+    assert seed(second, 0) == (0, 70)
+    run(second, itertools.repeat(None), lambda _: loss_of(second))
+    rows = [json.loads(line) for line in (tmp_path / "curve.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [(row["step"], row["one"]) for row in rows] == [(50, 1.0), (100, 1.0), (150, 1.0)]
+    assert len(set(draws)) == 150
 
 
 @pytest.mark.parametrize("muon", [False, True])
