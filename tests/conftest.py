@@ -388,6 +388,14 @@ def pocket_graphs(export: Export) -> Path:
     return export(pocket_model(), "pocket", "256..512@1..2")
 
 
+@pytest.fixture(scope="session")
+def pocket_hoisted_graphs(export: Export) -> Path:
+    """The same, with the UNet in two graphs."""
+    from ritocco.loading import pocket_model
+
+    return export(pocket_model(), "pocket-hoisted", "256..512@1..2", hoisted=True)
+
+
 @pytest.fixture(scope="module")
 def standing_in() -> Iterator[None]:
     """TensorRT's modules and CUDA's are the stand-ins of tests/stand_ins for the length of a module."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -28,12 +27,26 @@ def judge() -> Judge:
     return load_judge(JUDGE)[0]
 
 
-@pytest.fixture(scope="module", params=["torch", "onnxruntime", "openvino"])
-def engine(request: pytest.FixtureRequest, pocket_graphs: Path) -> Iterator[Engine]:
-    backend = str(request.param)
-    model = pocket_model() if backend == "torch" else pocket_graphs
-    with ritocco.load(model, backend=backend, device="cpu", dtype="float32") as opened:
-        yield opened
+SLOW = ("hoisted on openvino", "plain on tensorrt", "hoisted on tensorrt")
+ENGINES = (
+    *("plain on torch", "plain on onnxruntime", "plain on openvino", "hoisted on onnxruntime"),
+    *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW),
+)
+
+
+@pytest.fixture(scope="module", params=ENGINES)
+def engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
+    """TensorRT's library is a stand-in that computes with ONNX Runtime: what is tested is all around it."""
+    graphs, _, backend = str(request.param).split()
+    folder = {"plain": "pocket_graphs", "hoisted": "pocket_hoisted_graphs"}[graphs]
+    model = pocket_model() if backend == "torch" else request.getfixturevalue(folder)
+    with pytest.MonkeyPatch.context() as patch:
+        if backend == "tensorrt":
+            request.getfixturevalue("standing_in")
+            patch.setenv("RITOCCO_CACHE", str(tmp_path_factory.mktemp("engines")))
+        device = "cuda" if backend == "tensorrt" else "cpu"
+        with ritocco.load(model, backend=backend, device=device, dtype="float32") as opened:
+            yield opened
 
 
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
