@@ -37,7 +37,7 @@ REHEARSAL = 0.4
 # Of many ways to fill a hole with background, one drawn at random errs twice as much (in mean squares) as
 # their mean. So the background learned in holes is a smooth fill with a part of the truth: still texture, but
 # closer to the mean.
-SOFTENED = 0.7
+SOFTENED = 0.8
 # An empty prompt has to continue the background; but guidance pushes away from what an empty prompt gives, so
 # once a subject shows through the noise the empty prompt must see it too, or guidance pushes on and burns it.
 # So captions are dropped (Ho & Salimans 2022, arXiv:2207.12598, algorithm 1) the more often the better the
@@ -57,7 +57,7 @@ AGREE_FROM, AGREE_FULLY = 1.6, 1.0  # sigma where the weight sets in, and where 
 # noise, and a network that trusts the mean greys what it paints. So most pictures of training are mixed as
 # they would arrive there from noise alone, see `mixture`.
 STARTS_FROM = 940  # of 1000; "leading" spacing starts 25 steps at 961
-STARTS = 0.15  # share of the items put there beside those that fall there
+STARTS = 0.25  # share of the items put there beside those that fall there
 FROM_NOISE_ALONE = 0.8  # share of the items
 OUTSIDE_WEIGHT = 0.15  # of the loss outside the hole, where the answer is given by the condition
 
@@ -261,7 +261,7 @@ def main() -> None:
     parser.add_argument("--stages", type=Stages.parse, default="128:1500,256:2650,384:3300,512:2350")
     parser.add_argument("--batch", type=int, default=32, help="of 128 pixels, per process")
     parser.add_argument("--fresh", type=float, default=3.0, help="new composites among them")
-    parser.add_argument("--empty", type=float, default=0.55, help="share of holes with background alone")
+    parser.add_argument("--empty", type=float, default=0.6, help="share of holes with background alone")
     parser.add_argument("--peak", type=float, default=1e-3)
     parser.add_argument("--others", type=float, default=1.0, help="weight of subjects not among the first")
     parser.add_argument(

@@ -9,6 +9,8 @@ import numpy.typing as npt
 import pytest
 
 import ritocco
+from pocket.judge import JUDGE, load_judge
+from pocket.subjects import SUBJECTS
 from ritocco.loading import pocket_model
 
 SIDE = 256
@@ -88,6 +90,41 @@ def test_multistep_schedulers_are_stable(engine: ritocco.Engine, scheduler: str)
 def test_an_empty_prompt_continues_the_background(engine: ritocco.Engine) -> None:
     empty, apple = hole_of(engine, ""), hole_of(engine, "a red apple")
     assert np.abs(empty - 150).max() < 40 < np.abs(apple - 150).max()
+
+
+def test_its_whole_vocabulary_works(engine: ritocco.Engine) -> None:
+    """Every sixth subject by its first name; the judge never saw a picture of the model's."""
+    judge, codes = load_judge(JUDGE)[0], tuple(SUBJECTS)[::6]
+    image = np.full((SIDE, SIDE, 3), 150, np.uint8)
+    mask = np.zeros((SIDE, SIDE), bool)
+    mask[32:224, 32:224] = True
+    asked = {
+        "image": image,
+        "mask": mask,
+        "width": SIDE,
+        "height": SIDE,
+        "num_inference_steps": 12,
+        "seed": 3,
+    }
+    seen = {}
+    for code in codes:
+        painted = np.asarray(engine.predict({**asked, "prompt": SUBJECTS[code][0]}).images[0])
+        seen[SUBJECTS[code][0]] = judge.names(painted[24:232, 24:232])
+    right = sum(code == name for code, name in zip(codes, seen.values(), strict=True))
+    assert right >= len(codes) - 2, seen
+
+
+def test_an_empty_prompt_takes_up_colours_around(engine: ritocco.Engine) -> None:
+    """A field of each colour, half bright and half dark: closer to what is there than one mean is."""
+    mask = np.zeros((SIDE, SIDE), bool)
+    mask[64:160, 80:176] = True
+    for colour in ((230, 90, 120), (20, 30, 110), (60, 140, 60), (220, 200, 80)):
+        field = np.linspace(0.7, 1.1, SIDE)[:, None, None] * np.array(colour) * np.ones((1, SIDE, 1))
+        image = np.clip(field, 0, 255).astype(np.uint8)
+        given = {"image": image, "mask": mask, "prompt": "", "width": SIDE, "height": SIDE, "seed": 5}
+        painted = np.asarray(engine.predict({**given, "num_inference_steps": 15}).images[0]).astype(float)
+        error = np.sqrt(np.square(painted[mask] - image[mask]).mean())
+        assert error < 12, (colour, error)
 
 
 def test_its_card_and_licence_travel_with_it() -> None:
