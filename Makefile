@@ -9,7 +9,8 @@ TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
 POCKET ?= .cache/pocket
 POCKET_OUT ?= engine/ritocco/models/pocket
-POCKET_DATA ?= @lobehub/fluent-emoji-3d@1.1.0
+POCKET_DATA := @lobehub/fluent-emoji-3d@1.1.0
+POCKET_FILE := $(POCKET)/lobehub-fluent-emoji-3d-1.1.0.tgz
 POCKET_DIGEST := Wlq2lVStTnr8BDpIJ0pEnTKO4LuDxxqTEhTvRtD1DLRF0me7ogeRQjKoehDHXuVJ2Qaecgl5wRBv60lUAG3h7g==
 POCKET_PROCESSES ?= 2
 POCKET_VAE_STEPS ?= 2800
@@ -98,6 +99,6 @@ $(VENV)/pocket.stamp: $(VENV)/torch.stamp pyproject.toml
 $(POCKET)/package/package.json:
 	mkdir -p $(POCKET)
 	npm pack --silent --pack-destination $(POCKET) $(POCKET_DATA)
-	openssl dgst -sha512 -binary $(POCKET)/lobehub-fluent-emoji-3d-1.1.0.tgz | openssl base64 -A | grep -qxF $(POCKET_DIGEST)
-	tar -xzf $(POCKET)/lobehub-fluent-emoji-3d-1.1.0.tgz -C $(POCKET)
+	openssl dgst -sha512 -binary $(POCKET_FILE) | openssl base64 -A | grep -qxF $(POCKET_DIGEST)
+	tar -xzf $(POCKET_FILE) -C $(POCKET)
 	@touch $@

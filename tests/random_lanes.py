@@ -1,12 +1,13 @@
-"""Lanes of seeded random contents, for the tests of batches."""
+"""Lanes of seeded random contents, and their way to the end, for the tests of batches."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from ritocco.backends.runtime import Lane
+from ritocco.backends.runtime import Lane, LaneState, LatentSize
+from ritocco.backends.sessions import SessionRuntime
 from ritocco.noise import normal
 from ritocco.schedules import build
 
@@ -47,3 +48,13 @@ def random_lane(
         condition=condition,
     )
     return replace(lane, **changes)
+
+
+def walk(runtime: SessionRuntime, size: LatentSize, lanes: Sequence[Lane]) -> list[LaneState]:
+    """Every lane to its end, side by side."""
+    batch = runtime.open(size, len(lanes))
+    for slot, lane in enumerate(lanes):
+        batch.join(slot, lane)
+    for index in range(max(len(lane.table) for lane in lanes)):
+        batch.step({slot: index for slot, lane in enumerate(lanes) if index < len(lane.table)})
+    return [batch.leave(slot) for slot in range(len(lanes))]

@@ -108,6 +108,7 @@ def predict(
     import numpy as np
 
     from ritocco.images import encode
+    from ritocco.loading import load
     from ritocco.schema import Options, parse_input
 
     given = {
@@ -134,7 +135,15 @@ def predict(
         for path in (out / f"out-{index}.{suffix}" for index in range(num_outputs or 1)):
             if path.is_dir():
                 raise IsADirectoryError(f"{path} is a folder")
-    with _engine(model, device, dtype, backend, variant, tokenizer, options) as engine:
+    with load(
+        model,
+        device=device,
+        dtype=dtype,
+        backend=backend,
+        backend_options=options,
+        variant=variant,
+        tokenizer=tokenizer,
+    ) as engine:
         prediction = _run(engine, given, output_format, mask_feather, paste_back, strength)
     paths = [out / f"out-{index}.{suffix}" for index in range(len(prediction.images))]
     with _disk(out):
@@ -165,10 +174,12 @@ def demo(
 ) -> None:
     """Repaint the photograph that ships with ritocco; prints the contact sheet's path last."""
     from ritocco import demo as room
+    from ritocco.loading import load
 
     with _disk(out):
         out.mkdir(parents=True, exist_ok=True)
-    with _engine(model, device, dtype, backend, variant, tokenizer) as engine, _disk(out):
+    engine = load(model, device=device, dtype=dtype, backend=backend, variant=variant, tokenizer=tokenizer)
+    with engine, _disk(out):
         typer.echo(room.run(engine, out, say=typer.echo))
 
 
@@ -226,28 +237,6 @@ def _parsed(backend_options: str | None) -> dict[str, Any] | None:
         rule = "it must be a JSON object, as in '{\"level\": 5}'"
         raise RequestError(f"--backend-options is {shown(backend_options)}; {rule}")
     return parsed
-
-
-def _engine(
-    model: str | None,
-    device: str,
-    dtype: str,
-    backend: str,
-    variant: str | None,
-    tokenizer: Path | None,
-    options: dict[str, Any] | None = None,
-) -> Engine:
-    from ritocco.loading import load
-
-    return load(
-        model,
-        device=device,
-        dtype=dtype,
-        backend=backend,
-        backend_options=options,
-        variant=variant,
-        tokenizer=tokenizer,
-    )
 
 
 def _run(

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from random_lanes import random_lane
+from random_lanes import random_lane, walk
 from ritocco.artefacts import MANIFEST, Artefacts, open_artefacts
 from ritocco.backends import open_sessions
 from ritocco.backends.hoisted import HoistedBatch
@@ -85,13 +85,7 @@ def mixed_lanes() -> list[Lane]:
 
 
 def run(runtime: SessionRuntime, lanes: Sequence[Lane]) -> list[LaneState]:
-    """Every lane to its end, side by side."""
-    batch = runtime.open(SIZE, len(lanes))
-    for slot, lane in enumerate(lanes):
-        batch.join(slot, lane)
-    for index in range(max(len(lane.table) for lane in lanes)):
-        batch.step({slot: index for slot, lane in enumerate(lanes) if index < len(lane.table)})
-    return [batch.leave(slot) for slot in range(len(lanes))]
+    return walk(runtime, SIZE, lanes)
 
 
 def apart(ours: Sequence[LaneState], theirs: Sequence[LaneState]) -> float:

@@ -16,13 +16,13 @@ import numpy as np
 import pytest
 
 import ritocco
-from random_lanes import random_lane
+from random_lanes import random_lane, walk
 from ritocco import BackendError, RequestError
 from ritocco.artefacts import GRAPH_FILE, MANIFEST, file_digest, open_artefacts
 from ritocco.backends import open_sessions
 from ritocco.backends.cuda import Cuda, from_bfloat16, to_bfloat16
 from ritocco.backends.engine_store import EngineOptions, EngineStore, engine_key, target_of, weights_of
-from ritocco.backends.runtime import Floats, Lane, LaneState, LatentSize
+from ritocco.backends.runtime import Floats, LatentSize
 from ritocco.backends.sessions import SessionRuntime
 
 pytestmark = pytest.mark.usefixtures("standing_in")
@@ -61,6 +61,12 @@ def opened(graphs: Path, library: str = "tensorrt", **options: Any) -> SessionRu
         open_artefacts(graphs), backend=library, device="auto", dtype="auto", options=via | options
     )
     return runtime
+
+
+def beside(graphs: Path) -> tuple[SessionRuntime, SessionRuntime]:
+    """The same graphs on TensorRT's stand-in and on ONNX Runtime."""
+    plain, _ = open_sessions(open_artefacts(graphs), backend="onnxruntime", device="cpu", dtype="auto")
+    return opened(graphs), plain
 
 
 def with_profiles(graphs: Path, folder: Path) -> Path:
@@ -218,9 +224,7 @@ def test_engines_that_another_machine_built_are_taken(
 def test_rows_go_through_the_profile_that_takes_them(
     tiny_graphs: Path, tmp_path: Path, stand_in: Any
 ) -> None:
-    graphs = with_profiles(tiny_graphs, tmp_path / "two")
-    runtime = opened(graphs)
-    plain, _ = open_sessions(open_artefacts(graphs), backend="onnxruntime", device="cpu", dtype="auto")
+    runtime, plain = beside(with_profiles(tiny_graphs, tmp_path / "two"))
     session: Any = runtime._sessions["unet"]
     for rows, size, profile in ((3, (8, 8), 0), (3, (16, 16), 1), (1, (8, 8), 0), (4, (32, 32), 1)):
         feeds = unet_feeds(rows, *size)
@@ -228,21 +232,10 @@ def test_rows_go_through_the_profile_that_takes_them(
         assert session._profile == profile
 
 
-def walked(runtime: SessionRuntime, size: LatentSize, lanes: list[Lane]) -> list[LaneState]:
-    batch = runtime.open(size, len(lanes))
-    for slot, lane in enumerate(lanes):
-        batch.join(slot, lane)
-    for index in range(4):
-        batch.step(dict.fromkeys(range(len(lanes)), index))
-    return [batch.leave(slot) for slot in range(len(lanes))]
-
-
 def test_hoisted_steps_go_through_the_profile_of_their_size(
     tiny_hoisted_graphs: Path, tmp_path: Path, stand_in: Any
 ) -> None:
-    graphs = with_profiles(tiny_hoisted_graphs, tmp_path / "two")
-    runtime = opened(graphs)
-    plain, _ = open_sessions(open_artefacts(graphs), backend="onnxruntime", device="cpu", dtype="auto")
+    runtime, plain = beside(with_profiles(tiny_hoisted_graphs, tmp_path / "two"))
     session: Any = runtime._sessions["unet_step"]
     for cells, profile in (((8, 8), 0), ((16, 16), 1)):
         lanes = [
@@ -250,7 +243,7 @@ def test_hoisted_steps_go_through_the_profile_of_their_size(
             for seed, guidance in enumerate((5.0, 1.0, 3.0))
         ]
         size = LatentSize(height=cells[0], width=cells[1])
-        for ours, theirs in zip(walked(runtime, size, lanes), walked(plain, size, lanes), strict=True):
+        for ours, theirs in zip(walk(runtime, size, lanes), walk(plain, size, lanes), strict=True):
             np.testing.assert_allclose(ours.latents, theirs.latents, atol=1e-4 * np.abs(theirs.latents).max())
         assert session._profile == profile
 

@@ -9,12 +9,13 @@ import numpy as np
 import numpy.typing as npt
 import onnxruntime
 
-_DTYPES = {
-    "tensor(float)": np.float32,
-    "tensor(float16)": np.float16,
-    "tensor(int64)": np.int64,
-    "tensor(int32)": np.int32,
+DTYPES = {
+    "tensor(float)": "float32",
+    "tensor(float16)": "float16",
+    "tensor(int64)": "int64",
+    "tensor(int32)": "int32",
 }
+"""How NumPy names the dtypes of ONNX Runtime's ports."""
 
 
 class DeviceBinding:
@@ -33,7 +34,7 @@ class DeviceBinding:
         self._sources: dict[str, npt.NDArray[Any]] = {}
         self._replayable = replayable
         for port in session.get_outputs() if replayable else ():
-            self._binding.bind_ortvalue_output(port.name, self._allocated(port.shape, _DTYPES[port.type]))
+            self._binding.bind_ortvalue_output(port.name, self._allocated(port.shape, DTYPES[port.type]))
 
     def run(self, feeds: Mapping[str, npt.NDArray[Any]]) -> list[npt.NDArray[Any]]:
         """All outputs, in the session's order."""
@@ -53,13 +54,13 @@ class DeviceBinding:
             return False
         held = self._inputs.get(name)
         if reshaped := held is None or tuple(held.shape()) != array.shape:
-            held = self._inputs[name] = self._allocated(array.shape, array.dtype.type)
+            held = self._inputs[name] = self._allocated(array.shape, array.dtype)
             self._binding.bind_ortvalue_input(name, held)
         held.update_inplace(np.ascontiguousarray(array))
         self._sources[name] = array
         return reshaped
 
-    def _allocated(self, shape: tuple[int, ...], dtype: type[Any]) -> Any:
+    def _allocated(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> Any:
         return onnxruntime.OrtValue.ortvalue_from_shape_and_type(
-            list(shape), dtype, self._device, self._index
+            list(shape), np.dtype(dtype).type, self._device, self._index
         )

@@ -12,7 +12,7 @@ import onnxruntime
 
 from ritocco.artefacts import Artefacts
 from ritocco.backends.engine_store import EngineOptions, EngineStore, engine_key
-from ritocco.backends.onnx_binding import DeviceBinding
+from ritocco.backends.onnx_binding import DTYPES, DeviceBinding
 from ritocco.backends.sessions import Arrays, SessionRuntime, refuse_other_dtype
 from ritocco.errors import BackendError, CheckpointError
 from ritocco.nets.io import GraphName, NetworkIO
@@ -32,12 +32,6 @@ _NEEDED = {
     _RTX: "A card and driver that TensorRT for RTX runs on are needed",
 }
 _RECORD = "session.record_ep_graph_assignment_info"
-_DTYPES = {
-    "tensor(float)": "float32",
-    "tensor(float16)": "float16",
-    "tensor(int64)": "int64",
-    "tensor(int32)": "int32",
-}
 _QUIET = 3  # errors only; fallbacks are checked here and not left to a warning
 
 
@@ -76,7 +70,7 @@ class OnnxSession:
             left = ", ".join(f"{count} to {name}" for name, count in sorted(others.items()))
             self.notes = (f"{graph}: {wanted} left nodes to others: {left}",)
         self.dtypes: Mapping[str, str] = {
-            port.name: _DTYPES.get(port.type, port.type) for port in self._session.get_inputs()
+            port.name: DTYPES.get(port.type, port.type) for port in self._session.get_inputs()
         }
         self._outputs = [port.name for port in self._session.get_outputs()]
         self._binding: DeviceBinding | None = None
@@ -157,20 +151,18 @@ def _on_cuda(artefacts: Artefacts, graph: GraphName, index: int) -> OnnxSession:
 
     The provider refuses to capture a graph of which a node runs elsewhere: it then runs as any other.
     """
-    io = artefacts.contract[graph]
-    one_size = not io.shapes(io.ranges)
+    io, wanted, note = artefacts.contract[graph], PROVIDERS["cuda"], ""
     given = {"device_id": str(index), "cudnn_conv_algo_search": "HEURISTIC"}
-    note, session = "", None
-    if one_size:
+    if not io.shapes(io.ranges):
         try:
-            providers = [(PROVIDERS["cuda"], {**given, "enable_cuda_graph": "1"})]
-            session = _opened(artefacts, graph, PROVIDERS["cuda"], providers)
+            session = _opened(artefacts, graph, wanted, [(wanted, {**given, "enable_cuda_graph": "1"})])
         except CheckpointError as error:
             note = f"{graph}: runs without a CUDA graph ({error})"
-    replayable = session is not None
-    if session is None:
-        session = _opened(artefacts, graph, PROVIDERS["cuda"], [(PROVIDERS["cuda"], given)])
-    session.bind("cuda", index, replayable=replayable)
+        else:
+            session.bind("cuda", index, replayable=True)
+            return session
+    session = _opened(artefacts, graph, wanted, [(wanted, given)])
+    session.bind("cuda", index, replayable=False)
     session.notes += (note,) if note else ()
     return session
 
