@@ -6,7 +6,7 @@ import platform
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 
-from ritocco.backends import SESSION_BACKENDS, faster_command, found, installed
+from ritocco.backends import SESSION_BACKENDS, build_command, faster_command, found, installed
 from ritocco.device import choose, native_bfloat16
 from ritocco.errors import BackendError
 
@@ -85,7 +85,7 @@ def _choice() -> list[Line]:
     except BackendError as error:
         return [Line(level="missing", subject="default", message=str(error))]
     lines = [Line(level="ok", subject="default", message="; ".join(choice.reasons))]
-    faster = faster_command(choice.device.type)
+    faster = (*faster_command(choice.device.type), *build_command(choice.device.type))
     return lines + [Line(level="note", subject="fastest", message=line) for line in faster]
 
 

@@ -7,6 +7,7 @@ is not. ONNX Runtime's CPU does not run bfloat16 graphs: those are checked for v
 
 from __future__ import annotations
 
+import gc
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -21,6 +22,7 @@ from ritocco.artefacts import GRAPH_FILE
 from ritocco.checkpoint import Checkpoint
 from ritocco.errors import CheckpointError
 from ritocco.nets.io import HOISTED, Contract, GraphName, Layout, NetworkIO
+from ritocco_export.frugal import session_options, widen
 from ritocco_export.graphs import example_inputs, graph_module
 
 # Largest error over the largest value. float32: another order of sums (measured: 3e-6 on the full-size
@@ -63,16 +65,12 @@ def compare(
     dtype = io.outputs[0].dtype
     if dtype == "bfloat16":
         return Figures.not_run()
-    rounded = graph_module(checkpoint, graph, dtype=getattr(torch, dtype), layout=layout).float()
-    session = _session(file)
+    cases = [example_inputs(io, sizes, seed=seed) for seed, sizes in enumerate(_sizes(io, static=static))]
+    wanted = _truth(checkpoint, graph, dtype, layout, cases)
+    session = open_session(file)
     pairs: list[tuple[Any, Any]] = []
-    for seed, sizes in enumerate(_sizes(io, static=static)):
-        inputs = example_inputs(io, sizes, seed=seed)
-        found = session.run(None, _feeds(io, inputs))
-        with torch.inference_mode():
-            wanted = rounded(*_wide(inputs))
-        wanted = wanted if isinstance(wanted, tuple) else (wanted,)
-        pairs += zip(found, (one.numpy() for one in wanted), strict=True)
+    for inputs, outputs in zip(cases, wanted, strict=True):
+        pairs += zip(session.run(None, _feeds(io, inputs)), outputs, strict=True)
     return _judge(graph, dtype, pairs)
 
 
@@ -86,11 +84,17 @@ def compare_hoisted(checkpoint: Checkpoint, folder: Path, contract: Contract, *,
     dtype = step.outputs[0].dtype
     if dtype == "bfloat16":
         return Figures.not_run()
-    unet = graph_module(checkpoint, "unet", dtype=getattr(torch, dtype), layout="ritocco").float()
-    sessions = [_session(folder / graph / GRAPH_FILE) for graph in ("unet_once", "unet_step")]
-    pairs: list[tuple[Any, Any]] = []
+    cases, plain = [], []
     for seed, sizes in enumerate(_sizes(once, static=static)):
         timesteps, context, condition = example_inputs(once, sizes, seed=seed)
+        latents = example_inputs(step, {**sizes, "N": 1, "M": 1}, seed=seed)[0]
+        sample = torch.cat([latents, condition], dim=1).repeat(len(context), 1, 1, 1)
+        cases.append((timesteps, context, condition, latents))
+        plain.append([sample, timesteps[-1:].repeat(len(context)), context])
+    wanted = _truth(checkpoint, "unet", dtype, "ritocco", plain)
+    sessions = [open_session(folder / graph / GRAPH_FILE) for graph in ("unet_once", "unet_step")]
+    pairs: list[tuple[Any, Any]] = []
+    for (timesteps, context, condition, latents), (whole,) in zip(cases, wanted, strict=True):
         kept = dict(
             zip(
                 (port.name for port in once.outputs),
@@ -101,23 +105,34 @@ def compare_hoisted(checkpoint: Checkpoint, folder: Path, contract: Contract, *,
         kept["time"] = kept["time"][-1:]
         # Sizes of the step that the lane has to be filled up to.
         lanes, rows = step.ranges["N"][0], max(step.ranges["M"][0], len(context))
-        latents = example_inputs(step, {**sizes, "N": 1, "M": 1}, seed=seed)[0]
         index = np.minimum(np.arange(rows), len(context) - 1)
         feeds = {name: value.repeat(lanes, 0) for name, value in kept.items() if name in HOISTED}
         feeds |= {name: value[index] for name, value in kept.items() if name not in HOISTED}
         feeds |= {"latents": latents.repeat(lanes, 1, 1, 1).numpy(), "rows": np.zeros(rows, np.int32)}
         (found,) = sessions[1].run(None, feeds)
-        sample = torch.cat([latents, condition], dim=1).repeat(len(context), 1, 1, 1)
-        with torch.inference_mode():
-            wanted = unet(*_wide((sample, timesteps[-1:].repeat(len(context)), context)))
-        pairs.append((found[: len(context)], wanted.numpy()))
+        pairs.append((found[: len(context)], whole))
     return _judge("unet_step on unet_once", dtype, pairs)
 
 
-def _session(file: Path) -> Any:
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    return onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+def open_session(file: Path) -> Any:
+    """A graph on ONNX Runtime's CPU, as it is written."""
+    return onnxruntime.InferenceSession(str(file), session_options(), providers=["CPUExecutionProvider"])
+
+
+def _truth(
+    checkpoint: Checkpoint,
+    graph: GraphName,
+    dtype: str,
+    layout: Layout,
+    cases: Sequence[Sequence[torch.Tensor]],
+) -> list[tuple[np.ndarray[Any, Any], ...]]:
+    """What torch gives for each case; the network is gone afterwards."""
+    rounded = widen(graph_module(checkpoint, graph, dtype=getattr(torch, dtype), layout=layout))
+    with torch.inference_mode():
+        found = [rounded(*_wide(inputs)) for inputs in cases]
+    del rounded
+    gc.collect()
+    return [tuple(o.numpy() for o in (one if isinstance(one, tuple) else (one,))) for one in found]
 
 
 def _feeds(io: NetworkIO, inputs: Sequence[torch.Tensor]) -> dict[str, np.ndarray[Any, Any]]:

@@ -154,6 +154,16 @@ def _write(
     except OSError as error:
         typer.echo(f"error: {out}: {error}; nothing was kept", err=True)
         raise typer.Exit(1) from error
+    _say_memory(out)
+
+
+def _say_memory(out: Path) -> None:
+    from ritocco.backends.host_memory import peak_bytes
+
+    graphs = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
+    if peak := peak_bytes():
+        written = f"{peak / graphs:.2f} times the {graphs / 2**20:.0f} MiB written"
+        typer.echo(f"memory: {peak / 2**20:.0f} MiB at most, {written}", err=True)
 
 
 def _build(graphs: Path, out: Path | None, *, library: str, targets: list[str], refit: bool) -> None:

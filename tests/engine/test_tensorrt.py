@@ -19,7 +19,7 @@ import ritocco
 from random_lanes import random_lane, walk
 from ritocco import BackendError, RequestError
 from ritocco.artefacts import GRAPH_FILE, MANIFEST, file_digest, open_artefacts
-from ritocco.backends import open_sessions
+from ritocco.backends import build_command, open_sessions
 from ritocco.backends.cuda import Cuda, from_bfloat16, to_bfloat16
 from ritocco.backends.engine_store import EngineOptions, EngineStore, engine_key, target_of, weights_of
 from ritocco.backends.runtime import Floats, LatentSize
@@ -414,3 +414,48 @@ def test_bfloat16_is_rounded_as_torch_does() -> None:
     assert (from_bfloat16(to_bfloat16(values)) == wanted.float().numpy()).all()
     bits = np.array([0x7F800001, 0xFFFFFFFF], np.uint32)
     assert np.isnan(from_bfloat16(to_bfloat16(bits.view(np.float32)))).all()
+
+
+def auto(graphs: Path, device: str = "auto", **options: Any) -> tuple[SessionRuntime, tuple[str, ...]]:
+    return open_sessions(open_artefacts(graphs), backend="auto", device=device, dtype="auto", options=options)
+
+
+def test_auto_takes_engines_that_were_built_and_builds_none(tiny_graphs: Path, stand_in: Any) -> None:
+    runtime, reasons = auto(tiny_graphs)
+    assert reasons[0].startswith("openvino on cpu")
+    assert stand_in.BUILT == []
+    opened(tiny_graphs)
+    runtime, reasons = auto(tiny_graphs)
+    assert (runtime.traits.device, reasons[0]) == (
+        "cuda:0",
+        "tensorrt on cuda:0: the fastest that is installed",
+    )
+    assert len(stand_in.BUILT) == 4
+    assert auto(tiny_graphs, device="cpu")[1][0].startswith("openvino on cpu")
+
+
+def test_auto_leaves_engines_for_another_card_or_with_a_part_gone(
+    tiny_graphs: Path, stand_in: Any, cuda: Any, cache: Path
+) -> None:
+    opened(tiny_graphs)
+    cuda.DEVICE["name"] = b"Another"
+    assert auto(tiny_graphs)[1][0].startswith("openvino on cpu")
+    cuda.DEVICE["count"] = 0
+    assert auto(tiny_graphs)[1][0].startswith("openvino on cpu")
+    cuda.reset()
+    next((cache / "engines").glob("*.engine")).unlink()
+    assert auto(tiny_graphs)[1][0].startswith("openvino on cpu")
+    assert len(stand_in.BUILT) == 4
+
+
+def test_auto_takes_engines_of_tensorrt_rtx(tiny_graphs: Path, stand_in: Any, cuda: Any) -> None:
+    cuda.DEVICE.update(major=8, minor=9)
+    opened(tiny_graphs, "tensorrt-rtx")
+    _, reasons = auto(tiny_graphs, via="bindings")
+    assert reasons[0].startswith("tensorrt-rtx on cuda:0")
+
+
+def test_an_installed_tensorrt_is_named_where_it_was_not_taken(stand_in: Any) -> None:
+    (line,) = build_command("cuda:0")
+    assert line.startswith("Installed: tensorrt. --backend tensorrt builds its engines once")
+    assert build_command("cpu") == ()

@@ -163,3 +163,14 @@ def test_what_onnx_runtime_says_of_its_own_nodes_is_read(tiny_graphs: Path) -> N
     assert taken.keys() == {PROVIDERS["cpu"]}
     assert taken[PROVIDERS["cpu"]] > 50
     assert session.notes == ()
+
+
+def test_auto_takes_graphs_that_were_compiled(tiny_graphs: Path, ort: Ort) -> None:
+    graphs = open_artefacts(tiny_graphs)
+    ask: dict[str, Any] = {"backend": "auto", "device": "cuda", "dtype": "auto"}
+    _, reasons = open_sessions(graphs, **ask)
+    assert reasons[0].startswith("onnxruntime on cuda")
+    assert reasons[-1].startswith("Installed: tensorrt-rtx. --backend tensorrt-rtx builds its engines once")
+    opened(tiny_graphs)
+    _, reasons = open_sessions(graphs, **ask)
+    assert reasons[0] == "tensorrt-rtx on cuda:0: the fastest that is installed"

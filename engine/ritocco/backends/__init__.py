@@ -21,8 +21,10 @@ SESSION_BACKENDS = {
     "tensorrt": "tensorrt",
     "tensorrt-rtx": "tensorrt-rtx",
 }
-# Which of them `auto` looks at. TensorRT is taken where it is asked for: its engines take minutes to build.
+# Which of them `auto` looks at; those of _BUILT come first where their engines were built before: building
+# takes minutes, which nobody asked for.
 _AUTO = ("openvino", "onnxruntime")
+_BUILT = ("tensorrt", "tensorrt-rtx")
 # Name -> packages, one of which must be there; a name that is missing is its own package's.
 PACKAGES = {"tensorrt": ("tensorrt",), "tensorrt-rtx": ("onnxruntime_ep_nv_tensorrt_rtx", "tensorrt_rtx")}
 
@@ -40,9 +42,10 @@ def open_sessions(
 ) -> tuple[SessionRuntime, tuple[str, ...]]:
     """A Runtime on exported graphs, and why this one, in words.
 
-    backend: `openvino`, `onnxruntime`, `tensorrt`, `tensorrt-rtx`, or `auto`: the first of the first two that
-    is installed, runs on `device` and opens the graphs. options: of TensorRT, see `EngineOptions`. Raises
-    BackendError where none is, and what the first of them raised where none opens the graphs.
+    backend: `openvino`, `onnxruntime`, `tensorrt`, `tensorrt-rtx`, or `auto`: one of the last two where its
+    engines for the GPU at hand lie in the cache, else the first of the first two that is installed, runs on
+    `device` and opens the graphs. options: of TensorRT, see `EngineOptions`. Raises BackendError where none
+    is, and what the first of them raised where none opens the graphs.
     """
     if backend not in ("auto", *SESSION_BACKENDS):
         raise BackendError(
@@ -52,6 +55,8 @@ def open_sessions(
         return _open(artefacts, backend, device, dtype, "as asked", options)
     on_cpu = device in ("auto", "cpu")
     candidates = [name for name in _AUTO if installed(name) and (on_cpu or name != "openvino")]
+    built = [name for name in _BUILT if device != "cpu" and _built(artefacts, name, device, options)]
+    candidates = built + candidates
     if not candidates:
         extras = " or ".join(f'"ritocco[{SESSION_BACKENDS[name]}]"' for name in _AUTO)
         raise BackendError(
@@ -60,10 +65,13 @@ def open_sessions(
     why, failures = "the fastest that is installed", []
     for name in candidates:
         try:
-            return _open(artefacts, name, device, dtype, why, options)
+            runtime, reasons = _open(artefacts, name, device, dtype, why, options)
         except RitoccoError as error:
             failures.append(error)
             why = f"{name} failed ({error})"
+        else:
+            hint = () if name in _BUILT else build_command(runtime.traits.device)
+            return runtime, (*reasons, *hint)
     raise failures[0]
 
 
@@ -79,6 +87,15 @@ def faster_command(device: str) -> tuple[str, ...]:
     return tuple(
         f'Faster here: pip install "ritocco[onnx,{SESSION_BACKENDS[name]}]", then --backend {name}'
         for name in FASTER_THAN_TORCH.get(device, ())[:1]
+    )
+
+
+def build_command(device: str) -> tuple[str, ...]:
+    """How an installed TensorRT is put to use on a device (`cuda:0`): a line for the log, or none."""
+    names = [name for name in _BUILT if found(name)] if device.startswith("cuda") else []
+    return tuple(
+        f"Installed: {name}. --backend {name} builds its engines once, into the cache; auto takes them then"
+        for name in names[:1]
     )
 
 
@@ -141,12 +158,35 @@ def _open_tensorrt(
     from ritocco.backends.engine_store import EngineOptions
 
     options = given or EngineOptions()
-    provider = options.via == "onnxruntime" or (options.via == "auto" and installed(PACKAGES[backend][0]))
-    if backend == "tensorrt-rtx" and provider:
+    if _through_provider(backend, options):
         from ritocco.backends.tensorrt_rtx_provider import open_provider
 
         return open_provider(artefacts, device=device, dtype=dtype, options=options)
     from ritocco.backends.tensorrt_ import open_tensorrt
 
-    library: Library = "tensorrt" if backend == "tensorrt" else "tensorrt-rtx"
-    return open_tensorrt(artefacts, library=library, device=device, dtype=dtype, options=options)
+    return open_tensorrt(artefacts, library=_library(backend), device=device, dtype=dtype, options=options)
+
+
+def _built(artefacts: Artefacts, backend: str, device: str, given: Mapping[str, Any] | None) -> bool:
+    """Whether a backend of TensorRT is there, and engines of these graphs lie ready for the GPU at hand."""
+    if found(backend) is None:
+        return False
+    from ritocco.backends.engine_store import EngineOptions
+
+    options = EngineOptions.parse(given)
+    if _through_provider(backend, options):
+        from ritocco.backends.tensorrt_rtx_provider import is_compiled
+
+        return is_compiled(artefacts, device=device, options=options)
+    from ritocco.backends.tensorrt_ import is_built
+
+    return is_built(artefacts, library=_library(backend), device=device, options=options)
+
+
+def _through_provider(backend: str, options: EngineOptions) -> bool:
+    provider = options.via == "onnxruntime" or (options.via == "auto" and installed(PACKAGES[backend][0]))
+    return backend == "tensorrt-rtx" and provider
+
+
+def _library(backend: str) -> Library:
+    return "tensorrt" if backend == "tensorrt" else "tensorrt-rtx"

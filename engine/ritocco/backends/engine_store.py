@@ -183,6 +183,15 @@ class EngineStore:
             weakref.finalize(self, shutil.rmtree, wanted, ignore_errors=True)
         self.folder = wanted
 
+    @classmethod
+    def of(cls, options: EngineOptions) -> EngineStore:
+        """The cache, behind the folder that the options name."""
+        return cls(also=[Path(options.engines)] if options.engines else [])
+
+    def holds(self, pattern: str) -> bool:
+        """Whether anything of a name lies here, of whatever key."""
+        return any(next(folder.glob(pattern), None) for folder in (*self._also, self.folder))
+
     def find(self, key: EngineKey) -> tuple[Path, Mapping[str, str]] | None:
         """The engine of a key and the digests of the weights in it; None where none is whole."""
         for folder in (*self._also, self.folder):

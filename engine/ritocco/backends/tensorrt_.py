@@ -16,6 +16,7 @@ import numpy.typing as npt
 from ritocco.artefacts import Artefacts
 from ritocco.backends.cuda import Buffer, Cuda, Graph, from_bfloat16, to_bfloat16
 from ritocco.backends.engine_store import (
+    EngineKey,
     EngineOptions,
     EngineStore,
     engine_key,
@@ -44,10 +45,8 @@ def open_tensorrt(
     """
     trt = tensorrt(library)
     held = refuse_other_dtype(artefacts, dtype, "TensorRT")
-    cuda = Cuda(device)
-    target = target_of(library, options, cuda.gpu)
-    store = EngineStore(also=[Path(options.engines)] if options.engines else [])
-    opener = _Opener(trt, artefacts, library, options, target, cuda, store)
+    cuda, store = Cuda(device), EngineStore.of(options)
+    opener = _Opener(trt, artefacts, library, options, cuda, store)
     sessions = {graph: opener.session(graph) for graph in artefacts.contract}
     notes = [f"{library} {trt.__version__} on {cuda.gpu.name}", *opener.notes]
     if not store.kept:
@@ -61,8 +60,20 @@ def open_tensorrt(
     return runtime
 
 
+def is_built(artefacts: Artefacts, *, library: Library, device: str, options: EngineOptions) -> bool:
+    """Whether an engine of every graph lies in the cache, for the GPU at hand; builds and opens none."""
+    store = EngineStore.of(options)
+    if not store.holds("*.engine"):
+        return False  # and the library is not loaded
+    try:
+        opener = _Opener(tensorrt(library), artefacts, library, options, Cuda(device), store)
+    except BackendError:
+        return False
+    return all(store.find(opener.key(graph)) is not None for graph in artefacts.contract)
+
+
 class _Opener:
-    """Makes the sessions of one runtime."""
+    """Makes the sessions of one runtime. Raises BackendError where the library does not run on the GPU."""
 
     def __init__(
         self,
@@ -70,12 +81,12 @@ class _Opener:
         artefacts: Artefacts,
         library: Library,
         options: EngineOptions,
-        target: str,
         cuda: Cuda,
         store: EngineStore,
     ) -> None:
         self.trt, self.artefacts, self.library, self.options = trt, artefacts, library, options
-        self.target, self.cuda, self.store = target, cuda, store
+        self.cuda, self.store = cuda, store
+        self.target = target_of(library, options, cuda.gpu)
         self.log = Log(trt)
         self.runtime = trt.Runtime(self.log.logger)
         if options.version_compatible:
@@ -83,13 +94,13 @@ class _Opener:
             self.runtime.engine_host_code_allowed = True
         self.notes: list[str] = []
 
-    def session(self, graph: GraphName) -> TensorRtSession:
+    def key(self, graph: GraphName) -> EngineKey:
         structure = None
         if self.options.refit:
             from ritocco.plugins import exporter
 
             structure = exporter().structure(self.artefacts, graph)
-        key = engine_key(
+        return engine_key(
             self.artefacts,
             graph,
             self.options,
@@ -98,6 +109,9 @@ class _Opener:
             target=self.target,
             structure=structure,
         )
+
+    def session(self, graph: GraphName) -> TensorRtSession:
+        key = self.key(graph)
         weights = weights_of(self.artefacts, graph)
         found = self.store.find(key)
         if found is not None:

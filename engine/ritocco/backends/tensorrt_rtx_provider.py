@@ -25,7 +25,7 @@ from ritocco.backends.tensorrt_library import PLUGIN
 from ritocco.errors import BackendError, CheckpointError
 from ritocco.nets.io import GraphName
 
-_MODEL, _ABOUT = "model.onnx", "about.json"
+_MODEL, _ABOUT, _KEPT = "model.onnx", "about.json", ".context"
 _registered: set[str] = set()
 
 
@@ -37,6 +37,32 @@ def open_provider(artefacts: Artefacts, *, device: str, dtype: str, options: Eng
     Raises BackendError where the provider is not installed, or finds no driver or no card that it runs on.
     """
     held = refuse_other_dtype(artefacts, dtype, "TensorRT for RTX")
+    plugin, card, place = _card(device)
+    store = EngineStore.of(options)
+    maker = _Maker(artefacts, plugin, card, options, store)
+    sessions = {graph: maker.session(graph) for graph in artefacts.contract}
+    if not store.kept:
+        maker.notes.append("compiled graphs are not kept, as the cache can't be written: set RITOCCO_CACHE")
+    return SessionRuntime(
+        artefacts, sessions, device=f"cuda:{place}", dtype=held, release=(store,), notes=maker.notes
+    )
+
+
+def is_compiled(artefacts: Artefacts, *, device: str, options: EngineOptions) -> bool:
+    """Whether every graph lies in the cache as compiled for the card at hand; compiles and opens none."""
+    store = EngineStore.of(options)
+    if not store.holds(f"*{_KEPT}"):
+        return False  # and the provider is not loaded
+    try:
+        plugin, card, _ = _card(device)
+    except BackendError:
+        return False
+    maker = _Maker(artefacts, plugin, card, options, store)
+    return all(_whole(*maker.place(graph)) for graph in artefacts.contract)
+
+
+def _card(device: str) -> tuple[Any, Any, int]:
+    """The provider's package, the card that a device names, and its place among those that it takes."""
     plugin, cards = _cards()
     kind, _, index = device.partition(":")
     if kind not in ("auto", "cuda") or (index and not index.isdecimal()):
@@ -46,14 +72,7 @@ def open_provider(artefacts: Artefacts, *, device: str, dtype: str, options: Eng
         raise BackendError(
             f"device is {device!r}; TensorRT for RTX takes {len(cards)} cards here, from cuda:0 on"
         )
-    store = EngineStore(also=[Path(options.engines)] if options.engines else [])
-    maker = _Maker(artefacts, plugin, cards[place], options, store)
-    sessions = {graph: maker.session(graph) for graph in artefacts.contract}
-    if not store.kept:
-        maker.notes.append("compiled graphs are not kept, as the cache can't be written: set RITOCCO_CACHE")
-    return SessionRuntime(
-        artefacts, sessions, device=f"cuda:{place}", dtype=held, release=(store,), notes=maker.notes
-    )
+    return plugin, cards[place], place
 
 
 def _cards() -> tuple[Any, Sequence[Any]]:
@@ -106,7 +125,8 @@ class _Maker:
         self.options, self.store = options, store
         self.notes: list[str] = [f"ONNX Runtime's provider {plugin.__version__} for TensorRT for RTX"]
 
-    def session(self, graph: GraphName) -> OnnxSession:
+    def place(self, graph: GraphName) -> tuple[Path, EngineKey]:
+        """Where a graph is kept as compiled, and its key."""
         about = self.card.device
         key = engine_key(
             self.artefacts,
@@ -116,7 +136,10 @@ class _Maker:
             version=f"{self.plugin.__version__} in onnxruntime {onnxruntime.__version__}",
             target=f"{about.vendor} {about.device_id}",
         )
-        folder = self.store.folder / f"{key.digest()}.context"
+        return self.store.folder / f"{key.digest()}{_KEPT}", key
+
+    def session(self, graph: GraphName) -> OnnxSession:
+        folder, key = self.place(graph)
         if _whole(folder, key):
             try:
                 return self._open(graph, folder / _MODEL)

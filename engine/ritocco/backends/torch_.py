@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
@@ -10,7 +10,7 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ritocco.backends.host_memory import LARGEST_KEPT_BYTES, keep_freed_memory
 from ritocco.backends.runtime import Floats, Lane, LaneState, LatentSize, Tokens, Traits
@@ -29,23 +29,30 @@ _STEPS_AHEAD = 2  # how many steps the host may queue before it waits for the de
 class TorchRuntime:
     """The three networks of a checkpoint on one torch device, in one dtype. See `Runtime`."""
 
-    def __init__(self, checkpoint: Checkpoint, *, device: torch.device, dtype: torch.dtype) -> None:
-        """Load the weights straight onto `device`. Raises CheckpointError where they do not fit."""
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        load: Callable[..., nn.Module] = load_network,
+    ) -> None:
+        """Load the weights straight onto `device`. load: as `load_network`. Raises CheckpointError where they
+        do not fit.
+        """
         self.device, self.dtype = device, dtype
         # In float32 on a CPU, torch's channels_last group norm loses digits (see `groupnorm_reference`).
         plain = device.type == "cpu" and dtype == torch.float32
         self.layout = torch.contiguous_format if plain else torch.channels_last
         if device.type == "cpu" and _largest_weight_bytes(checkpoint) > LARGEST_KEPT_BYTES:
             keep_freed_memory()
-        self.unet = cast(UNet, load_network(checkpoint, "unet", device=device, dtype=dtype))
+        self.unet = cast(UNet, load(checkpoint, "unet", device=device, dtype=dtype))
         # The decoder is not needed before the last step. On a GPU it moves at once: what does not fit there
         # has to show now.
         later = ("decoder.", "post_quant_conv.") if device.type == "cpu" else ()
-        self.vae = cast(VAE, load_network(checkpoint, "vae", device=device, dtype=dtype, later=later))
+        self.vae = cast(VAE, load(checkpoint, "vae", device=device, dtype=dtype, later=later))
         self._decodes = not later
-        self.text_encoder = cast(
-            TextEncoder, load_network(checkpoint, "text_encoder", device=device, dtype=dtype)
-        )
+        self.text_encoder = cast(TextEncoder, load(checkpoint, "text_encoder", device=device, dtype=dtype))
         self.traits = Traits(
             device=str(device),
             dtype=str(dtype).removeprefix("torch."),
