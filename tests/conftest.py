@@ -369,6 +369,12 @@ def tiny_half_graphs(tiny_checkpoint: Path, export: Export) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny_bfloat16_graphs(tiny_checkpoint: Path, export: Export) -> Path:
+    """bfloat16, our layout."""
+    return export(tiny_checkpoint, "brain", SIZES, dtype="bfloat16")
+
+
+@pytest.fixture(scope="session")
 def tiny_hoisted_graphs(tiny_checkpoint: Path, export: Export) -> Path:
     """float32, our layout, the UNet in two graphs."""
     return export(tiny_checkpoint, "hoisted", SIZES, hoisted=True)

@@ -128,9 +128,9 @@ class Store:
         self.batch, self.fresh, self.empty, self.rank = batch, fresh, empty, rank
         self.items: dict[int, list[Encoded]] = {}
 
-    def batches(self, stages: Stages, start: int) -> Iterator[tuple[Tensor, ...]]:
+    def batches(self, stages: Stages, start: int, seed: tuple[int, int]) -> Iterator[tuple[Tensor, ...]]:
         """Endless batches (latents, masked, mask, tokens) from step `start` on."""
-        rng = np.random.default_rng((self.rank, start))
+        rng = np.random.default_rng(seed)
         for step in count(start):
             size = stages.size_of(step, self.rank)
             batch = max(1, round(self.batch * (128 / size) ** 2))
@@ -267,6 +267,9 @@ def main() -> None:
     parser.add_argument(
         "--init", type=Path, help="start from the weights of this folder, e.g. the packed model"
     )
+    parser.add_argument(
+        "--before", type=int, default=0, help="steps behind these weights, whose data is not drawn again"
+    )
     parser.add_argument("--muon", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--cooldown", type=float, default=0.3, help="share of the steps with a falling rate")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cuda: a GPU a process")
@@ -307,13 +310,13 @@ def main() -> None:
         rank=rank,
     )
     blank = tokenizer("", padding="max_length", return_tensors="pt").input_ids[0]
-    seed(trainer, rank)
+    drawn = seed(trainer, rank, args.before)
 
     def loss_of(batch: tuple[Tensor, ...]) -> tuple[Tensor, dict[str, float]]:
         with device:
             return v_loss(unet, text, alpha_bar, blank.to(device), tuple(part.to(device) for part in batch))
 
-    run(trainer, store.batches(args.stages, trainer.step), loss_of)
+    run(trainer, store.batches(args.stages, trainer.step, drawn), loss_of)
 
 
 def fresh_unet() -> Any:

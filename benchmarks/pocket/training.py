@@ -162,15 +162,16 @@ def start(device: str = "cpu") -> tuple[int, torch.device]:
     return rank, torch.device(device)
 
 
-def seed(trainer: Trainer, rank: int) -> tuple[int, int]:
+def seed(trainer: Trainer, rank: int, before: int = 0) -> tuple[int, int]:
     """Resume, and seed torch for what comes: a run that goes on does not draw again what it drew before.
 
-    Returns a seed for the data.
+    before: steps of earlier runs. Returns a seed for the data.
     """
     if trainer.resume() and rank == 0:
         print(f"resumed at step {trainer.step}")
-    torch.manual_seed(trainer.step * 1009 + rank)
-    return rank, trainer.step
+    drawn = before + trainer.step
+    torch.manual_seed(drawn * 1009 + rank)
+    return rank, drawn
 
 
 def run(

@@ -6,6 +6,7 @@ used, and given back.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import onnxruntime
@@ -13,7 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from ritocco.backends import installed
+from ritocco.backends.onnxruntime_ import PROVIDERS, OnnxSession
+from ritocco.backends.sessions import Session
 from ritocco.checkpoint import Checkpoint, load_network
+from ritocco.nets.io import GraphName
 from ritocco.parameters import NetworkName
 
 
@@ -43,13 +48,31 @@ def load_widened(
     return rounded.to(dtype) if network == "vae" else widen(rounded)
 
 
-def session_options() -> onnxruntime.SessionOptions:
-    """Of a session that runs a graph as it is written, on weights as they lie in its file.
+def can_run(dtype: str) -> bool:
+    """Whether graphs of a dtype run on this machine's CPU."""
+    return dtype != "bfloat16" or installed("openvino")
+
+
+def open_session(file: Path, graph: GraphName, dtype: str) -> Session:
+    """A graph as it is written, on a CPU, computed in float32: on OpenVINO where it is a bfloat16 graph, else
+    on ONNX Runtime.
+    """
+    if dtype == "bfloat16":
+        import openvino
+
+        from ritocco.backends.openvino_ import OpenVinoSession
+
+        return OpenVinoSession(openvino.Core(), file, "f32")
+    cpu = PROVIDERS["cpu"]
+    return OnnxSession(file, _options(), wanted=cpu, graph=graph, providers=[cpu])
+
+
+def _options() -> onnxruntime.SessionOptions:
+    """Of a session that leaves weights as they lie in the file.
 
     Folding constants would widen all float16 weights at once, and packing for the CPU's kernels copies them.
     """
     options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     # The other order casts all weights first.
     options.execution_order = onnxruntime.ExecutionOrder.PRIORITY_BASED

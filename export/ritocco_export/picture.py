@@ -13,7 +13,6 @@ import torch
 
 from ritocco.artefacts import Artefacts, open_artefacts
 from ritocco.backends.host_memory import give_back_freed_memory
-from ritocco.backends.onnxruntime_ import PROVIDERS, OnnxSession
 from ritocco.backends.runtime import Runtime
 from ritocco.backends.sessions import SessionRuntime
 from ritocco.backends.torch_ import TorchRuntime
@@ -21,24 +20,24 @@ from ritocco.checkpoint import Checkpoint, load_tokenizer
 from ritocco.engine import Engine
 from ritocco.errors import CheckpointError
 from ritocco.prompt import Tokenizer
-from ritocco_export.frugal import load_widened, session_options
+from ritocco_export.frugal import can_run, load_widened, open_session
 from ritocco_export.gate import Figures, difference
 
 # Of 8-bit pixels, raw decode. float32: rounding to bytes is all that differs (51 dB if every pixel were one
-# level off). float16: rounded weights and what passes between graphs, through four guided steps.
-LEAST_PSNR_DB: Mapping[str, float] = {"float32": 51.0, "float16": 30.0}
+# level off). float16 and bfloat16: what passes between graphs is rounded, through four guided steps.
+LEAST_PSNR_DB: Mapping[str, float] = {"float32": 51.0, "float16": 30.0, "bfloat16": 20.0}
 STEPS = 4
 
 
 def compare_picture(checkpoint: Checkpoint, folder: Path) -> Figures:
-    """Paint one picture of the smallest size with torch in float32 and one with ONNX Runtime.
+    """Paint one picture of the smallest size with torch in float32 and one on the graphs.
 
     folder: graphs with their manifest. Returns figures over 255. Raises CheckpointError where the pictures
     differ by more than LEAST_PSNR_DB allows.
     """
     artefacts = open_artefacts(folder)
     dtype = artefacts.contract["vae_decoder"].inputs[0].dtype
-    if dtype == "bfloat16":
+    if not can_run(dtype):
         return Figures.not_run()
     asked = _request(artefacts)
     wanted = _painted(_torch(checkpoint, dtype), load_tokenizer(checkpoint), checkpoint.scheduler, asked)
@@ -62,14 +61,8 @@ def _torch(checkpoint: Checkpoint, dtype: str) -> TorchRuntime:
 
 
 def _sessions(artefacts: Artefacts, dtype: str) -> SessionRuntime:
-    """On ONNX Runtime's CPU, the graphs as they are written."""
-    provider = PROVIDERS["cpu"]
-    sessions = {
-        graph: OnnxSession(
-            artefacts.graph(graph), session_options(), wanted=provider, graph=graph, providers=[provider]
-        )
-        for graph in artefacts.contract
-    }
+    """The graphs as they are written, see `open_session`."""
+    sessions = {graph: open_session(artefacts.graph(graph), graph, dtype) for graph in artefacts.contract}
     return SessionRuntime(artefacts, sessions, device="cpu", dtype=dtype)
 
 

@@ -167,6 +167,19 @@ def test_optimums_layout_paints_the_same(
         assert np.abs(floats(engine, given) - floats(tiny_engine, given)).max() < TOLERANCE
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_bfloat16_graphs_run_on_openvino_alone(
+    tiny_bfloat16_graphs: Path, tiny_engine: Engine, ask: Ask, dtype: str
+) -> None:
+    """In float32 arithmetic too, what passes between graphs is rounded to 8 bits."""
+    engine = load(tiny_bfloat16_graphs, "openvino", dtype=dtype)
+    difference = np.abs(floats(engine, ask()) - floats(tiny_engine, ask()))
+    assert difference.max() < 0.3
+    assert difference.mean() < 0.03
+    with pytest.raises(BackendError, match="bfloat16 graphs don't run on ONNX Runtime's CPU"):
+        ritocco.load(tiny_bfloat16_graphs, backend="onnxruntime")
+
+
 @pytest.mark.parametrize("graphs", ["tiny_half_graphs", "tiny_half_hoisted_graphs"])
 def test_half_graphs_on_a_cpu_are_near(
     backend: str, graphs: str, tiny_engine: Engine, ask: Ask, request: pytest.FixtureRequest

@@ -20,7 +20,8 @@ from random_lanes import random_lane, walk
 from ritocco import BackendError, RequestError
 from ritocco.artefacts import GRAPH_FILE, MANIFEST, file_digest, open_artefacts
 from ritocco.backends import build_command, open_sessions
-from ritocco.backends.cuda import Cuda, from_bfloat16, to_bfloat16
+from ritocco.backends.bfloat16 import from_bfloat16, to_bfloat16
+from ritocco.backends.cuda import Cuda
 from ritocco.backends.engine_store import EngineOptions, EngineStore, engine_key, target_of, weights_of
 from ritocco.backends.runtime import Floats, LatentSize
 from ritocco.backends.sessions import SessionRuntime

@@ -12,12 +12,11 @@ import numpy as np
 import pytest
 import torch
 
-from ritocco.artefacts import GRAPH_FILE, open_artefacts
+from ritocco.artefacts import GRAPH_FILE, open_artefacts, read_manifest
 from ritocco.backends.torch_ import TorchRuntime
 from ritocco.checkpoint import load_network, open_checkpoint
 from ritocco.nets.io import GraphName
-from ritocco_export.frugal import load_widened, widen
-from ritocco_export.gate import open_session
+from ritocco_export.frugal import load_widened, open_session, widen
 from ritocco_export.graphs import example_inputs, graph_module
 
 CPU = torch.device("cpu")
@@ -69,8 +68,7 @@ def test_a_float16_graph_is_run_without_a_float32_copy_of_its_weights(tmp_path: 
     gc.collect()
     feeds = {"x": np.ones((4, 2048), np.float16)}
     before = anonymous_bytes()
-    session = open_session(tmp_path / GRAPH_FILE)
-    (found,) = session.run(None, feeds)
+    found = open_session(tmp_path / GRAPH_FILE, "unet", "float16").run(feeds)
     assert np.isfinite(found).all()
     assert anonymous_bytes() - before < 150e6
 
@@ -79,3 +77,17 @@ def anonymous_bytes() -> int:
     """Memory of this process that is no file's."""
     resident, shared = (int(pages) for pages in Path("/proc/self/statm").read_text().split()[1:3])
     return (resident - shared) * os.sysconf("SC_PAGE_SIZE")
+
+
+def test_bfloat16_graphs_are_valid_and_not_run_where_nothing_runs_them(
+    tiny_checkpoint: Path, tiny_bfloat16_graphs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ritocco_export import frugal, gate
+
+    assert read_manifest(tiny_bfloat16_graphs).parity["unet"]["arithmetic"] == "float32"
+    graphs, checkpoint = open_artefacts(tiny_bfloat16_graphs), open_checkpoint(tiny_checkpoint)
+    file, io = graphs.graph("unet"), graphs.contract["unet"]
+    monkeypatch.setattr(frugal, "installed", lambda package: False)
+    figures = gate.compare(checkpoint, "unet", file, io, layout="ritocco", static=False)
+    assert figures.arithmetic == ""
+    assert "openvino is not installed" in figures.line()

@@ -164,12 +164,14 @@ def test_one_size_in_float16(tiny_checkpoint: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_bfloat16_is_written_and_valid(tiny_checkpoint: Path, tmp_path: Path) -> None:
+def test_bfloat16_is_written_and_gated(tiny_checkpoint: Path, tmp_path: Path) -> None:
     folder = export(tiny_checkpoint, tmp_path / "brain", profile="64@1", dtype="bfloat16")
     step = graph_of(folder, "unet_step").graph
     assert ports(step.input)["keys_00"][0] == "BFLOAT16"
     assert ports(step.input)["rows"][0] == "INT32"
-    assert {figures["arithmetic"] for figures in read_manifest(folder).parity.values()} == {""}
+    parity = read_manifest(folder).parity
+    assert {figures["arithmetic"] for figures in parity.values()} == {"float32"}
+    assert parity["unet"]["error"] < 0.02
 
 
 def test_graphs_that_do_not_fit_together_are_not_kept(

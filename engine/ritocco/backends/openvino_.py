@@ -11,9 +11,9 @@ import numpy.typing as npt
 import openvino
 
 from ritocco.artefacts import Artefacts, cache_root
+from ritocco.backends.bfloat16 import from_bfloat16, to_bfloat16
 from ritocco.backends.sessions import Arrays, SessionRuntime
 from ritocco.errors import BackendError, CheckpointError
-from ritocco.nets.io import GraphName
 
 _PRECISIONS = {"float32": "f32", "bfloat16": "bf16"}
 _DTYPES = {"f32": "float32", "f16": "float16", "i64": "int64", "i32": "int32"}
@@ -22,33 +22,47 @@ _DTYPES = {"f32": "float32", "f16": "float16", "i64": "int64", "i32": "int32"}
 class OpenVinoSession:
     """See `Session`."""
 
-    def __init__(self, core: openvino.Core, artefacts: Artefacts, graph: GraphName, precision: str) -> None:
+    def __init__(self, core: openvino.Core, file: Path, precision: str) -> None:
         """precision: `f32` or `bf16`. Raises CheckpointError for a graph that can't be compiled."""
-        file = artefacts.graph(graph)
         options = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": precision}
         try:
             compiled = core.compile_model(str(file), "CPU", options)
         except RuntimeError as error:
             raise CheckpointError(f"{file}: OpenVINO can't compile it ({str(error)[:300]})") from error
         self._request = compiled.create_infer_request()
-        self.dtypes: Mapping[str, str] = {
-            port.get_any_name(): _DTYPES.get(port.element_type.get_type_name(), "float32")
-            for port in compiled.inputs
-        }
+        types = {port.get_any_name(): port.element_type.get_type_name() for port in compiled.inputs}
+        # NumPy has no bfloat16: it is made of float32 here.
+        self._narrow = {name for name, held in types.items() if held == "bf16"}
+        self.dtypes: Mapping[str, str] = {name: _DTYPES.get(held, "float32") for name, held in types.items()}
         self._outputs = [port.get_any_name() for port in compiled.outputs]
 
     def run(self, feeds: Arrays) -> npt.NDArray[Any]:
         """See `Session`."""
-        self._request.infer(dict(feeds), share_inputs=True)
-        # A copy: the request's own tensor is overwritten by the next call.
-        output: npt.NDArray[Any] = self._request.get_output_tensor(0).data.copy()
-        return output
+        self._infer(feeds)
+        return _taken(self._request.get_output_tensor(0))
 
     def run_all(self, feeds: Arrays) -> Arrays:
         """See `Session`."""
-        self._request.infer(dict(feeds), share_inputs=True)
+        self._infer(feeds)
         tensors = ((name, self._request.get_output_tensor(i)) for i, name in enumerate(self._outputs))
-        return {name: tensor.data.copy() for name, tensor in tensors}
+        return {name: _taken(tensor) for name, tensor in tensors}
+
+    def _infer(self, feeds: Arrays) -> None:
+        given = {name: _narrowed(one) if name in self._narrow else one for name, one in feeds.items()}
+        self._request.infer(given, share_inputs=True)
+
+
+def _narrowed(array: npt.NDArray[Any]) -> openvino.Tensor:
+    bits = to_bfloat16(array)
+    return openvino.Tensor(bits, openvino.Shape(bits.shape), openvino.Type.bf16)
+
+
+def _taken(tensor: openvino.Tensor) -> npt.NDArray[Any]:
+    """A copy: the request's own tensor is overwritten by the next call."""
+    if tensor.element_type == openvino.Type.bf16:
+        return from_bfloat16(tensor.data.view("uint16"))
+    output: npt.NDArray[Any] = tensor.data.copy()
+    return output
 
 
 def open_openvino(artefacts: Artefacts, *, device: str, dtype: str) -> SessionRuntime:
@@ -68,7 +82,8 @@ def open_openvino(artefacts: Artefacts, *, device: str, dtype: str) -> SessionRu
     if (cache := _cache()) is not None:
         core.set_property({"CACHE_DIR": str(cache)})
     sessions = {
-        graph: OpenVinoSession(core, artefacts, graph, _PRECISIONS[dtype]) for graph in artefacts.contract
+        graph: OpenVinoSession(core, artefacts.graph(graph), _PRECISIONS[dtype])
+        for graph in artefacts.contract
     }
     return SessionRuntime(artefacts, sessions, device="cpu", dtype=dtype, release=(core,))
 

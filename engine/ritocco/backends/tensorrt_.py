@@ -14,7 +14,8 @@ import numpy as np
 import numpy.typing as npt
 
 from ritocco.artefacts import Artefacts
-from ritocco.backends.cuda import Buffer, Cuda, Graph, from_bfloat16, to_bfloat16
+from ritocco.backends.bfloat16 import from_bfloat16, to_bfloat16
+from ritocco.backends.cuda import Buffer, Cuda, Graph
 from ritocco.backends.engine_store import (
     EngineKey,
     EngineOptions,
