@@ -102,6 +102,11 @@ SHEETS: dict[str, Callable[[Studio], Tiles]] = {
 }
 
 
+def palette_of(picture: Image.Image) -> Image.Image:
+    """256 colours, for a small PNG: rare ones are kept, and each is the mean of what it stands for."""
+    return picture.quantize(256, method=Image.Quantize.MAXCOVERAGE, kmeans=3)
+
+
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -116,7 +121,7 @@ def main() -> None:
     for name in args.sheets or SHEETS:
         path = args.out / f"pocket-{name}.png"
         picture = sheet(SHEETS[name](studio), columns=8 if name == "subjects" else 4, side=224)
-        picture.quantize(192, dither=Image.Dither.FLOYDSTEINBERG).save(path, optimize=True)
+        palette_of(picture).save(path, optimize=True)
         print(path)
 
 
