@@ -261,7 +261,7 @@ def main() -> None:
     parser.add_argument("--stages", type=Stages.parse, default="128:1500,256:2650,384:3300,512:2350")
     parser.add_argument("--batch", type=int, default=32, help="of 128 pixels, per process")
     parser.add_argument("--fresh", type=float, default=3.0, help="new composites among them")
-    parser.add_argument("--empty", type=float, default=0.6, help="share of holes with background alone")
+    parser.add_argument("--empty", type=float, default=0.4, help="share of holes with background alone")
     parser.add_argument("--peak", type=float, default=1e-3)
     parser.add_argument("--others", type=float, default=1.0, help="weight of subjects not among the first")
     parser.add_argument(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,6 @@ from ritocco.artefacts import Artefacts, cache_root
 from ritocco.backends.bfloat16 import from_bfloat16, to_bfloat16
 from ritocco.backends.sessions import Arrays, SessionRuntime
 from ritocco.errors import BackendError, CheckpointError
-from ritocco.nets.io import GraphName
 
 _PRECISIONS = {"float32": "f32", "bfloat16": "bf16"}
 _DTYPES = {"f32": "float32", "f16": "float16", "i64": "int64", "i32": "int32"}
@@ -83,15 +81,10 @@ def open_openvino(artefacts: Artefacts, *, device: str, dtype: str) -> SessionRu
         raise BackendError(f"dtype is {dtype!r}; the backend openvino computes in float32 or bfloat16")
     if (cache := _cache()) is not None:
         core.set_property({"CACHE_DIR": str(cache)})
-
-    def opened(graph: GraphName) -> OpenVinoSession:
-        return OpenVinoSession(core, artefacts.graph(graph), _PRECISIONS[dtype])
-
-    # Compiling, and reading what was compiled, runs outside of Python, much of it on one core. The UNet, the
-    # largest, is begun first.
-    names = sorted(artefacts.contract, key=lambda graph: not graph.startswith("unet"))
-    with ThreadPoolExecutor(len(names), thread_name_prefix="ritocco-openvino") as pool:
-        sessions = dict(zip(names, pool.map(opened, names), strict=True))
+    sessions = {
+        graph: OpenVinoSession(core, artefacts.graph(graph), _PRECISIONS[dtype])
+        for graph in artefacts.contract
+    }
     return SessionRuntime(artefacts, sessions, device="cpu", dtype=dtype, release=(core,))
 
 
