@@ -25,6 +25,7 @@ WORK = Path(".cache/bench")
 RESULTS = Path("benchmarks/results")
 COMMANDS = ("startup", "steps", "both", "backends", "hoisted", "make-folder")
 ON_GRAPHS = ("backends", "hoisted")
+PEER = ("diffusers", "transformers")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -50,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _measure(arguments: argparse.Namespace) -> None:
     """The cases asked for: rows into the file, the table last."""
     on_graphs = arguments.command in ON_GRAPHS
-    against = () if on_graphs else ("diffusers", "transformers")
+    against = () if on_graphs else PEER
     if missing := [name for name in against if not installed(name)]:
         raise BenchError(f"{' and '.join(missing)} not installed: pip install 'ritocco[bench]'")
     choice = choose(arguments.device, arguments.dtype)
@@ -94,10 +95,12 @@ def _finish(arguments: argparse.Namespace, rows: Sequence[Row], *, full: bool) -
 
 
 def _backends(bench: Bench, env: Environment) -> list[Row]:
-    """Export the model into the cache, then measure torch and every backend that is installed."""
+    """Export the model into the cache, then measure torch and what else is installed."""
     names = _session_backends()
     load(bench.model, backend=names[0])
-    return backends(bench, names, env, run=execute, say=_say)
+    dtype = str(choose(bench.device).dtype).removeprefix("torch.")
+    peer = dtype if all(installed(name) for name in PEER) else None
+    return backends(bench, names, env, peer_dtype=peer, run=execute, say=_say)
 
 
 def _hoisted(bench: Bench, env: Environment) -> list[Row]:
@@ -155,7 +158,7 @@ def _parser() -> argparse.ArgumentParser:
         ("steps", "seconds of each phase, and peak memory"),
         ("both", "one after the other; the default"),
         ("hoisted", "a picture on plain and on hoisted graphs, on each exported backend"),
-        ("backends", "fresh process to its first picture, on torch and on exported graphs"),
+        ("backends", "fresh process to its first picture: torch, exported graphs, diffusers"),
     ):
         case = commands.add_parser(name, help=text)
         case.add_argument("--model", help="diffusers folder; default: the embedded model, else a tiny one")

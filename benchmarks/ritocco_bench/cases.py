@@ -123,40 +123,50 @@ def steps(
 
 
 def backends(
-    bench: Bench, names: Sequence[str], env: Environment, *, run: Execute = execute, say: Say = print
+    bench: Bench,
+    names: Sequence[str],
+    env: Environment,
+    *,
+    peer_dtype: str | None,
+    run: Execute = execute,
+    say: Say = print,
 ) -> list[Row]:
-    """Fresh process to its first picture, and a picture after that, on torch and on each named backend.
+    """Fresh process to its first picture, and a picture after that: torch, each named backend, diffusers.
 
     The graphs must be in the cache. The processes take turns, torch first; the first pair fills caches of
-    compiled models and is not counted. Each computes in the dtype that it takes by itself. Every picture must
-    lie within LEAST_PSNR_DB of torch's in float32. Raises ParityError and BenchError.
+    compiled models and is not counted. Each computes in the dtype that it takes by itself; diffusers in
+    `peer_dtype`, and not at all where that is None. Every picture must lie within LEAST_PSNR_DB of torch's in
+    float32. Raises ParityError and BenchError.
     """
     bench = replace(bench, dtype="auto")
     taken: dict[tuple[str, str], list[float]] = {}
     peaks: dict[str, int | None] = {}
     found: dict[str, Parity] = {}
-    variants = {"ritocco": "torch", **{f"ritocco-{name}": name for name in names}}
+    jobs = {"ritocco": bench.job("ritocco")}
+    jobs |= {f"ritocco-{name}": replace(jobs["ritocco"], backend=name) for name in names}
+    if peer_dtype is not None:
+        jobs["diffusers"] = replace(bench.job("diffusers"), dtype=peer_dtype)
     with tempfile.TemporaryDirectory() as folder:
         truth_file = Path(folder) / "truth.npy"
         run(replace(bench.job("ritocco"), dtype="float32", runs=0, until="picture", decoded=str(truth_file)))
         truth = np.load(truth_file)
         for pair in range(bench.pairs + 1):
-            for variant, backend in variants.items():
+            for variant, job in jobs.items():
                 file = Path(folder) / f"{variant}.npy"
-                job = replace(bench.job("ritocco"), backend=backend, until="picture", decoded=str(file))
-                result, started = run(job)
-                found[variant] = distance(np.load(file), truth, least_db=LEAST_PSNR_DB, name=backend)
+                result, started = run(replace(job, until="picture", decoded=str(file)))
+                found[variant] = distance(np.load(file), truth, least_db=LEAST_PSNR_DB, name=variant)
                 peaks[variant] = max(peaks.get(variant) or 0, result.peak_bytes or 0) or None
                 if pair:
                     taken.setdefault((variant, "load"), []).append(result.loaded - started)
                     taken.setdefault((variant, "first_picture"), []).append(result.stepped - started)
                     taken.setdefault((variant, "total"), []).append(math.fsum(result.seconds[-1].values()))
-                say(f"backends {pair}/{bench.pairs} {backend}: {result.stepped - started:.2f} s")
+                say(f"backends {pair}/{bench.pairs} {variant}: {result.stepped - started:.2f} s")
     case = f"backends-{bench.size}x{bench.size}-{bench.steps}steps"
-    return [
-        _row(case, bench, key, seconds, peaks[key[0]] if key[1] == "total" else None, found[key[0]], env)
-        for key, seconds in taken.items()
-    ]
+    rows = []
+    for key, seconds in taken.items():
+        held, peak = replace(bench, dtype=jobs[key[0]].dtype), peaks[key[0]] if key[1] == "total" else None
+        rows.append(_row(case, held, key, seconds, peak, found[key[0]], env))
+    return rows
 
 
 def hoisted(

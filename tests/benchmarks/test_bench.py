@@ -222,31 +222,33 @@ def test_make_folder_command(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert (out / "model_index.json").is_file()
 
 
-def test_backends_are_compared_with_torch(tiny: Path) -> None:
+def test_backends_are_compared_with_torch_and_with_diffusers(tiny: Path) -> None:
     """Without graphs: every backend is torch here, and one of them is wrong."""
-    asked: list[str] = []
+    asked: list[tuple[str, str]] = []
     wrong: set[str] = set()
 
     def run(job: worker.Job) -> tuple[worker.Result, float]:
-        asked.append(job.backend)
+        asked.append((job.variant, job.backend))
         result, started = in_process(replace(job, backend="torch"))
         if job.backend in wrong:
             np.save(job.decoded, -np.load(job.decoded))
         return result, started
 
-    held = bench(tiny, pairs=2)
-    rows = cases.backends(held, ["openvino"], environment.environment("cpu"), run=run, say=quiet)
-    assert asked == ["torch", *["torch", "openvino"] * 3]
-    assert {(row.variant, row.phase) for row in rows} == {
-        (variant, phase)
-        for variant in ("ritocco", "ritocco-openvino")
+    held, env = bench(tiny, pairs=2), environment.environment("cpu")
+    rows = cases.backends(held, ["openvino"], env, peer_dtype="float32", run=run, say=quiet)
+    turn = [("ritocco", "torch"), ("ritocco", "openvino"), ("diffusers", "torch")]
+    assert asked == [turn[0], *turn * 3]
+    dtypes = {"ritocco": "auto", "ritocco-openvino": "auto", "diffusers": "float32"}
+    assert {(row.variant, row.phase, row.dtype) for row in rows} == {
+        (variant, phase, dtype)
+        for variant, dtype in dtypes.items()
         for phase in ("load", "first_picture", "total")
     }
-    assert all(row.samples == 2 and row.dtype == "auto" for row in rows)
+    assert all(row.samples == 2 for row in rows)
     assert all(row.parity_psnr_db >= cases.LEAST_PSNR_DB for row in rows)
     wrong.add("openvino")
     with pytest.raises(parity.ParityError, match=r"openvino: .* dB from torch"):
-        cases.backends(held, ["openvino"], environment.environment("cpu"), run=run, say=quiet)
+        cases.backends(held, ["openvino"], env, peer_dtype=None, run=run, say=quiet)
 
 
 def test_plain_graphs_are_compared_with_hoisted_ones(tiny: Path) -> None:
