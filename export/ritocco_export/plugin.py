@@ -161,7 +161,7 @@ def _say_memory(out: Path) -> None:
     from ritocco.backends.host_memory import peak_bytes
 
     graphs = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
-    if peak := peak_bytes():
+    if (peak := peak_bytes()) and graphs:
         written = f"{peak / graphs:.2f} times the {graphs / 2**20:.0f} MiB written"
         typer.echo(f"memory: {peak / 2**20:.0f} MiB at most, {written}", err=True)
 

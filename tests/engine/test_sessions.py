@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import numpy as np
@@ -244,14 +245,17 @@ def test_a_checkpoint_is_exported_once(
     assert (floats(first, ask()) == floats(second, ask())).all()
 
 
-def test_auto_takes_the_fastest_that_is_installed(tiny_graphs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_takes_the_fastest_that_is_installed(
+    tiny_graphs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     artefacts = open_artefacts(tiny_graphs)
     opened: list[str] = []
 
-    def fake(artefacts: Any, name: str, *rest: object) -> tuple[None, tuple[str, ...]]:
+    def fake(artefacts: Any, name: str, *rest: object) -> tuple[SimpleNamespace, tuple[str, ...]]:
         opened.append(name)
-        return None, ()
+        return SimpleNamespace(traits=SimpleNamespace(device="cpu")), ()
 
+    monkeypatch.setenv("RITOCCO_CACHE", str(tmp_path))  # engines that other tests built lie elsewhere
     monkeypatch.setattr("ritocco.backends._open", fake)
     for absent in ((), ("openvino",), ("onnxruntime",)):
         monkeypatch.setattr("ritocco.backends.installed", lambda name, absent=absent: name not in absent)
