@@ -129,11 +129,17 @@ def write_graph(module: nn.Module, io: NetworkIO, file: Path, *, opset: int, sta
             input_names=[port.name for port in io.inputs],
             output_names=[port.name for port in io.outputs],
             dynamic_shapes=shapes,
+            optimize=False,
         )
-    if program is None:
-        raise RuntimeError("torch.onnx.export returned no program")
+        if program is None:
+            raise RuntimeError("torch.onnx.export returned no program")
+        weights = list(program.model.graph.initializers.values())
+        program.optimize()
     file.parent.mkdir(parents=True, exist_ok=True)
     program.save(file, external_data=_bytes_of(module) > 1 << 20)
+    # The optimizer's rules hold on to the nodes that they last looked at, and so to every weight, for good.
+    for weight in (*weights, *program.model.graph.initializers.values()):
+        weight.const_value = None
 
 
 def _example_size(io: NetworkIO, symbol: str, *, static: bool) -> int:
