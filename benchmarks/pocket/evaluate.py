@@ -218,10 +218,13 @@ def report(examiner: Examiner, parts: Sequence[str], *, quick: bool) -> Iterator
     if "background" in parts:
         cases = [Case(code="", index=i, size=size) for i in range(24 if quick else 60)]
         rows = [row for row in examiner.run(cases) if 0.05 <= row["share"] <= 0.25]
-        means = ", ".join(
-            f"{name} {np.mean([row[name] for row in rows]):.2f} dB" for name in ("ours", "ring_mean", "telea")
+        ours, *others = ([row[name] for row in rows] for name in ("ours", "ring_mean", "telea"))
+        against = ", ".join(
+            f"{name} {np.mean(values):.2f} dB (Wilcoxon signed-rank, p = {wilcoxon(ours, values).pvalue:.1g})"
+            for name, values in zip(("ring_mean", "telea"), others, strict=True)
         )
-        yield f"| background continued, PSNR in the hole, mean of {len(rows)} | {means} |"
+        count, mean = len(rows), np.mean(ours)
+        yield f"| background continued, PSNR in the hole, mean of {count} | {mean:.2f} dB; {against} |"
     if "autoencoder" in parts:
         values = reconstruction(examiner.engine, examiner.painter, 24 if quick else 100)
         spread = f"{np.min(values):.1f} to {np.max(values):.1f}"

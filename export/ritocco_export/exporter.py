@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
 from collections.abc import Callable, Iterable, Mapping
@@ -86,6 +87,7 @@ def export_checkpoint(
             module = graph_module(checkpoint, graph, dtype=getattr(torch, dtype), layout=layout)
             write_graph(module, contract[graph], file, opset=OPSETS[dtype], static=static)
             del module
+            gc.collect()  # exported programs are cycles
             onnx.checker.check_model(str(file), full_check=True)
             parity[graph] = compare(checkpoint, graph, file, contract[graph], layout=layout, static=static)
             say(f"{graph}: {parity[graph].line()}")
