@@ -24,8 +24,9 @@ from ritocco_export.frugal import can_run, load_widened, open_session
 from ritocco_export.gate import Figures, difference
 
 # Of 8-bit pixels, raw decode. float32: rounding to bytes is all that differs (51 dB if every pixel were one
-# level off). float16 and bfloat16: what passes between graphs is rounded, through four guided steps.
-LEAST_PSNR_DB: Mapping[str, float] = {"float32": 51.0, "float16": 30.0, "bfloat16": 20.0}
+# level off). float16 and bfloat16: what passes between graphs is rounded, through four guided steps; the
+# embedded model's gave 61 and 44 dB.
+LEAST_PSNR_DB: Mapping[str, float] = {"float32": 51.0, "float16": 50.0, "bfloat16": 33.0}
 STEPS = 4
 
 
