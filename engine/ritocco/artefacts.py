@@ -56,7 +56,7 @@ class Manifest:
     dtype: of the graphs. contract: `contract_digest` of the ports. ranges: for each graph and symbol the
     sizes it takes. files: every file but this one, with its digest. versions: of the packages that made it.
     parity: figures of the gate. profiles: the parts of the ranges that were asked for, each as `ranges`; none
-    stands for the ranges as one.
+    stands for the ranges as one. sha256: of every byte of the files of which `files` has blocks alone.
     """
 
     version: str
@@ -70,6 +70,7 @@ class Manifest:
     versions: Mapping[str, str]
     parity: Mapping[str, Any] = field(default_factory=dict)
     profiles: Sequence[Mapping[str, Ranges]] = ()
+    sha256: Mapping[str, str] = field(default_factory=dict)
     format: int = FORMAT
 
 
@@ -190,7 +191,7 @@ def read_manifest(path: Path) -> Manifest:
             "files": dict(files),
             "versions": dict(),
             "parity": dict(),
-        } if held.keys() | {"profiles"} == set(Manifest.__dataclass_fields__) and not (
+        } if held.keys() | {"profiles", "sha256"} == set(Manifest.__dataclass_fields__) and not (
             hoisted and layout == "optimum"
         ):
             pass
@@ -199,9 +200,11 @@ def read_manifest(path: Path) -> Manifest:
     if not files or not all(isinstance(digest, str) for digest in files.values()):
         raise CheckpointError(f"{file}: names no files; export the checkpoint again")
     graphs = HOISTED_GRAPHS if hoisted else GRAPHS
-    profiles = held.get("profiles", [])
+    profiles, whole = held.get("profiles", []), held.get("sha256", {})
     if not isinstance(profiles, list):
         raise CheckpointError(f"{file}: profiles are {shown(profiles)}; export the checkpoint again")
+    if not isinstance(whole, dict):
+        raise CheckpointError(f"{file}: sha256 is {shown(whole)}; export the checkpoint again")
     read = [_graph_ranges_of(file, graphs, one) for one in (ranges, *profiles)]
     return Manifest(**{**held, "ranges": read[0], "profiles": tuple(read[1:])})
 
@@ -258,10 +261,23 @@ def file_digest(file: Path) -> str:
 
 def files_of(path: Path) -> dict[str, str]:
     """Every file of an export but its manifest, as written in it: relative name -> digest."""
-    found = sorted(
+    return {file.relative_to(path).as_posix(): file_digest(file) for file in _files(path)}
+
+
+def sha256_of(path: Path) -> dict[str, str]:
+    """The files of which `file_digest` reads blocks alone, read whole: relative name -> sha256."""
+    found = {}
+    for file in _files(path):
+        if file.stat().st_size > _WHOLE_BYTES:
+            with file.open("rb") as stream:
+                found[file.relative_to(path).as_posix()] = hashlib.file_digest(stream, "sha256").hexdigest()
+    return found
+
+
+def _files(path: Path) -> list[Path]:
+    return sorted(
         file for folder in path.iterdir() if folder.is_dir() for file in folder.rglob("*") if file.is_file()
     )
-    return {file.relative_to(path).as_posix(): file_digest(file) for file in found}
 
 
 def cache_root() -> Path:

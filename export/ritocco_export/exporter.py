@@ -19,6 +19,7 @@ from ritocco.artefacts import (
     GRAPH_FILE,
     Manifest,
     files_of,
+    sha256_of,
     write_manifest,
     written_whole,
 )
@@ -106,6 +107,7 @@ def export_checkpoint(
             versions=_versions(),
             parity={graph: figures.as_json() for graph, figures in parity.items()},
             profiles=profile_ranges(contract, profiles, static=static),
+            sha256=sha256_of(part),
         )
         write_manifest(part, manifest)
         picture = compare_picture(checkpoint, part)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
 from planted_graphs import IO, PLANTED, VIOLATIONS
-from ritocco.artefacts import open_artefacts
+from ritocco.artefacts import files_of, open_artefacts, read_manifest, sha256_of, write_manifest
 from ritocco.cli import _add_plugins, app
 from ritocco.nets.io import GRAPHS
 from ritocco_export.tensorrt_check import OPSETS, check_graph, check_model, matrix
@@ -71,6 +72,26 @@ def test_the_command_says_whether_a_folder_is_in_order(tiny_graphs: Path, tmp_pa
     held = json.loads(text)
     assert not held["passed"]
     assert "changed since it was exported" in held["findings"]["folder"][0]["message"]
+
+
+def test_it_reads_every_byte_of_large_files(
+    tiny_graphs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ritocco.artefacts._WHOLE_BYTES", 1 << 20)
+    folder = shutil.copytree(tiny_graphs, tmp_path / "graphs")
+    found = replace(read_manifest(folder), files=files_of(folder), sha256=sha256_of(folder))
+    write_manifest(folder, found)
+    assert list(found.sha256) == ["unet/model.onnx.data"]
+    assert run("--check", str(folder))[0] == 0
+    with (folder / "unet" / "model.onnx.data").open("r+b") as stream:
+        stream.seek(5000)  # between the blocks that opening reads
+        held = stream.read(1)
+        stream.seek(5000)
+        stream.write(bytes([held[0] ^ 1]))
+    open_artefacts(folder)
+    status, text = run("--check", str(folder))
+    assert status == 1
+    assert "unet/model.onnx.data: changed since it was exported" in text
 
 
 def test_a_folder_without_manifest_is_noted(tiny_optimum_graphs: Path, tmp_path: Path) -> None:
