@@ -8,10 +8,13 @@ VENV ?= .venv
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
 POCKET ?= .cache/pocket
-POCKET_OUT ?= engine/ritocco/models/pocket
+# What `make pocket` writes; engine/ritocco/models/pocket replaces the embedded model.
+POCKET_OUT ?= $(POCKET)/packed
 POCKET_DATA := @lobehub/fluent-emoji-3d@1.1.0
 POCKET_FILE := $(POCKET)/lobehub-fluent-emoji-3d-1.1.0.tgz
 POCKET_DIGEST := Wlq2lVStTnr8BDpIJ0pEnTKO4LuDxxqTEhTvRtD1DLRF0me7ogeRQjKoehDHXuVJ2Qaecgl5wRBv60lUAG3h7g==
+# cuda: with POCKET_PROCESSES as many GPUs.
+POCKET_DEVICE ?= cpu
 POCKET_PROCESSES ?= 2
 POCKET_VAE_STEPS ?= 2800
 POCKET_OTHERS ?= 0.8
@@ -21,7 +24,7 @@ BIN = $(VENV)/bin
 INSTALL = $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
 TRAIN = PYTHONPATH=benchmarks OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node $(POCKET_PROCESSES)
 
-.PHONY: help demo test test-all test-gpu lint format bench pocket evaluate judge clean
+.PHONY: help demo test test-all test-gpu lint format bench pocket evaluate judge gallery clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):[^#]*## /\1|/p' Makefile | awk -F '|' '{ printf "make %-9s %s\n", $$1, $$2 }'
@@ -53,12 +56,13 @@ format: $(VENV)/dev.stamp ## sort imports, fix what ruff can fix, format
 bench: $(VENV)/bench.stamp ## the benchmarks
 	$(BIN)/python -m ritocco_bench
 
-pocket: $(VENV)/pocket.stamp $(POCKET)/package/package.json ## train the embedded model again: hours; resumes where it stopped
-	$(TRAIN) -m pocket.autoencoder --assets $(POCKET)/package/assets --work $(POCKET)/work --steps $(POCKET_VAE_STEPS)
+pocket: $(VENV)/pocket.stamp $(POCKET)/package/package.json ## train the embedded model again, into .cache/pocket/packed: hours; resumes where it stopped
+	$(TRAIN) -m pocket.autoencoder --assets $(POCKET)/package/assets --work $(POCKET)/work --steps $(POCKET_VAE_STEPS) --device $(POCKET_DEVICE)
 	PYTHONPATH=benchmarks OMP_NUM_THREADS=1 $(BIN)/python -m pocket.words --work $(POCKET)/work
-	$(TRAIN) -m pocket.denoiser --assets $(POCKET)/package/assets --work $(POCKET)/work --stages $(POCKET_STAGES) --others $(POCKET_OTHERS)
+	PYTHONPATH=benchmarks $(BIN)/python -m pocket.paraphrase --model $(POCKET)/work/words --out $(POCKET)/work/model
+	$(TRAIN) -m pocket.denoiser --assets $(POCKET)/package/assets --work $(POCKET)/work --stages $(POCKET_STAGES) --others $(POCKET_OTHERS) --device $(POCKET_DEVICE)
 	PYTHONPATH=benchmarks $(BIN)/python -m pocket.pack --work $(POCKET)/work --out $(POCKET_OUT)
-	PYTHONPATH=benchmarks $(BIN)/python -m pocket.curve --work $(POCKET)/work --out docs/pocket-curve.png
+	PYTHONPATH=benchmarks $(BIN)/python -m pocket.curve --work $(POCKET)/work --out $(POCKET)/curve.png
 
 # The rows of an evaluation that was cut short are kept.
 evaluate: $(VENV)/pocket.stamp $(POCKET)/package/package.json ## judge the embedded model; QUICK=1 for 256 pixels
@@ -67,6 +71,9 @@ evaluate: $(VENV)/pocket.stamp $(POCKET)/package/package.json ## judge the embed
 
 judge: $(VENV)/pocket.stamp $(POCKET)/package/package.json ## train the judge again, a quarter of an hour
 	PYTHONPATH=benchmarks OMP_NUM_THREADS=1 $(BIN)/python -m pocket.judge --assets $(POCKET)/package/assets
+
+gallery: $(VENV)/pocket.stamp ## paint the pictures of docs/ again; a quarter of an hour
+	PYTHONPATH=benchmarks $(BIN)/python -m pocket.gallery --out docs
 
 clean: ## remove the environment, caches and outputs; downloads and training state in .cache stay
 	rm -rf $(VENV) dist demo-output .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis

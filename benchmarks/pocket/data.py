@@ -64,11 +64,17 @@ class Painter:
     """Makes composites.
 
     assets: the `assets` folder of the unpacked npm package. others: weight of the subjects that are not among
-    the FIRST, which have 2. photographs: of scikit-image, for backgrounds.
+    the FIRST, which have 2. photographs: of scikit-image, for backgrounds. plain: share of backgrounds of one
+    colour.
     """
 
     def __init__(
-        self, assets: Path, *, others: float = 1.0, photographs: Sequence[str] = PHOTOGRAPHS
+        self,
+        assets: Path,
+        *,
+        others: float = 1.0,
+        photographs: Sequence[str] = PHOTOGRAPHS,
+        plain: float = 0.0,
     ) -> None:
         cv2.setNumThreads(1)
         self.subjects = {code: _load_subject(assets, code) for code in SUBJECTS}
@@ -76,6 +82,7 @@ class Painter:
         weights = np.array([2.0 if code in FIRST else others for code in self.codes])
         self.weights = weights / weights.sum()
         self.photographs = [_load_photograph(name) for name in photographs]
+        self.plain = plain
 
     def sample(
         self, rng: np.random.Generator, size: int, *, empty: float = 0.3, softened: float = 0.0
@@ -100,6 +107,8 @@ class Painter:
 
     def background(self, rng: np.random.Generator, size: int) -> Pixels:
         """A background of `size` pixels square."""
+        if self.plain and rng.random() < self.plain:
+            return _plain(rng, size)
         kind = rng.random()
         if kind < 0.5:
             return self._photograph(rng, size)
@@ -254,6 +263,30 @@ def _colour(rng: np.random.Generator) -> NDArray[np.float64]:
     hue, saturation, value = rng.uniform(0, 180), rng.uniform(20, 200), rng.uniform(60, 255)
     pixel = np.array([[[hue, saturation, value]]]).astype(np.uint8)
     return np.asarray(cv2.cvtColor(pixel, cv2.COLOR_HSV2RGB)[0, 0], dtype=np.float64)
+
+
+def _plain(rng: np.random.Generator, size: int) -> Pixels:
+    """One colour, often white, grey or nearly black; the light may fall off to one side."""
+    kind = rng.random()
+    if kind < 0.2:
+        colour = np.full(3, 255.0)
+    elif kind < 0.35:
+        colour = rng.uniform(225, 255) + rng.uniform(-6, 6, 3)
+    elif kind < 0.4:
+        colour = np.zeros(3)
+    elif kind < 0.5:
+        colour = rng.uniform(0, 40) + rng.uniform(-6, 6, 3)
+    elif kind < 0.65:
+        colour = rng.uniform(40, 225) + rng.uniform(-6, 6, 3)
+    else:
+        colour = _colour(rng)
+    light = np.ones((size, size))
+    if rng.random() < 0.5:
+        ys, xs = np.mgrid[0:size, 0:size] / size
+        angle = rng.uniform(0, 2 * np.pi)
+        light += rng.uniform(0, 0.4) * (np.cos(angle) * xs + np.sin(angle) * ys - rng.uniform(0, 1))
+    out: Pixels = np.clip(light[..., None] * colour, 0, 255).astype(np.uint8)
+    return out
 
 
 def _gradient(rng: np.random.Generator, size: int) -> Pixels:

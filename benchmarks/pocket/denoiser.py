@@ -30,6 +30,7 @@ from pocket.data import Painter, caption_of
 from pocket.initial import start_at_zero
 from pocket.models import SCHEDULER, UNET
 from pocket.norm import quicken
+from pocket.phrasings import Phrasebook
 from pocket.training import Schedule, Trainer, run, seed, start
 
 CAPACITY = 8000  # composites kept of each size
@@ -110,7 +111,8 @@ class Store:
 
     batch, fresh: pictures of a batch at 128 pixels and how many of them are new; larger pictures make smaller
     batches of the same number of pixels, a larger share of them new. empty: share of holes with background
-    alone. rank: of this process, which draws its own composites.
+    alone. everyday: share of subjects asked for in words that other captions lack. rank: of this process,
+    which draws its own composites.
     """
 
     def __init__(
@@ -122,10 +124,12 @@ class Store:
         batch: int,
         fresh: float,
         empty: float,
+        everyday: float,
         rank: int,
     ) -> None:
         self.painter, self.vae, self.tokenizer = painter, vae, tokenizer
         self.batch, self.fresh, self.empty, self.rank = batch, fresh, empty, rank
+        self.everyday, self.book = everyday, Phrasebook()
         self.items: dict[int, list[Encoded]] = {}
 
     def batches(self, stages: Stages, start: int, seed: tuple[int, int]) -> Iterator[tuple[Tensor, ...]]:
@@ -140,10 +144,7 @@ class Store:
             if new:
                 self._encode(rng, new, size)
             picks = items[len(items) - new :] + [items[i] for i in rng.integers(len(items), size=batch - new)]
-            captions = [
-                caption_of(rng, item.subject) if item.subject and item.caption else item.caption
-                for item in picks
-            ]
+            captions = [self._caption(rng, item) for item in picks]
             tokens = self.tokenizer(
                 captions, padding="max_length", truncation=True, return_tensors="pt"
             ).input_ids
@@ -153,6 +154,12 @@ class Store:
                 torch.stack([i.mask for i in picks]),
                 tokens,
             )
+
+    def _caption(self, rng: np.random.Generator, item: Encoded) -> str:
+        if not (item.subject and item.caption):
+            return item.caption
+        everyday = self.everyday and rng.random() < self.everyday
+        return self.book.phrase(rng, item.subject).text if everyday else caption_of(rng, item.subject)
 
     @torch.no_grad()
     def _encode(self, rng: np.random.Generator, count: int, size: int) -> None:
@@ -262,6 +269,8 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=32, help="of 128 pixels, per process")
     parser.add_argument("--fresh", type=float, default=3.0, help="new composites among them")
     parser.add_argument("--empty", type=float, default=0.4, help="share of holes with background alone")
+    parser.add_argument("--plain", type=float, default=0.15, help="share of backgrounds of one colour")
+    parser.add_argument("--everyday", type=float, default=0.3, help="share of phrases of pocket.phrasings")
     parser.add_argument("--peak", type=float, default=1e-3)
     parser.add_argument("--others", type=float, default=1.0, help="weight of subjects not among the first")
     parser.add_argument(
@@ -301,12 +310,13 @@ def main() -> None:
     config = {key: value for key, value in SCHEDULER.items() if key != "skip_prk_steps"}
     alpha_bar = DDIMScheduler(**config).alphas_cumprod.to(device)  # type: ignore[no-untyped-call, attr-defined]
     store = Store(
-        Painter(args.assets, others=args.others),
+        Painter(args.assets, others=args.others, plain=args.plain),
         vae,
         tokenizer,
         batch=args.batch,
         fresh=args.fresh,
         empty=args.empty,
+        everyday=args.everyday,
         rank=rank,
     )
     blank = tokenizer("", padding="max_length", return_tensors="pt").input_ids[0]

@@ -1,15 +1,16 @@
 """Measure the embedded model on placements and photographs kept out of training: `python -m pocket.evaluate`.
 
-Four questions: does it draw what it is asked for (a judge looks at the hole), does it continue a background
-(against the mean colour of the ring around the hole and OpenCV's Telea), how well does the autoencoder
-reconstruct, and what do schedulers and guidance change. Every picture is a row of a JSON-lines file,
-written at once; a second run goes on where the first stopped.
+Four questions: does it draw what it is asked for, in words of its training and in others (a judge looks at
+the hole), does it continue a background (against the mean colour of the ring around the hole and OpenCV's
+Telea), how well does the autoencoder reconstruct, and what do schedulers and guidance change. Every picture
+is a row of a JSON-lines file, written at once; a second run goes on where the first stopped.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,12 +19,14 @@ from typing import Any
 import cv2
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from scipy.stats import binomtest, wilcoxon
 from tqdm import tqdm, trange
 
 import ritocco
 from pocket.data import HELD_OUT, Mask, Painter, Pixels, caption_of, hole
 from pocket.judge import JUDGE, load_judge
+from pocket.phrasings import ASKED
 from pocket.subjects import FIRST, SUBJECTS
 
 SCHEDULERS = ("DPMSolverMultistep", "DDIM", "K_EULER", "K_EULER_ANCESTRAL", "PNDM", "KLMS")
@@ -35,18 +38,24 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Case:
-    """One picture to paint. code: the subject; empty where a background is to be continued."""
+    """One picture to paint.
+
+    code: the subject; empty where a background is to be continued. everyday: asked for in a phrase of which
+    the captions of training have the subject's name alone.
+    """
 
     code: str
     index: int
     size: int
     scheduler: str = SCHEDULERS[0]
     guidance: float = 7.5
+    everyday: bool = False
 
     @property
     def key(self) -> str:
         """Identifies the row."""
-        return "/".join(str(value) for value in asdict(self).values())
+        held = (self.code, self.index, self.size, self.scheduler, self.guidance)
+        return "/".join(str(value) for value in held) + ("/everyday" if self.everyday else "")
 
     def rng(self) -> np.random.Generator:
         """The same hole, background and words for every scheduler, guidance and size."""
@@ -85,7 +94,7 @@ class Examiner:
         rng = case.rng()
         canvas = self.painter.background(rng, case.size)
         mask, centre, side = wide_hole(rng, case.size, least=0.4, most=0.9)
-        prompt = caption_of(rng, case.code)
+        prompt = everyday(case.code) if case.everyday else caption_of(rng, case.code)
         painted = self.paint(canvas, mask, prompt, case)
         probabilities = self.judge.probabilities(window(painted, centre, side))
         ranked = list(probabilities)
@@ -137,8 +146,21 @@ def read_rows(path: Path) -> Iterator[Row]:
             row = json.loads(line)
         except ValueError:
             continue
-        if isinstance(row, dict) and {"key", "version"} <= row.keys():
+        if is_row(row):
             yield row
+
+
+def is_row(row: object) -> bool:
+    """Whether it holds all that is measured of a case, as finite numbers."""
+    numbers: tuple[Any, ...]
+    match row:
+        case {"key": str(), "version": str(), "code": "", "share": a, "ours": b, "ring_mean": c, "telea": d}:
+            numbers = (a, b, c, d)
+        case {"key": str(), "version": str(), "code": str(), "place": a, "confidence": b}:
+            numbers = (a, b)
+        case _:
+            return False
+    return all(isinstance(one, int | float) and math.isfinite(one) for one in numbers)
 
 
 def wide_hole(
@@ -175,6 +197,12 @@ def reconstruction(engine: ritocco.Engine, painter: Painter, count: int) -> list
     return out
 
 
+def everyday(code: str) -> str:
+    """A phrase for the subject; each of `ASKED` is had by every 25th subject."""
+    names = SUBJECTS[code]
+    return ASKED[tuple(SUBJECTS).index(code) % len(ASKED)].format(names[len(ASKED) % len(names)])
+
+
 def subject_cases(codes: Sequence[str], size: int, each: int, **settings: Any) -> list[Case]:
     """`each` pictures of every subject of `codes`."""
     return [Case(code=code, index=i, size=size, **settings) for i in range(each) for code in codes]
@@ -204,12 +232,17 @@ def report(examiner: Examiner, parts: Sequence[str], *, quick: bool) -> Iterator
         yield f"| subject recognised, DPMSolverMultistep | {recognised(rows)} |"
         missed = [code for code in codes if not any(r["place"] == 1 for r in rows if r["code"] == code)]
         yield f"| subjects never recognised | {', '.join(SUBJECTS[c][0] for c in missed) or 'none'} |"
+    if "everyday" in parts:
+        rows = examiner.run(subject_cases(codes, size, 1, everyday=True))
+        yield f"| recognised, asked for in everyday words | {recognised(rows)} |"
+        wrong = sorted(f"{row['prompt']} ({row['seen']})" for row in rows if row["place"] != 1)
+        yield f"| not recognised of these | {', '.join(wrong) or 'none'} |"
     if "schedulers" in parts:
         for scheduler in SCHEDULERS[1:]:
-            rows = examiner.run(
-                subject_cases(sorted(FIRST) if quick else codes, size, 1, scheduler=scheduler)
-            )
-            yield f"| recognised with {scheduler} | {recognised(rows)} |"
+            some = sorted(FIRST) if quick else codes
+            rows = examiner.run(subject_cases(some, size, 1, scheduler=scheduler))
+            of = " favourites" if quick else ""
+            yield f"| recognised with {scheduler} | {recognised(rows)}{of} |"
     if "guidance" in parts:
         usual = examiner.run(subject_cases(codes, size, 1))
         rows = examiner.run(subject_cases(codes, size, 1, guidance=1.0))
@@ -233,24 +266,32 @@ def report(examiner: Examiner, parts: Sequence[str], *, quick: bool) -> Iterator
 
 def main(say: Callable[[str], None] = print) -> None:
     """Command line."""
-    every = ("subjects", "guidance", "schedulers", "background", "autoencoder")
+    every = ("subjects", "everyday", "guidance", "schedulers", "background", "autoencoder")
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("parts", nargs="*", metavar="part", help=", ".join(every))
     parser.add_argument("--assets", type=Path, required=True)
     parser.add_argument("--model", type=Path, help="default: the embedded one")
     parser.add_argument("--judge", type=Path, default=JUDGE, help="made by pocket.judge")
     parser.add_argument("--rows", type=Path, required=True, help="a JSON-lines file")
-    parser.add_argument("--quick", action="store_true", help="256 pixels, one picture of every subject")
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="256 pixels, one picture of every subject; the other schedulers on the favourites alone",
+    )
     args = parser.parse_args()
     if unknown := set(args.parts) - set(every):
         parser.error(f"no part {', '.join(sorted(unknown))}; there are {', '.join(every)}")
     torch.set_grad_enabled(False)
-    examiner = Examiner(
-        ritocco.load(args.model), Painter(args.assets, photographs=HELD_OUT), args.judge, args.rows
-    )
-    say("| measured | result |\n|---|---|")
-    for line in report(examiner, args.parts or every, quick=args.quick):
-        say(line)
+    try:
+        engine = ritocco.load(args.model)
+        examiner = Examiner(engine, Painter(args.assets, photographs=HELD_OUT), args.judge, args.rows)
+        say("| measured | result |\n|---|---|")
+        for line in report(examiner, args.parts or every, quick=args.quick):
+            say(line)
+    except (OSError, SafetensorError, ritocco.RitoccoError) as error:
+        parser.exit(1, f"error: {error}\n")
+    except KeyboardInterrupt:
+        parser.exit(130, f"\nstopped; what was painted is kept in {args.rows}\n")
 
 
 if __name__ == "__main__":

@@ -46,7 +46,10 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=96)
     parser.add_argument("--peak", type=float, default=2e-3)
     args = parser.parse_args()
-    model = args.work / "model"
+    model = args.work / "words"
+    if (model / "text_encoder").exists():
+        print(f"{model}: is there already")
+        return
     make_vocabulary(model / "tokenizer")
     tokenizer = CLIPTokenizer.from_pretrained(str(model / "tokenizer"))
     torch.manual_seed(0)
@@ -73,7 +76,9 @@ def main() -> None:
         texts, labels = captions(np.random.default_rng(6), 500)
         found = head(described(text.eval(), tokenizer, texts)[0]).argmax(1)
     print(f"captions understood: {float((found == labels).float().mean()):.3f} of {len(texts)}")
-    text.half().save_pretrained(model / "text_encoder")
+    written = model / "text_encoder.part"
+    text.half().save_pretrained(written)
+    written.rename(model / "text_encoder")
 
 
 def described(text: Any, tokenizer: Any, texts: list[str]) -> tuple[Tensor, Tensor]:

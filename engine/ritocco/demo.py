@@ -65,5 +65,9 @@ def sheet(tiles: Sequence[tuple[str, Image.Image]], *, columns: int = 4, side: i
         y = _GAP + index // columns * (side + _CAPTION + _GAP)
         whole = ImageOps.contain(image, (side, side), Image.Resampling.LANCZOS)
         canvas.paste(whole, (x + (side - whole.width) // 2, y + (side - whole.height) // 2))
-        draw.text((x, y + side + 8), title, fill="black", font=font)
+        shown = title
+        while shown and font.getlength(shown) > side:
+            title = title[:-1]
+            shown = f"{title.rstrip()}…"
+        draw.text((x, y + side + 8), shown, fill="black", font=font)
     return canvas

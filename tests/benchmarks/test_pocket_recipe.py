@@ -14,6 +14,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 from torch import nn
+from transformers import CLIPTokenizer
 
 from pocket import data, denoiser
 from pocket.data import HELD_OUT, PHOTOGRAPHS, caption_of, hole, paste
@@ -35,6 +36,8 @@ from pocket.evaluate import (
     Examiner,
     Row,
     compared,
+    everyday,
+    is_row,
     psnr,
     recognised,
     subject_cases,
@@ -46,6 +49,8 @@ from pocket.judge import CODES, JUDGE, SIDE, Judge, load_judge
 from pocket.models import VAE
 from pocket.muon import Muon, orthogonal
 from pocket.norm import quicken
+from pocket.paraphrase import Reader, counterparts, pair
+from pocket.phrasings import ASKED, Phrase, Phrasebook, words_of
 from pocket.subjects import FIRST, SUBJECTS
 from pocket.training import Schedule, Trainer, run, seed
 from pocket.vocabulary import learn_merges, make_vocabulary
@@ -223,6 +228,67 @@ def test_captions_name_the_subject() -> None:
     assert not set(HELD_OUT) & set(PHOTOGRAPHS)
 
 
+@pytest.fixture(scope="module")
+def book() -> Phrasebook:
+    return Phrasebook()
+
+
+def test_phrases_name_their_subject_among_words_that_are_kept_from_the_evaluation(book: Phrasebook) -> None:
+    rng = np.random.default_rng(0)
+    for code in SUBJECTS:
+        phrase = book.phrase(rng, code)
+        assert phrase.subject == code
+        assert {phrase.name, phrase.name[:-1]} & set(SUBJECTS[code])
+        assert f" {phrase.name} " in f" {phrase.text} "
+        assert book.known(rng, phrase).name in SUBJECTS[code]
+    lists = {*book.nouns, *book.adjectives, *book.verbs}
+    assert len(lists) > 7000
+    assert not words_of(" ".join(ASKED)) & lists
+    assert not book.single & lists
+    assert {book.babble(rng).subject for _ in range(20)} == {""}
+
+
+def test_words_that_make_another_subject_of_a_name_are_left_out(book: Phrasebook) -> None:
+    assert book._means_another("green", "apple", "1f34e")
+    assert not book._means_another("green", "green apple", "1f34f")
+    assert not book._means_another("purple", "banana", "1f34c")
+    rng = np.random.default_rng(1)
+    assert all("green" not in book.phrase(rng, "1f34e").before.split() for _ in range(300))
+
+
+def test_a_state_has_its_like_in_the_other_phrase() -> None:
+    reader = Reader(CLIPTokenizer.from_pretrained(str(pocket_model() / "tokenizer")))
+    ours = reader.read(Phrase("my", "yellow cat", "on grass", "1f431"))
+    theirs = reader.read(Phrase("a photo of a", "cat", "", "1f431"))
+    count = len(reader.tokenizer("my", add_special_tokens=False).input_ids)
+    assert (ours.first, theirs.last - theirs.first) == (1 + count, 1)
+    places = counterparts(ours, theirs)
+    assert places[: ours.first] == list(range(ours.first))
+    assert set(places[ours.first : ours.last]) == {theirs.first}
+    assert places[ours.last : ours.last + 3] == [theirs.last, theirs.last + 1, theirs.last + 2]
+    assert places[-1] == 76
+    assert len(ours.tokens) == len(places) == 77
+    long = reader.read(Phrase("a", "cat", "grass " * 90, "1f431"))
+    assert len(long.tokens) == 77
+    assert long.tokens[-1] == reader.tokenizer.eos_token_id
+
+
+def test_captions_keep_their_states(book: Phrasebook) -> None:
+    rng = np.random.default_rng(2)
+    pairs = [pair(rng, book) for _ in range(200)]
+    same = [ours for ours, theirs in pairs if ours == theirs]
+    assert 30 < len(same) < 90
+    assert sum(not ours.subject and theirs.text == "" for ours, theirs in pairs) > 15
+
+
+def test_plain_grounds_are_of_one_colour() -> None:
+    rng = np.random.default_rng(0)
+    grounds = [data._plain(rng, 64) for _ in range(60)]
+    assert any((ground == 255).all() for ground in grounds)
+    assert any(ground.max() < 50 for ground in grounds)
+    assert max(np.abs(np.diff(ground.astype(int), axis=0)).max() for ground in grounds) <= 3
+
+
 def test_merges_are_learned_in_a_fixed_order() -> None:
     merges = learn_merges(Counter({"abab": 3, "ba": 1, "cd": 6}), 3)
     assert merges == [("c", "d</w>"), ("a", "b"), ("a", "b</w>")]
@@ -361,6 +427,10 @@ def test_the_evaluation_asks_the_same_of_everyone() -> None:
     assert len({case.key for case in cases}) == 2 * len(SUBJECTS)
     assert len(set(EXAMINED)) == 100
     assert set(EXAMINED) <= set(SUBJECTS)
+    asked = {everyday(code) for code in SUBJECTS}
+    assert len(asked) == len(SUBJECTS)
+    assert any(text.endswith("on a hill") for text in asked)
+    assert Case(code="1f34e", index=0, size=512, everyday=True).key.endswith("/everyday")
     one, other = cases[0], Case(code=cases[0].code, index=0, size=512, scheduler="PNDM")
     assert one.key != other.key
     assert one.rng().random() == other.rng().random()
@@ -380,13 +450,39 @@ def test_figures_of_the_evaluation() -> None:
     assert compared(less, more) == "confidence 0.195 against 0.314 (Wilcoxon signed-rank, p = 2e-06)"
 
 
+def test_what_is_no_row_is_painted_again() -> None:
+    filled = {
+        "key": "a",
+        "version": "b",
+        "code": "",
+        "share": 0.1,
+        "ours": 30.0,
+        "ring_mean": 20,
+        "telea": 1.0,
+    }
+    seen: Row = {"key": "a", "version": "b", "code": "1f34e", "place": 1, "confidence": 0.5}
+    assert is_row(filled)
+    assert is_row(seen)
+    bad: list[Row] = [
+        {"ours": float("nan")},
+        {"share": "x"},
+        {"key": [1]},
+        {"version": None},
+        {"code": "1f34e"},
+    ]
+    assert not any(is_row(filled | change) for change in bad)
+    assert not any(
+        is_row(one) for one in ([], "row", {}, {"key": "a", "version": "b"}, seen | {"place": None})
+    )
+
+
 def test_an_evaluation_goes_on_where_it_stopped(tmp_path: Path) -> None:
     class Plain(Examiner):
         painted: ClassVar[list[str]] = []
 
         def fill(self, case: Case) -> Row:
             self.painted.append(case.key)
-            return {"ours": 1.0}
+            return {"share": 0.1, "ours": 1.0, "ring_mean": 1.0, "telea": 1.0}
 
     cases, rows = [Case(code="", index=i, size=64) for i in range(4)], tmp_path / "rows.jsonl"
     engine: Any = SimpleNamespace(version="one")
