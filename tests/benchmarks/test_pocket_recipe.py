@@ -471,9 +471,8 @@ def test_what_is_no_row_is_painted_again() -> None:
         {"code": "1f34e"},
     ]
     assert not any(is_row(filled | change) for change in bad)
-    assert not any(
-        is_row(one) for one in ([], "row", {}, {"key": "a", "version": "b"}, seen | {"place": None})
-    )
+    others: list[object] = [[], "row", {}, {"key": "a", "version": "b"}, seen | {"place": None}]
+    assert not any(map(is_row, others))
 
 
 def test_an_evaluation_goes_on_where_it_stopped(tmp_path: Path) -> None:
