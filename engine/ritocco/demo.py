@@ -65,9 +65,14 @@ def sheet(tiles: Sequence[tuple[str, Image.Image]], *, columns: int = 4, side: i
         y = _GAP + index // columns * (side + _CAPTION + _GAP)
         whole = ImageOps.contain(image, (side, side), Image.Resampling.LANCZOS)
         canvas.paste(whole, (x + (side - whole.width) // 2, y + (side - whole.height) // 2))
-        shown = title
-        while shown and font.getlength(shown) > side:
-            title = title[:-1]
-            shown = f"{title.rstrip()}…"
-        draw.text((x, y + side + 8), shown, fill="black", font=font)
+        draw.text((x, y + side + 8), fitted(title, side, font.getlength), fill="black", font=font)
     return canvas
+
+
+def fitted(title: str, width: float, length: Callable[[str], float]) -> str:
+    """The title, or as much of its beginning as `width` holds, with dots behind."""
+    shown = title
+    while title and length(shown) > width:
+        title = title[:-1]
+        shown = f"{title.rstrip()}..."
+    return shown

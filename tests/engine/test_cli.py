@@ -18,6 +18,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from ritocco import cli, demo
+from ritocco.demo import fitted
 from ritocco.safety import NSFW_ERROR, SafetyChecker
 
 Run = Callable[..., tuple[int, str, str]]
@@ -326,3 +327,10 @@ def test_a_link_in_the_folder_is_replaced_not_followed(predict: Run, tmp_path: P
     assert victim.read_text() == "mine"
     assert not (tmp_path / "out" / "out-0.png").is_symlink()
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["out-0.png"]
+
+
+def test_titles_of_a_sheet_fit_their_pictures() -> None:
+    assert fitted("a red car", 9, len) == "a red car"
+    assert fitted("a red sports car", 9, len) == "a red..."
+    assert len(fitted("x" * 500, 9, len)) == 9
+    assert fitted("anything", 0, len) == "..."
