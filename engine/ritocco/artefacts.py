@@ -211,7 +211,7 @@ def read_manifest(path: Path) -> Manifest:
 
 def write_manifest(path: Path, manifest: Manifest) -> None:
     """Write the manifest, last of all files: without it the folder is no export of ours."""
-    text = json.dumps(asdict(manifest), indent=2, sort_keys=True) + "\n"
+    text = json.dumps(asdict(manifest), indent=2, sort_keys=True, allow_nan=False) + "\n"
     with (path / MANIFEST).open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
@@ -222,11 +222,11 @@ def write_manifest(path: Path, manifest: Manifest) -> None:
 def written_whole(out: Path) -> Iterator[Path]:
     """A new folder to write into, which becomes `out` at the block's end, or vanishes where it raises.
 
-    An older export in its place is replaced; of two writers one's stays, whole. Raises
+    An older export of ours in its place is replaced; of two writers one's stays, whole. Raises
     CheckpointError where `out` holds anything else.
     """
-    if out.exists() and not (out.is_dir() and (is_artefacts(out) or not any(out.iterdir()))):
-        raise CheckpointError(f"{out}: exists and is no export; name another folder")
+    if out.exists():
+        _refuse_strangers(out)
     part, old = (out.with_name(f".{out.name}.{secrets.token_hex(8)}.{end}") for end in ("part", "old"))
     part.mkdir(parents=True)
     try:
@@ -235,14 +235,31 @@ def written_whole(out: Path) -> Iterator[Path]:
             out.rename(old)
         try:
             part.rename(out)
-        except OSError:
-            if not is_artefacts(out):  # else another writer came first, and its export is as good
-                with suppress(FileNotFoundError):
+        except BaseException as error:
+            # Where another writer came first, its export is as good.
+            if not (isinstance(error, OSError) and is_artefacts(out)):
+                with suppress(OSError):
                     old.rename(out)
                 raise
     finally:
         shutil.rmtree(part, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
+        if out.exists():
+            shutil.rmtree(old, ignore_errors=True)
+
+
+def _refuse_strangers(out: Path) -> None:
+    """Raises CheckpointError for what is neither an empty folder nor an export of ours."""
+    if not out.is_dir() or (any(out.iterdir()) and not (out / MANIFEST).is_file()):
+        raise CheckpointError(f"{out}: exists and is no export; name another folder")
+    if not any(out.iterdir()):
+        return
+    named = read_json(out / MANIFEST).get("files")
+    known = {MANIFEST, "model_index.json", *(named if isinstance(named, dict) else ())}
+    found = {file.relative_to(out).as_posix() for file in out.rglob("*") if not file.is_dir()}
+    if strangers := sorted(found - known):
+        raise CheckpointError(
+            f"{out}: holds {plain(strangers[0])}, which no export wrote; name another folder"
+        )
 
 
 def file_digest(file: Path) -> str:
@@ -275,8 +292,14 @@ def sha256_of(path: Path) -> dict[str, str]:
 
 
 def _files(path: Path) -> list[Path]:
+    """Of the folders of an export; what lies behind a link to a folder is none of it."""
+    folders = [folder for folder in path.iterdir() if folder.is_dir() and not folder.is_symlink()]
     return sorted(
-        file for folder in path.iterdir() if folder.is_dir() for file in folder.rglob("*") if file.is_file()
+        Path(place, name)
+        for folder in folders
+        for place, _, names in os.walk(folder)
+        for name in names
+        if Path(place, name).is_file()
     )
 
 
@@ -312,15 +335,17 @@ def _check(path: Path, manifest: Manifest, contract: Contract, version: str | No
                 if not first <= least <= most <= last:
                     rule = f"a profile of {graph} has {symbol} from {least} to {most}"
                     raise CheckpointError(f"{path / MANIFEST}: {rule}; the graph takes {first} to {last}")
-    found = files_of(path)
-    for name in sorted(manifest.files.keys() | found.keys()):
+    found = {file.relative_to(path).as_posix(): file for file in _files(path)}
+    for name in sorted(manifest.files.keys() ^ found.keys()):
         file = f"{path}: {plain(name)}"
         if name not in found:
             raise CheckpointError(f"{file} is missing; export the checkpoint again")
-        if name not in manifest.files:
-            raise CheckpointError(f"{file} does not belong to the export; take it away, or export again")
-        if found[name] != manifest.files[name]:
-            raise CheckpointError(f"{file} changed since it was exported; export the checkpoint again")
+        raise CheckpointError(f"{file} does not belong to the export; take it away, or export again")
+    for name, digest in sorted(manifest.files.items()):
+        if file_digest(inside(found[name], path)) != digest:
+            raise CheckpointError(
+                f"{path}: {plain(name)} changed since it was exported; export the checkpoint again"
+            )
 
 
 def _graph_ranges_of(file: Path, graphs: Sequence[GraphName], held: object) -> dict[str, dict[str, Range]]:

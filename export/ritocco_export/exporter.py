@@ -37,7 +37,8 @@ from ritocco.nets.io import (
     contract_of,
 )
 from ritocco.nets.specs import TextSpec, UNetSpec, VAESpec
-from ritocco_export.gate import Figures, compare, compare_hoisted
+from ritocco_export.figures import Figures
+from ritocco_export.gate import compare, compare_hoisted
 from ritocco_export.graphs import OPSETS, graph_module, write_graph
 from ritocco_export.picture import compare_picture
 from ritocco_export.profiles import Profile, ranges_of

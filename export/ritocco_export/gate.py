@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import gc
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,41 +21,9 @@ from ritocco.artefacts import GRAPH_FILE
 from ritocco.checkpoint import Checkpoint
 from ritocco.errors import CheckpointError
 from ritocco.nets.io import HOISTED, Contract, GraphName, Layout, NetworkIO
+from ritocco_export.figures import LARGEST_ERROR, LEAST_PSNR_DB, Figures
 from ritocco_export.frugal import can_run, open_session, widen
 from ritocco_export.graphs import example_inputs, graph_module
-
-# Largest error over the largest value. float32: another order of sums (measured: 3e-6 on the full-size
-# networks). float16 and bfloat16: outputs and what passes between graphs are rounded, half an ulp being 5e-4
-# and 4e-3.
-LARGEST_ERROR: Mapping[str, float] = {"float32": 1e-4, "float16": 4e-3, "bfloat16": 32e-3}
-LEAST_PSNR_DB: Mapping[str, float] = {"float32": 90.0, "float16": 55.0, "bfloat16": 37.0}
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Figures:
-    """What the gate measured. error: largest, over the largest value. psnr_db: over the largest value.
-
-    arithmetic: in which the graph was run; empty where it was not.
-    """
-
-    error: float
-    psnr_db: float
-    arithmetic: str
-
-    @classmethod
-    def not_run(cls) -> Figures:
-        """Of a graph that nothing here runs."""
-        return cls(error=math.nan, psnr_db=math.nan, arithmetic="")
-
-    def line(self) -> str:
-        """In words."""
-        if not self.arithmetic:
-            return "valid; not run: of what runs bfloat16 graphs on a CPU, openvino is not installed"
-        return f"error {self.error:.1e}, PSNR {self.psnr_db:.1f} dB against torch, in {self.arithmetic}"
-
-    def as_json(self) -> dict[str, Any]:
-        """For the manifest."""
-        return asdict(self)
 
 
 def compare(
@@ -157,11 +124,11 @@ def _judge(graph: str, dtype: str, pairs: Sequence[tuple[Any, Any]]) -> Figures:
 def difference(
     found: np.ndarray[Any, Any], wanted: np.ndarray[Any, Any], *, peak: float | None = None
 ) -> tuple[float, float]:
-    """Largest error over `peak`, and PSNR over it. Infinite error where anything is not finite.
+    """Largest error over `peak`, and PSNR over it. Infinite error where anything of either is not finite.
 
     peak: None takes the largest value wanted.
     """
-    if found.shape != wanted.shape or not np.isfinite(found).all():
+    if found.shape != wanted.shape or not (np.isfinite(found).all() and np.isfinite(wanted).all()):
         return math.inf, -math.inf
     peak = peak or max(float(np.abs(wanted).max()), 1e-30)
     error = np.abs(found - wanted)

@@ -20,13 +20,10 @@ from ritocco.checkpoint import Checkpoint, load_tokenizer
 from ritocco.engine import Engine
 from ritocco.errors import CheckpointError
 from ritocco.prompt import Tokenizer
+from ritocco_export.figures import LEAST_PICTURE_PSNR_DB, Figures
 from ritocco_export.frugal import can_run, load_widened, open_session
-from ritocco_export.gate import Figures, difference
+from ritocco_export.gate import difference
 
-# Of 8-bit pixels, raw decode. float32: rounding to bytes is all that differs (51 dB if every pixel were one
-# level off). float16 and bfloat16: what passes between graphs is rounded, through four guided steps; the
-# embedded model's gave 61 and 44 dB.
-LEAST_PSNR_DB: Mapping[str, float] = {"float32": 51.0, "float16": 50.0, "bfloat16": 33.0}
 STEPS = 4
 
 
@@ -34,7 +31,7 @@ def compare_picture(checkpoint: Checkpoint, folder: Path) -> Figures:
     """Paint one picture of the smallest size with torch in float32 and one on the graphs.
 
     folder: graphs with their manifest. Returns figures over 255. Raises CheckpointError where the pictures
-    differ by more than LEAST_PSNR_DB allows.
+    differ by more than LEAST_PICTURE_PSNR_DB allows.
     """
     artefacts = open_artefacts(folder)
     dtype = artefacts.contract["vae_decoder"].inputs[0].dtype
@@ -47,10 +44,10 @@ def compare_picture(checkpoint: Checkpoint, folder: Path) -> Figures:
     tokenizer = Tokenizer.from_folder(folder / "tokenizer")
     found = _painted(_sessions(artefacts, dtype), tokenizer, artefacts.scheduler, asked)
     error, psnr = difference(found / 255.0, wanted / 255.0, peak=1.0)
-    if not psnr >= LEAST_PSNR_DB[dtype]:
+    if not psnr >= LEAST_PICTURE_PSNR_DB[dtype]:
         raise CheckpointError(
             f"picture: painted on the {dtype} graphs it departs from torch's by {psnr:.1f} dB, where "
-            f"{LEAST_PSNR_DB[dtype]:.0f} dB are asked; nothing was kept"
+            f"{LEAST_PICTURE_PSNR_DB[dtype]:.0f} dB are asked; nothing was kept"
         )
     return Figures(error=error, psnr_db=psnr, arithmetic="float32")
 

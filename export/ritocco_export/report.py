@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from ritocco.artefacts import Artefacts, open_artefacts, sha256_of
 from ritocco.errors import CheckpointError
+from ritocco_export.figures import LARGEST_ERROR, LEAST_PICTURE_PSNR_DB, LEAST_PSNR_DB, Figures
 from ritocco_export.tensorrt_check import Finding, check_graph
 
 
@@ -22,24 +22,31 @@ def report(folder: Path, *, as_json: bool) -> tuple[bool, str]:
     except CheckpointError as error:
         broken = Finding(level="error", rule="manifest", subject=str(folder), message=str(error))
         found = {"folder": [broken]}
-        parity: dict[str, Any] = {}
+        parity: dict[str, Figures] = {}
     else:
         found = {name: check_graph(artefacts.graph(name), io) for name, io in artefacts.contract.items()}
-        parity = dict(artefacts.manifest.parity) if artefacts.manifest else {}
         found["folder"] = _of_folder(artefacts)
+        parity = _read_parity(artefacts)
+        dtype = artefacts.manifest.dtype if artefacts.manifest else ""
+        for name in _gated(artefacts):
+            found.setdefault(name, []).extend(_of_parity(parity.get(name), name, dtype))
     passed = not any(finding.level == "error" for findings in found.values() for finding in findings)
     if as_json:
-        rows = {name: [asdict(finding) for finding in findings] for name, findings in found.items()}
-        return passed, json.dumps({"passed": passed, "findings": rows, "parity": parity}, indent=2)
+        told = {
+            "passed": passed,
+            "findings": {name: [asdict(one) for one in findings] for name, findings in found.items()},
+            "parity": {name: figures.as_json() for name, figures in parity.items()},
+        }
+        return passed, json.dumps(told, indent=2, allow_nan=False)
     lines = [
         f"{finding.level:<5}  {name:<12}  {finding.rule:<14}  {finding.subject}: {finding.message}"
         for name, findings in found.items()
         for finding in findings
     ]
     lines += [
-        f"ok     {name:<12}  parity          error {figures['error']:.1e}, {figures['psnr_db']:.1f} dB"
+        f"ok     {name:<12}  parity          error {figures.error:.1e}, {figures.psnr_db:.1f} dB"
         for name, figures in parity.items()
-        if figures.get("arithmetic")
+        if not any(finding.rule == "parity" for finding in found.get(name, []))
     ]
     lines.append("passed" if passed else "failed")
     return passed, "\n".join(lines)
@@ -56,3 +63,31 @@ def _of_folder(artefacts: Artefacts) -> list[Finding]:
         ]
     message = "no manifest: somebody else's export, whose parity nobody measured"
     return [Finding(level="note", rule="manifest", subject=str(artefacts.path), message=message)]
+
+
+def _gated(artefacts: Artefacts) -> list[str]:
+    """What an export of ours has figures of."""
+    if artefacts.manifest is None:
+        return []
+    return [*artefacts.contract, *(["unet"] if artefacts.hoisted else []), "picture"]
+
+
+def _read_parity(artefacts: Artefacts) -> dict[str, Figures]:
+    """Those that make sense."""
+    held = artefacts.manifest.parity if artefacts.manifest else {}
+    read = {name: Figures.from_json(figures) for name, figures in held.items()}
+    return {name: figures for name, figures in read.items() if figures is not None}
+
+
+def _of_parity(figures: Figures | None, name: str, dtype: str) -> list[Finding]:
+    """Of what the gate measured, and wrote into the manifest; `name` is a graph's, or `picture`."""
+    if figures is None:
+        return [Finding(level="error", rule="parity", subject=name, message="was not measured")]
+    if not figures.arithmetic:
+        return [Finding(level="note", rule="parity", subject=name, message=figures.line())]
+    least = LEAST_PICTURE_PSNR_DB if name == "picture" else LEAST_PSNR_DB
+    within = name == "picture" or figures.error <= LARGEST_ERROR[dtype]
+    if within and figures.psnr_db >= least[dtype]:
+        return []
+    message = f"{figures.line()}: more than {dtype} graphs are allowed"
+    return [Finding(level="error", rule="parity", subject=name, message=message)]

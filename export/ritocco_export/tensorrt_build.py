@@ -55,7 +55,7 @@ def build_engine(
     try:
         builder = trt.Builder(log.logger)
     except (RuntimeError, TypeError) as error:  # pybind11's word for a null pointer is a TypeError
-        said = log.last() or str(error)
+        said = log.said() or str(error)
         raise BackendError(
             f"{library}'s builder does not start: {said}. It needs an NVIDIA GPU and driver"
         ) from error
@@ -87,7 +87,7 @@ def build_engine(
     for warning in log.warnings:
         tell(f"{graph}: warning: {plain(warning, 300)}")
     if built is None:
-        raise BackendError(f"{graph}: {library} can't build an engine ({plain(log.last(), 300)})")
+        raise BackendError(f"{graph}: {library} can't build an engine ({plain(log.said(), 300)})")
     write_whole(out, memoryview(built))
     if timing is not None:
         _write_timings(config, timing)

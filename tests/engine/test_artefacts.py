@@ -162,8 +162,8 @@ def test_writing_is_whole_or_not_at_all(tiny_graphs: Path, tmp_path: Path) -> No
     def write(text: str, *, fail: bool) -> None:
         with written_whole(out) as part:
             shutil.copytree(tiny_graphs, part, dirs_exist_ok=True)
-            (part / "note").write_text(text, encoding="utf-8")
-            assert not out.exists() or (out / "note").read_text(encoding="utf-8") != text
+            (part / "model_index.json").write_text(text, encoding="utf-8")
+            assert not out.exists() or (out / "model_index.json").read_text(encoding="utf-8") != text
             if fail:
                 raise KeyboardInterrupt
 
@@ -173,9 +173,9 @@ def test_writing_is_whole_or_not_at_all(tiny_graphs: Path, tmp_path: Path) -> No
     write("second", fail=False)
     with pytest.raises(KeyboardInterrupt):
         write("third", fail=True)
-    assert (out / "note").read_text(encoding="utf-8") == "second"
+    assert (out / "model_index.json").read_text(encoding="utf-8") == "second"
     write("fourth", fail=False)
-    assert (out / "note").read_text(encoding="utf-8") == "fourth"
+    assert (out / "model_index.json").read_text(encoding="utf-8") == "fourth"
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert is_artefacts(out)
 
@@ -224,6 +224,37 @@ def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     monkeypatch.setattr("sys.platform", "win32")
     monkeypatch.setenv("LOCALAPPDATA", str(tmp_path / "local"))
     assert cache_root() == tmp_path / "local" / "ritocco"
+
+
+@pytest.mark.parametrize("name", ["unet/notes.txt", "thesis.txt", "photos/cat.png"])
+def test_an_export_with_strangers_files_is_not_replaced(tiny_graphs: Path, tmp_path: Path, name: str) -> None:
+    out = shutil.copytree(tiny_graphs, tmp_path / "out")
+    (out / name).parent.mkdir(exist_ok=True)
+    (out / name).write_text("mine", encoding="utf-8")
+    with pytest.raises(CheckpointError, match=f"holds {name}, which no export wrote"), written_whole(out):
+        pass
+    assert (out / name).read_text(encoding="utf-8") == "mine"
+
+
+def test_graphs_without_a_manifest_are_not_replaced(tiny_graphs: Path, tmp_path: Path) -> None:
+    out = shutil.copytree(tiny_graphs, tmp_path / "out")
+    (out / MANIFEST).unlink()
+    with pytest.raises(CheckpointError, match="exists and is no export"), written_whole(out):
+        pass
+    assert (out / "unet" / "model.onnx").is_file()
+
+
+def test_links_out_of_an_export_are_not_followed(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "secret").write_text("x", encoding="utf-8")
+    (folder / "more").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
+    assert not any("secret" in name for name in files_of(folder))
+    (folder / "more").unlink()
+    data = folder / "tokenizer" / "vocab.json"
+    data.rename(tmp_path / "vocab.json")
+    data.symlink_to(tmp_path / "vocab.json")
+    with pytest.raises(CheckpointError, match="leads outside"):
+        open_artefacts(folder)
 
 
 @pytest.mark.parametrize("name", ["x" * 300, "a\0b"])

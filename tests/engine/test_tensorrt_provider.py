@@ -6,6 +6,7 @@ ONNX Runtime itself computes, on its CPU; its calls for devices and providers ar
 from __future__ import annotations
 
 import sys
+from contextlib import suppress
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
@@ -16,9 +17,9 @@ import onnxruntime
 import pytest
 
 from provider_double import RTX, Ort
-from ritocco import BackendError
+from ritocco import BackendError, backends
 from ritocco.artefacts import open_artefacts
-from ritocco.backends import onnxruntime_, open_sessions, tensorrt_rtx_provider
+from ritocco.backends import onnxruntime_, open_sessions, tensorrt_, tensorrt_rtx_provider
 from ritocco.backends.onnxruntime_ import PROVIDERS, OnnxSession
 from ritocco.backends.sessions import SessionRuntime
 from ritocco.backends.tensorrt_library import PLUGIN
@@ -141,7 +142,7 @@ def test_the_tensorrt_provider_is_told_of_shapes_and_its_cache(
     assert given["trt_profile_opt_shapes"] == "sample:2x9x32x32,timestep:2,context:2x77x32"
     assert Path(given["trt_engine_cache_path"]).is_dir()
     assert Path(given["trt_engine_cache_path"]).is_relative_to(tmp_path / "cache" / "engines")
-    assert (given["trt_fp16_enable"], given["trt_bf16_enable"]) == ("True", "False")
+    assert given["trt_fp16_enable"] == "True"
     assert (given["device_id"], given["trt_builder_optimization_level"]) == ("1", "4")
     assert given["trt_engine_hw_compatible"] == "True"
     folders = {providers[0][1]["trt_engine_cache_path"] for _, _, providers in ort.opened}
@@ -174,3 +175,39 @@ def test_auto_takes_graphs_that_were_compiled(tiny_graphs: Path, ort: Ort) -> No
     opened(tiny_graphs)
     _, reasons = open_sessions(graphs, **ask)
     assert reasons[0] == "tensorrt-rtx on cuda:0: the fastest that is installed"
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"level": 3}, "has level, which ONNX Runtime's provider .* does not have"),
+        ({"refit": True, "engines": "."}, "has refit, engines"),
+        ({"cuda_graph": False}, "has cuda_graph"),
+    ],
+)
+def test_options_that_the_provider_lacks_are_refused(
+    tiny_graphs: Path, ort: Ort, options: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(BackendError, match=said):
+        opened(tiny_graphs, **options)
+
+
+def test_the_bindings_are_taken_for_what_the_provider_lacks(
+    tiny_graphs: Path, tiny_bfloat16_graphs: Path, ort: Ort, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(BackendError, match="bfloat16 graphs don't run on ONNX Runtime's provider"):
+        opened(tiny_bfloat16_graphs)
+    monkeypatch.setattr(backends, "installed", lambda package: True)
+    taken = []
+    monkeypatch.setattr(tensorrt_, "open_tensorrt", lambda *_, **given: taken.append(given["library"]))
+    monkeypatch.setattr(tensorrt_, "is_built", lambda *_, **__: bool(taken))
+    for graphs, options in ((tiny_bfloat16_graphs, {}), (tiny_graphs, {"engines": "."}), (tiny_graphs, {})):
+        with suppress(AttributeError):  # what it opened is not a runtime
+            opened(graphs, via="auto", **options)
+    assert taken == ["tensorrt-rtx"] * 3, "the last because its engines were built ahead"
+
+
+def test_a_failing_run_is_told_and_goes_on_nowhere_else(tiny_graphs: Path) -> None:
+    runtime, _ = open_sessions(open_artefacts(tiny_graphs), backend="onnxruntime", device="cpu", dtype="auto")
+    with pytest.raises(BackendError, match="unet on CPUExecutionProvider: ONNX Runtime failed"):
+        runtime._run("unet", [np.zeros((1, 9, 8, 8)), np.zeros(2), np.zeros((3, 77, 32))])

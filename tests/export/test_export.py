@@ -17,8 +17,9 @@ from ritocco.checkpoint import fingerprint, open_checkpoint
 from ritocco.cli import _add_plugins, app
 from ritocco.errors import BackendError, CheckpointError, RequestError
 from ritocco.nets.io import GRAPHS
-from ritocco_export import exporter, gate, graphs, plugin
+from ritocco_export import exporter, graphs, plugin
 from ritocco_export.exporter import contract_for, export_checkpoint, profile_ranges
+from ritocco_export.figures import LARGEST_ERROR, LEAST_PICTURE_PSNR_DB, LEAST_PSNR_DB, Figures
 from ritocco_export.gate import difference
 from ritocco_export.profiles import Profile, ranges_of
 
@@ -202,7 +203,23 @@ def test_what_the_gate_measures() -> None:
     assert psnr == pytest.approx(-10 * np.log10(0.01 / 3))
     assert difference(np.array([[np.nan, 0, 0]]), wanted)[0] == float("inf")
     assert difference(wanted[:, :2], wanted)[0] == float("inf")
-    assert set(gate.LARGEST_ERROR) == set(gate.LEAST_PSNR_DB)
+    assert difference(wanted, wanted * np.nan)[0] == float("inf")
+    assert set(LARGEST_ERROR) == set(LEAST_PSNR_DB) == set(LEAST_PICTURE_PSNR_DB)
+
+
+@pytest.mark.parametrize(
+    "figures",
+    [
+        Figures(error=1e-6, psnr_db=120.0, arithmetic="float32"),
+        Figures(error=0.0, psnr_db=float("inf"), arithmetic="float32"),
+        Figures.not_run(),
+    ],
+)
+def test_figures_are_json(figures: Figures) -> None:
+    text = json.dumps(figures.as_json(), allow_nan=False)
+    assert repr(Figures.from_json(json.loads(text))) == repr(figures)
+    assert Figures.from_json({"error": "small"}) is None
+    assert Figures.from_json(None) is None
 
 
 def test_a_folder_of_something_else_stays(tiny_checkpoint: Path, tmp_path: Path) -> None:

@@ -14,20 +14,21 @@ from ritocco.engine import Engine
 from ritocco.errors import CheckpointError
 from ritocco_export import picture
 from ritocco_export.exporter import export_checkpoint
-from ritocco_export.picture import LEAST_PSNR_DB, compare_picture
+from ritocco_export.figures import LEAST_PICTURE_PSNR_DB
+from ritocco_export.picture import compare_picture
 from ritocco_export.profiles import Profile
 
 
 def test_the_manifest_holds_the_pictures_figures(tiny_graphs: Path, tiny_half_graphs: Path) -> None:
     for folder, dtype in ((tiny_graphs, "float32"), (tiny_half_graphs, "float16")):
         figures = read_manifest(folder).parity["picture"]
-        assert figures["psnr_db"] >= LEAST_PSNR_DB[dtype]
+        assert figures["psnr_db"] >= LEAST_PICTURE_PSNR_DB[dtype]
         assert figures["error"] < 0.2
 
 
 def test_every_layout_is_gated(tiny_optimum_graphs: Path, tiny_hoisted_graphs: Path) -> None:
     for folder in (tiny_optimum_graphs, tiny_hoisted_graphs):
-        assert read_manifest(folder).parity["picture"]["psnr_db"] >= LEAST_PSNR_DB["float32"]
+        assert read_manifest(folder).parity["picture"]["psnr_db"] >= LEAST_PICTURE_PSNR_DB["float32"]
 
 
 def test_graphs_of_other_weights_paint_another_picture(
@@ -41,7 +42,7 @@ def test_graphs_of_other_weights_paint_another_picture(
         return predict(engine, {**asked, "prompt": next(prompts), "guidance_scale": 20}, **options)
 
     monkeypatch.setattr(Engine, "predict", other)
-    monkeypatch.setattr(picture, "LEAST_PSNR_DB", {"float32": 51.0})
+    monkeypatch.setattr(picture, "LEAST_PICTURE_PSNR_DB", {"float32": 51.0})
     with pytest.raises(CheckpointError, match=r"picture: painted on the float32 graphs it departs"):
         compare_picture(open_checkpoint(tiny_checkpoint), tiny_graphs)
 
@@ -49,7 +50,7 @@ def test_graphs_of_other_weights_paint_another_picture(
 def test_an_export_whose_picture_departs_leaves_nothing(
     tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(picture, "LEAST_PSNR_DB", {"float32": 1000.0})
+    monkeypatch.setattr(picture, "LEAST_PICTURE_PSNR_DB", {"float32": 1000.0})
     monkeypatch.setattr(picture, "difference", lambda *_, **__: (0.5, 12.0))
     with pytest.raises(CheckpointError, match=r"by 12\.0 dB.*nothing was kept"):
         export_checkpoint(

@@ -74,6 +74,29 @@ def test_the_command_says_whether_a_folder_is_in_order(tiny_graphs: Path, tmp_pa
     assert "changed since it was exported" in held["findings"]["folder"][0]["message"]
 
 
+@pytest.mark.parametrize(
+    ("figures", "said"),
+    [
+        (None, "was not measured"),
+        ({"error": 0.9, "psnr_db": 9.0, "arithmetic": "float32"}, "more than float32 graphs are allowed"),
+        ({"error": "none"}, "was not measured"),
+        ({"error": None, "psnr_db": None, "arithmetic": ""}, "not run"),
+    ],
+)
+def test_it_holds_the_gates_figures_to_its_limits(
+    tiny_graphs: Path, tmp_path: Path, figures: object, said: str
+) -> None:
+    folder = shutil.copytree(tiny_graphs, tmp_path / "graphs")
+    held = read_manifest(folder)
+    parity = {name: one for name, one in held.parity.items() if name != "unet"}
+    write_manifest(folder, replace(held, parity=parity | ({"unet": figures} if figures else {})))
+    status, text = run("--check", str(folder))
+    (line,) = (one for one in text.splitlines() if "unet " in one and "parity" in one)
+    assert said in line
+    assert status == (0 if said == "not run" else 1)
+    assert json.loads(run("--check", str(folder), "--json")[1])["passed"] == (status == 0)
+
+
 def test_it_reads_every_byte_of_large_files(
     tiny_graphs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -158,7 +158,7 @@ def _open_tensorrt(
     from ritocco.backends.engine_store import EngineOptions
 
     options = given or EngineOptions()
-    if _through_provider(backend, options):
+    if _through_provider(artefacts, backend, device, options):
         from ritocco.backends.tensorrt_rtx_provider import open_provider
 
         return open_provider(artefacts, device=device, dtype=dtype, options=options)
@@ -174,7 +174,7 @@ def _built(artefacts: Artefacts, backend: str, device: str, given: Mapping[str, 
     from ritocco.backends.engine_store import EngineOptions
 
     options = EngineOptions.parse(given)
-    if _through_provider(backend, options):
+    if _through_provider(artefacts, backend, device, options):
         from ritocco.backends.tensorrt_rtx_provider import is_compiled
 
         return is_compiled(artefacts, device=device, options=options)
@@ -183,9 +183,22 @@ def _built(artefacts: Artefacts, backend: str, device: str, given: Mapping[str, 
     return is_built(artefacts, library=_library(backend), device=device, options=options)
 
 
-def _through_provider(backend: str, options: EngineOptions) -> bool:
-    provider = options.via == "onnxruntime" or (options.via == "auto" and installed(PACKAGES[backend][0]))
-    return backend == "tensorrt-rtx" and provider
+def _through_provider(artefacts: Artefacts, backend: str, device: str, options: EngineOptions) -> bool:
+    """Whether TensorRT for RTX is asked through ONNX Runtime's provider.
+
+    `auto`: where it is installed, unless the bindings are too and can do more: run bfloat16 graphs, take
+    engines from a folder, or from the cache where they were built ahead.
+    """
+    if backend != "tensorrt-rtx" or options.via != "auto":
+        return backend == "tensorrt-rtx" and options.via == "onnxruntime"
+    provider, *bindings = map(installed, (*PACKAGES[backend], "tensorrt_rtx_bindings"))
+    if not (provider and any(bindings)):
+        return provider
+    if options.engines is not None or artefacts.contract["vae_decoder"].inputs[0].dtype == "bfloat16":
+        return False
+    from ritocco.backends.tensorrt_ import is_built
+
+    return not is_built(artefacts, library="tensorrt-rtx", device=device, options=options)
 
 
 def _library(backend: str) -> Library:

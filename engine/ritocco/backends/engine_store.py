@@ -152,9 +152,9 @@ def target_of(library: Library, options: EngineOptions, gpu: Gpu) -> str:
 
 
 def weights_of(artefacts: Artefacts, graph: GraphName) -> dict[str, str]:
-    """Digests of a graph's files: from the manifest, else of the files."""
+    """Digests of a graph's files: from the manifest, of every byte where it has them, else of the files."""
     if artefacts.manifest is not None:
-        held = artefacts.manifest.files
+        held = {**artefacts.manifest.files, **artefacts.manifest.sha256}
         return {name: digest for name, digest in held.items() if name.startswith(f"{graph}/model.")}
     found = sorted((artefacts.path / graph).glob("model.*"))
     return {f"{graph}/{file.name}": file_digest(file) for file in found}
@@ -192,9 +192,12 @@ class EngineStore:
         """Whether anything of a name lies here, of whatever key."""
         return any(next(folder.glob(pattern), None) for folder in (*self._also, self.folder))
 
-    def find(self, key: EngineKey) -> tuple[Path, Mapping[str, str]] | None:
-        """The engine of a key and the digests of the weights in it; None where none is whole."""
-        for folder in (*self._also, self.folder):
+    def find(self, key: EngineKey, *, written: bool = False) -> tuple[Path, Mapping[str, str]] | None:
+        """The engine of a key and the digests of the weights in it; None where none is whole.
+
+        written: only where `written` writes to.
+        """
+        for folder in (self.folder,) if written else (*self._also, self.folder):
             file = folder / f"{key.digest()}.engine"
             with suppress(OSError, ValueError):
                 held = json.loads(file.with_suffix(".json").read_text(encoding="utf-8"))

@@ -23,8 +23,6 @@ PROVIDERS = {
     "tensorrt": "TensorrtExecutionProvider",
 }
 _RTX = "NvTensorRTRTXExecutionProvider"
-# They compile whole graphs: a node elsewhere is worth a word. CUDA's leaves shapes to the CPU by design.
-_WHOLE = (PROVIDERS["tensorrt"], _RTX)
 _NEEDED = {
     PROVIDERS["cpu"]: "The package onnxruntime is damaged",
     PROVIDERS["cuda"]: "The package onnxruntime-gpu and its CUDA libraries are needed",
@@ -54,7 +52,9 @@ class OnnxSession:
         options.log_severity_level = _QUIET
         options.add_session_config_entry(_RECORD, "1")
         try:
-            self._session = onnxruntime.InferenceSession(str(file), options, providers=providers)
+            self._session = onnxruntime.InferenceSession(
+                str(file), options, providers=providers, enable_fallback=0
+            )
         except Exception as error:  # its errors share no base of their own
             raise CheckpointError(f"{file}: ONNX Runtime can't open it ({_first_line(error)})") from error
         used = self._session.get_providers()
@@ -66,7 +66,7 @@ class OnnxSession:
             )
         others = {name: count for name, count in taken.items() if name != wanted}
         self.notes: tuple[str, ...] = ()
-        if others and wanted in _WHOLE:
+        if others:
             left = ", ".join(f"{count} to {name}" for name, count in sorted(others.items()))
             self.notes = (f"{graph}: {wanted} left nodes to others: {left}",)
         self.dtypes: Mapping[str, str] = {
@@ -74,6 +74,7 @@ class OnnxSession:
         }
         self._outputs = [port.name for port in self._session.get_outputs()]
         self._binding: DeviceBinding | None = None
+        self._about = f"{graph} on {wanted}"
 
     def bind(self, device: str, index: int, *, replayable: bool) -> None:
         """Keep inputs and outputs in a device's memory, see `DeviceBinding`."""
@@ -81,33 +82,41 @@ class OnnxSession:
 
     def run(self, feeds: Arrays) -> npt.NDArray[Any]:
         """See `Session`."""
-        if self._binding is not None:
-            return self._binding.run(feeds)[0]
-        output: npt.NDArray[Any] = self._session.run(self._outputs[:1], dict(feeds))[0]
-        return output
+        return self._run(feeds, self._outputs[:1])[0]
 
     def run_all(self, feeds: Arrays) -> Arrays:
         """See `Session`."""
-        found = (
-            self._session.run(self._outputs, dict(feeds))
-            if self._binding is None
-            else self._binding.run(feeds)
-        )
-        return dict(zip(self._outputs, found, strict=True))
+        return dict(zip(self._outputs, self._run(feeds, self._outputs), strict=True))
+
+    def _run(self, feeds: Arrays, outputs: Sequence[str]) -> Sequence[npt.NDArray[Any]]:
+        try:
+            if self._binding is not None:
+                return self._binding.run(feeds)
+            found: Sequence[npt.NDArray[Any]] = self._session.run(outputs, dict(feeds))
+        except Exception as error:  # its errors share no base of their own
+            raise BackendError(f"{self._about}: ONNX Runtime failed ({_first_line(error)})") from error
+        return found
 
 
 def open_onnxruntime(
     artefacts: Artefacts, *, device: str, dtype: str, options: EngineOptions | None = None
 ) -> SessionRuntime:
-    """A Runtime on ONNX Runtime. device: `auto` takes CUDA where the installed package has it, else the CPU;
-    `tensorrt` and `tensorrt:N` take its TensorRT provider, whose engines are kept in the cache.
+    """A Runtime on ONNX Runtime. device: `auto` takes CUDA where the installed package has it and it runs,
+    else the CPU; `tensorrt` and `tensorrt:N` take its TensorRT provider, whose engines are kept in the cache.
 
     dtype: `auto`, or the dtype of the graphs, in which they are computed. options: of TensorRT.
     Raises BackendError and CheckpointError.
     """
     available = onnxruntime.get_available_providers()
     if device == "auto":
-        device = "cuda:0" if PROVIDERS["cuda"] in available else "cpu"
+        if PROVIDERS["cuda"] not in available:
+            return open_onnxruntime(artefacts, device="cpu", dtype=dtype, options=options)
+        try:
+            return open_onnxruntime(artefacts, device="cuda:0", dtype=dtype, options=options)
+        except BackendError as error:
+            runtime = open_onnxruntime(artefacts, device="cpu", dtype=dtype, options=options)
+            runtime.notes += (f"not on cuda:0 ({error})",)
+            return runtime
     kind, _, index = device.partition(":")
     if kind not in PROVIDERS:
         raise BackendError(
@@ -121,8 +130,11 @@ def open_onnxruntime(
             '"ritocco[gpu]" in an environment without the package onnxruntime: the two exclude each other'
         )
     held = refuse_other_dtype(artefacts, dtype, "ONNX Runtime")
-    if kind == "cpu" and held == "bfloat16":
-        raise BackendError("bfloat16 graphs don't run on ONNX Runtime's CPU; export with --dtype float32")
+    if held == "bfloat16":
+        raise BackendError(
+            "bfloat16 graphs don't run on ONNX Runtime here, whose arrays are NumPy's; export with --dtype "
+            "fp32 or fp16, or use the backend openvino or TensorRT's bindings"
+        )
     store = EngineStore() if kind == "tensorrt" else None
     sessions = {}
     for graph in artefacts.contract:
@@ -199,7 +211,6 @@ def tensorrt_options(
         "trt_timing_cache_path": str(store.folder),
         # It builds weakly typed networks: without these, arithmetic is float32.
         "trt_fp16_enable": str(dtype == "float16"),
-        "trt_bf16_enable": str(dtype == "bfloat16"),
         "trt_engine_hw_compatible": str(options.hardware == "ampere+"),
         "trt_cuda_graph_enable": "False",  # it replays addresses, which change with every array from the host
         **profile_options(io, "trt"),

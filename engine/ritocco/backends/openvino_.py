@@ -30,6 +30,7 @@ class OpenVinoSession:
         except RuntimeError as error:
             raise CheckpointError(f"{file}: OpenVINO can't compile it ({str(error)[:300]})") from error
         self._request = compiled.create_infer_request()
+        self._about = f"{file.parent.name} on CPU"
         types = {port.get_any_name(): port.element_type.get_type_name() for port in compiled.inputs}
         # NumPy has no bfloat16: it is made of float32 here.
         self._narrow = {name for name, held in types.items() if held == "bf16"}
@@ -49,7 +50,10 @@ class OpenVinoSession:
 
     def _infer(self, feeds: Arrays) -> None:
         given = {name: _narrowed(one) if name in self._narrow else one for name, one in feeds.items()}
-        self._request.infer(given, share_inputs=True)
+        try:
+            self._request.infer(given, share_inputs=True)
+        except RuntimeError as error:
+            raise BackendError(f"{self._about}: OpenVINO failed ({str(error)[:300]})") from error
 
 
 def _narrowed(array: npt.NDArray[Any]) -> openvino.Tensor:

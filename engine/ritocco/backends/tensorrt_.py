@@ -112,6 +112,7 @@ class _Opener:
         )
 
     def session(self, graph: GraphName) -> TensorRtSession:
+        self.log.forget()
         key = self.key(graph)
         weights = weights_of(self.artefacts, graph)
         found = self.store.find(key)
@@ -119,7 +120,7 @@ class _Opener:
             engine = self._read(found[0])
             if engine is not None and (found[1] == weights or self._refitted(graph, engine)):
                 return self._session(graph, engine, key.digest())
-            self.notes.append(f"{graph}'s engine was not usable ({self.log.last()}), and is built again")
+            self.notes.append(f"{graph}'s engine was not usable ({self.log.said()}), and is built again")
         from ritocco.plugins import exporter
 
         timing = self.store.cache_file(f"timing {self.trt.__version__} {self.target}")
@@ -133,10 +134,11 @@ class _Opener:
                 target=self.target if self.library == "tensorrt-rtx" else "",
                 timing=timing if self.library == "tensorrt" else None,
             )
-        found = self.store.find(key)
+        # Another process may have built it at the same time, with `refit` of other weights.
+        found = self.store.find(key, written=True)
         engine = None if found is None else self._read(found[0])
-        if engine is None:
-            raise BackendError(f"{graph}: {self.library} does not load what it built ({self.log.last()})")
+        if engine is None or not (found and (found[1] == weights or self._refitted(graph, engine))):
+            raise BackendError(f"{graph}: {self.library} does not load what it built ({self.log.said()})")
         return self._session(graph, engine, key.digest())
 
     def _read(self, file: Path) -> Any:
@@ -164,7 +166,7 @@ class _Opener:
         else:
             context = engine.create_execution_context()
         if context is None:
-            raise BackendError(f"{graph}: no memory to run its engine ({self.log.last()})")
+            raise BackendError(f"{graph}: no memory to run its engine ({self.log.said()})")
         return TensorRtSession(
             self.trt,
             engine,
@@ -298,8 +300,13 @@ class TensorRtSession:
         if self._replayed is not None:
             self._replayed.replay()
         elif self._replays and self._calls >= _PLAYS_AFTER:
-            self._replayed = self._cuda.captured(self._queue)
-            self._replayed.replay()
+            try:
+                self._replayed = self._cuda.captured(self._queue)
+            except BackendError:
+                self._replays = False  # an engine that can't be captured runs as it is
+                self._queue()
+            else:
+                self._replayed.replay()
         else:
             self._queue()
         self._calls += 1

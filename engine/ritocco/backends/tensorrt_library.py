@@ -61,8 +61,13 @@ class Log:
 
         self.logger = Logger()
 
-    def last(self) -> str:
-        """The first error, for a message; empty where there is none."""
+    def forget(self) -> None:
+        """Begin anew, before work whose errors are of interest."""
+        self.warnings.clear()
+        self.errors.clear()
+
+    def said(self) -> str:
+        """The first error, which the others follow from, for a message; empty where there is none."""
         return self.errors[0].strip()[:300] if self.errors else ""
 
 

@@ -26,6 +26,8 @@ from ritocco.errors import BackendError, CheckpointError
 from ritocco.nets.io import GraphName
 
 _MODEL, _ABOUT, _KEPT = "model.onnx", "about.json", ".context"
+_BINDINGS_ONLY = ("hardware", "version_compatible", "refit", "level", "cuda_graph", "engines")
+_DEFAULT = EngineOptions()
 _registered: set[str] = set()
 
 
@@ -37,6 +39,16 @@ def open_provider(artefacts: Artefacts, *, device: str, dtype: str, options: Eng
     Raises BackendError where the provider is not installed, or finds no driver or no card that it runs on.
     """
     held = refuse_other_dtype(artefacts, dtype, "TensorRT for RTX")
+    if held == "bfloat16":
+        raise BackendError(
+            "bfloat16 graphs don't run on ONNX Runtime's provider for TensorRT for RTX here, as its arrays "
+            "are NumPy's: use its bindings, backend_options via 'bindings'"
+        )
+    if unused := [name for name in _BINDINGS_ONLY if getattr(options, name) != getattr(_DEFAULT, name)]:
+        raise BackendError(
+            f"backend_options has {', '.join(unused)}, which ONNX Runtime's provider for TensorRT for RTX "
+            "does not have; its bindings (via 'bindings') do, or the backend tensorrt"
+        )
     plugin, card, place = _card(device)
     store = EngineStore.of(options)
     maker = _Maker(artefacts, plugin, card, options, store)
