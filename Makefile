@@ -8,6 +8,7 @@ VENV ?= .venv
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
 POCKET ?= .cache/pocket
+POCKET_WORK := $(POCKET)/work
 # What `make pocket` writes; engine/ritocco/models/pocket replaces the embedded model.
 POCKET_OUT ?= $(POCKET)/packed
 POCKET_DATA := @lobehub/fluent-emoji-3d@1.1.0
@@ -57,12 +58,12 @@ bench: $(VENV)/bench.stamp ## the benchmarks
 	$(BIN)/python -m ritocco_bench
 
 pocket: $(VENV)/pocket.stamp $(POCKET)/package/package.json ## train the embedded model again, into .cache/pocket/packed: hours; resumes where it stopped
-	$(TRAIN) -m pocket.autoencoder --assets $(POCKET)/package/assets --work $(POCKET)/work --steps $(POCKET_VAE_STEPS) --device $(POCKET_DEVICE)
-	PYTHONPATH=benchmarks OMP_NUM_THREADS=1 $(BIN)/python -m pocket.words --work $(POCKET)/work
-	PYTHONPATH=benchmarks $(BIN)/python -m pocket.paraphrase --model $(POCKET)/work/words --out $(POCKET)/work/model
-	$(TRAIN) -m pocket.denoiser --assets $(POCKET)/package/assets --work $(POCKET)/work --stages $(POCKET_STAGES) --others $(POCKET_OTHERS) --device $(POCKET_DEVICE)
-	PYTHONPATH=benchmarks $(BIN)/python -m pocket.pack --work $(POCKET)/work --out $(POCKET_OUT)
-	PYTHONPATH=benchmarks $(BIN)/python -m pocket.curve --work $(POCKET)/work --out $(POCKET)/curve.png
+	$(TRAIN) -m pocket.autoencoder --assets $(POCKET)/package/assets --work $(POCKET_WORK) --steps $(POCKET_VAE_STEPS) --device $(POCKET_DEVICE)
+	PYTHONPATH=benchmarks OMP_NUM_THREADS=1 $(BIN)/python -m pocket.words --work $(POCKET_WORK)
+	PYTHONPATH=benchmarks $(BIN)/python -m pocket.paraphrase --model $(POCKET_WORK)/words --out $(POCKET_WORK)/model
+	$(TRAIN) -m pocket.denoiser --assets $(POCKET)/package/assets --work $(POCKET_WORK) --stages $(POCKET_STAGES) --others $(POCKET_OTHERS) --device $(POCKET_DEVICE)
+	PYTHONPATH=benchmarks $(BIN)/python -m pocket.pack --work $(POCKET_WORK) --out $(POCKET_OUT)
+	PYTHONPATH=benchmarks $(BIN)/python -m pocket.curve --work $(POCKET_WORK) --out $(POCKET)/curve.png
 
 # The rows of an evaluation that was cut short are kept.
 evaluate: $(VENV)/pocket.stamp $(POCKET)/package/package.json ## judge the embedded model; QUICK=1 for 256 pixels
