@@ -40,7 +40,7 @@ Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 Dtype = Annotated[str, typer.Option(help="auto, float32, float16 or bfloat16.")]
 Backend = Annotated[str, typer.Option(help="auto, torch, onnxruntime, openvino, tensorrt or tensorrt-rtx.")]
 BackendOptions = Annotated[
-    str | None, typer.Option(metavar="JSON", help="Of TensorRT; see the README: '{\"level\": 5}'.")
+    str | None, typer.Option(metavar="JSON", help="Of TensorRT; see docs/export.md: '{\"level\": 5}'.")
 ]
 Variant = Annotated[str | None, typer.Option(help="fp16 and such, where a folder holds several.")]
 TokenizerFolder = Annotated[

@@ -90,7 +90,7 @@ def export_checkpoint(
             write_graph(module, contract[graph], file, opset=OPSETS[dtype], static=static)
             del module
             gc.collect()  # exported programs are cycles
-            onnx.checker.check_model(str(file), full_check=True)
+            _check(graph, file)
             parity[graph] = compare(checkpoint, graph, file, contract[graph], layout=layout, static=static)
             say(f"{graph}: {parity[graph].line()}")
         if hoisted:
@@ -152,6 +152,15 @@ def profile_ranges(
     if not alone:
         return ({graph: dict(io.ranges) for graph, io in contract.items()},)
     return tuple({graph: _held(held, static=static) for graph, held in ranges.items()} for ranges in alone)
+
+
+def _check(graph: GraphName, file: Path) -> None:
+    try:
+        onnx.checker.check_model(str(file), full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        raise CheckpointError(
+            f"{graph}: torch's exporter wrote no valid ONNX ({str(error)[:300]})"
+        ) from error
 
 
 def _held(ranges: Ranges, *, static: bool) -> dict[str, Range]:

@@ -135,6 +135,9 @@ def write_graph(module: nn.Module, io: NetworkIO, file: Path, *, opset: int, sta
             raise RuntimeError("torch.onnx.export returned no program")
         weights = list(program.model.graph.initializers.values())
         program.optimize()
+        # Where in which file of this machine each node came from, and how torch traced it: nobody's business.
+        for node in program.model.graph.all_nodes():
+            node.metadata_props.clear()
     file.parent.mkdir(parents=True, exist_ok=True)
     program.save(file, external_data=_bytes_of(module) > 1 << 20)
     # The optimizer's rules hold on to the nodes that they last looked at, and so to every weight, for good.

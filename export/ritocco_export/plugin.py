@@ -175,15 +175,19 @@ def _build(graphs: Path, out: Path | None, *, library: str, targets: list[str], 
         raise RequestError(
             f"--library is {shown(library)}; it must be tensorrt or tensorrt-rtx", field="--library"
         )
-    for file in build_all(
-        open_artefacts(graphs),
-        library="tensorrt" if library == "tensorrt" else "tensorrt-rtx",
-        options=EngineOptions(refit=refit),
-        targets=targets,
-        folder=out,
-        say=lambda line: typer.echo(line, err=True),
-    ):
-        typer.echo(file)
+    try:
+        for file in build_all(
+            open_artefacts(graphs),
+            library="tensorrt" if library == "tensorrt" else "tensorrt-rtx",
+            options=EngineOptions(refit=refit),
+            targets=targets,
+            folder=out,
+            say=lambda line: typer.echo(line, err=True),
+        ):
+            typer.echo(file)
+    except OSError as error:
+        typer.echo(f"error: {out or 'the cache'}: {error}; what was built before is kept", err=True)
+        raise typer.Exit(1) from error
 
 
 def _refuse_missing() -> None:

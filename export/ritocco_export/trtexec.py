@@ -46,7 +46,7 @@ def trtexec(artefacts: Artefacts, graph: GraphName) -> list[str]:
         ]
         profiles.append(_line([f"--profile={index}", *words]))
     first = ["trtexec", f"--onnx={artefacts.graph(graph)}", f"--saveEngine={graph}.engine"]
-    return [_line(first), "--stronglyTyped --skipInference", *profiles]
+    return [_line(first), "--stronglyTyped --noTF32 --skipInference", *profiles]
 
 
 def polygraphy(artefacts: Artefacts, graph: GraphName) -> list[str]:

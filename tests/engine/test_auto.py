@@ -93,3 +93,20 @@ def test_graphs_that_openvino_does_not_open_run_elsewhere(
     monkeypatch.setattr(backends, "installed", lambda package: package == "openvino")
     with pytest.raises(BackendError, match="no such plugin"):
         ritocco.load(tiny_graphs, device="cpu")
+
+
+def test_a_gpu_comes_before_the_cpu_where_onnxruntime_is_built_for_it(
+    tiny_graphs: Path, ask: Ask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Here none is found, which is said."""
+    monkeypatch.setattr(backends, "distributed", lambda package: package == "onnxruntime-gpu")
+    with ritocco.load(tiny_graphs) as engine:
+        logs = engine.predict(ask()).logs
+    assert "Running openvino on cpu: onnxruntime failed (device is 'cuda:0'; " in logs
+    with ritocco.load(tiny_graphs, device="cpu") as engine:
+        assert "onnxruntime failed" not in engine.predict(ask()).logs
+
+
+def test_distributions_are_told_apart() -> None:
+    assert backends.distributed("numpy")
+    assert not backends.distributed("no-such-distribution")

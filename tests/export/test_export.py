@@ -12,6 +12,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+import ritocco
 from ritocco.artefacts import GRAPH_FILE, open_artefacts, read_manifest
 from ritocco.checkpoint import fingerprint, open_checkpoint
 from ritocco.cli import _add_plugins, app
@@ -205,6 +206,15 @@ def test_what_the_gate_measures() -> None:
     assert difference(wanted[:, :2], wanted)[0] == float("inf")
     assert difference(wanted, wanted * np.nan)[0] == float("inf")
     assert set(LARGEST_ERROR) == set(LEAST_PSNR_DB) == set(LEAST_PICTURE_PSNR_DB)
+
+
+def test_graphs_say_nothing_of_the_machine_that_wrote_them(
+    tiny_graphs: Path, tiny_hoisted_graphs: Path
+) -> None:
+    for file in (*tiny_graphs.rglob("*.onnx"), *tiny_hoisted_graphs.rglob("*.onnx")):
+        held = file.read_bytes()
+        assert b"stack_trace" not in held
+        assert str(Path(ritocco.__file__).parent).encode() not in held
 
 
 @pytest.mark.parametrize(

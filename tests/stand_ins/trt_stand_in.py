@@ -2,7 +2,7 @@
 
 It keeps the API's rules, as far as this project relies on them: what must be called before what, what is
 refused with False or None and a line in the log, and which shapes a profile takes. Its names are held against
-the real libraries' in tests/export/test_tensorrt_stand_in.py.
+the real libraries' in tests/export/test_tensorrt_build.py.
 """
 
 from __future__ import annotations

@@ -43,9 +43,10 @@ def open_sessions(
     """A Runtime on exported graphs, and why this one, in words.
 
     backend: `openvino`, `onnxruntime`, `tensorrt`, `tensorrt-rtx`, or `auto`: one of the last two where its
-    engines for the GPU at hand lie in the cache, else the first of the first two that is installed, runs on
-    `device` and opens the graphs. options: of TensorRT, see `EngineOptions`. Raises BackendError where none
-    is, and what the first of them raised where none opens the graphs.
+    engines for the GPU at hand lie in the cache, else ONNX Runtime on CUDA where onnxruntime-gpu is installed
+    and finds a GPU, else the first of the first two that is installed, runs on `device` and opens the graphs.
+    options: of TensorRT, see `EngineOptions`. Raises BackendError where none is, and what the first of them
+    raised where none opens the graphs.
     """
     if backend not in ("auto", *SESSION_BACKENDS):
         raise BackendError(
@@ -54,18 +55,21 @@ def open_sessions(
     if backend != "auto":
         return _open(artefacts, backend, device, dtype, "as asked", options)
     on_cpu = device in ("auto", "cpu")
-    candidates = [name for name in _AUTO if installed(name) and (on_cpu or name != "openvino")]
+    found_here = [name for name in _AUTO if installed(name) and (on_cpu or name != "openvino")]
+    candidates = [(name, device) for name in found_here]
+    if device == "auto" and distributed("onnxruntime-gpu"):
+        candidates.insert(0, ("onnxruntime", "cuda:0"))
     built = [name for name in _BUILT if device != "cpu" and _built(artefacts, name, device, options)]
-    candidates = built + candidates
+    candidates = [(name, device) for name in built] + candidates
     if not candidates:
         extras = " or ".join(f'"ritocco[{SESSION_BACKENDS[name]}]"' for name in _AUTO)
         raise BackendError(
             f"{artefacts.path}: exported graphs, and nothing to run them; pip install {extras}"
         )
     why, failures = "the fastest that is installed", []
-    for name in candidates:
+    for name, place in candidates:
         try:
-            runtime, reasons = _open(artefacts, name, device, dtype, why, options)
+            runtime, reasons = _open(artefacts, name, place, dtype, why, options)
         except RitoccoError as error:
             failures.append(error)
             why = f"{name} failed ({error})"
@@ -106,6 +110,16 @@ def installed(package: str) -> bool:
     try:
         return find_spec(package) is not None
     except (ImportError, ValueError):
+        return False
+
+
+def distributed(package: str) -> bool:
+    """Whether a distribution is installed, which the name of what it is imported as does not tell."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return bool(version(package))
+    except PackageNotFoundError:
         return False
 
 

@@ -81,6 +81,8 @@ def open_openvino(artefacts: Artefacts, *, device: str, dtype: str) -> SessionRu
     able = core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
     if dtype == "auto":
         dtype = "bfloat16" if "BF16" in able else "float32"
+    if dtype == "bfloat16" and "BF16" not in able:
+        raise BackendError("dtype is 'bfloat16', which this processor does not compute in; float32 is")
     if dtype not in _PRECISIONS:
         raise BackendError(f"dtype is {dtype!r}; the backend openvino computes in float32 or bfloat16")
     if (cache := _cache()) is not None:

@@ -89,7 +89,10 @@ class _Opener:
         self.cuda, self.store = cuda, store
         self.target = target_of(library, options, cuda.gpu)
         self.log = Log(trt)
-        self.runtime = trt.Runtime(self.log.logger)
+        try:
+            self.runtime = trt.Runtime(self.log.logger)
+        except TypeError as error:  # how its bindings say that there is none
+            raise BackendError(f"{library} does not start ({self.log.said() or error})") from error
         if options.version_compatible:
             # Such an engine carries code of its own; it comes from this machine's cache or a named folder.
             self.runtime.engine_host_code_allowed = True
