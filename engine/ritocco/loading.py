@@ -55,7 +55,7 @@ def load(
     checkpoint = open_checkpoint(path, variant=variant, tokenizer=tokenizer)
     if backend in SESSION_BACKENDS:
         refuse_absent(backend)  # before minutes go into an export
-        artefacts = _exported(checkpoint)
+        artefacts = _exported(checkpoint, graph_dtype(backend, device, dtype))
         return _from_artefacts(
             artefacts, device, dtype, backend, fetcher, checkpoint, options=backend_options
         )
@@ -175,7 +175,19 @@ def _from_artefacts(
     )
 
 
-def _exported(checkpoint: Checkpoint) -> Artefacts:
+def graph_dtype(backend: str, device: str, dtype: str) -> str:
+    """What a checkpoint is exported in for a backend.
+
+    On GPUs, which compute in the dtype of the graphs, float16 where nothing else is asked for, as torch does
+    there. On CPUs float32, from which OpenVINO goes to bfloat16 by itself.
+    """
+    on_gpu = backend.startswith("tensorrt") or device.partition(":")[0] in ("cuda", "tensorrt")
+    if not on_gpu:
+        return "float32"
+    return dtype if dtype in ("float32", "bfloat16") else "float16"
+
+
+def _exported(checkpoint: Checkpoint, dtype: str) -> Artefacts:
     """The checkpoint's graphs from the cache, exported into it where they are not there.
 
     Raises BackendError where the cache can't be written.
@@ -184,14 +196,14 @@ def _exported(checkpoint: Checkpoint) -> Artefacts:
     from ritocco.plugins import exporter
 
     version = fingerprint(checkpoint)
-    folder = _cached_graphs(version)
+    folder = _cached_graphs(version, dtype)
     with _export_lock:
         try:
             return open_artefacts(folder, version=version)
         except CheckpointError:
             pass
         try:
-            exporter().export(checkpoint, folder, dtype="float32")
+            exporter().export(checkpoint, folder, dtype=dtype)
         except OSError as error:
             raise BackendError(
                 f"{cache_root()}: the graphs can't be kept there ({error}). Set RITOCCO_CACHE to another "
@@ -214,8 +226,10 @@ def _faster_graphs(checkpoint: Checkpoint, device: str, dtype: str) -> Artefacts
         return None
 
 
-def _cached_graphs(version: str) -> Path:
-    return cache_root() / "graphs" / version[:32]
+def _cached_graphs(version: str, dtype: str = "float32") -> Path:
+    """Named by the checkpoint, and by the dtype where that is not float32."""
+    name = version[:32] if dtype == "float32" else f"{version[:32]}-{dtype}"
+    return cache_root() / "graphs" / name
 
 
 _export_lock = threading.Lock()

@@ -25,6 +25,7 @@ from ritocco.backends import SESSION_BACKENDS, open_sessions
 from ritocco.backends.runtime import Floats
 from ritocco.backends.sessions import SessionRuntime
 from ritocco.checkpoint import open_checkpoint
+from ritocco.loading import graph_dtype
 from ritocco.schedules import SCHEDULERS
 from ritocco_export.plugin import Plugin
 
@@ -179,6 +180,24 @@ def test_bfloat16_graphs_run_on_openvino_alone(
     assert difference.mean() < 0.03
     with pytest.raises(BackendError, match="bfloat16 graphs don't run on ONNX Runtime here"):
         ritocco.load(tiny_bfloat16_graphs, backend="onnxruntime")
+
+
+@pytest.mark.parametrize(
+    ("name", "device", "dtype", "exported"),
+    [
+        ("openvino", "auto", "auto", "float32"),
+        ("openvino", "cpu", "bfloat16", "float32"),
+        ("onnxruntime", "auto", "auto", "float32"),
+        ("onnxruntime", "cuda:1", "auto", "float16"),
+        ("onnxruntime", "tensorrt", "float32", "float32"),
+        ("tensorrt", "auto", "auto", "float16"),
+        ("tensorrt-rtx", "cuda", "bfloat16", "bfloat16"),
+    ],
+)
+def test_a_checkpoint_is_exported_in_what_its_backend_computes_best_in(
+    name: str, device: str, dtype: str, exported: str
+) -> None:
+    assert graph_dtype(name, device, dtype) == exported
 
 
 @pytest.mark.parametrize("graphs", ["tiny_half_graphs", "tiny_half_hoisted_graphs"])
@@ -372,7 +391,7 @@ def test_a_backend_that_is_not_there_is_named_with_those_that_are(tiny_checkpoin
 def test_a_checkpoints_safety_checker_is_not_lost(
     backend: str, tiny_safety_checkpoint: Path, tiny_graphs: Path, ask: Ask, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ritocco.loading._exported", lambda checkpoint: open_artefacts(tiny_graphs))
+    monkeypatch.setattr("ritocco.loading._exported", lambda checkpoint, dtype: open_artefacts(tiny_graphs))
     engine = load(tiny_safety_checkpoint, backend)
     safety = engine._safety
     assert safety is not None
