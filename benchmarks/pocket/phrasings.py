@@ -38,21 +38,8 @@ SMALL_WORDS = (
     "do", "does", "did", "no", "yes", "please",
 )  # fmt: skip
 DETERMINERS = (
-    "a",
-    "the",
-    "my",
-    "your",
-    "our",
-    "this",
-    "that",
-    "one",
-    "some",
-    "an",
-    "his",
-    "her",
-    "two",
-    "three",
-)
+    "a", "the", "my", "your", "our", "this", "that", "one", "some", "an", "his", "her", "two", "three",
+)  # fmt: skip
 PREPOSITIONS = (
     "in", "on", "at", "with", "by", "under", "near", "beside", "behind", "over", "from", "next to",
     "in front of", "inside", "above", "below", "between", "around", "through", "on top of", "and",

@@ -219,13 +219,13 @@ def write_manifest(path: Path, manifest: Manifest) -> None:
 
 
 @contextmanager
-def written_whole(out: Path) -> Iterator[Path]:
+def written_whole(out: Path, *, replace: bool = False) -> Iterator[Path]:
     """A new folder to write into, which becomes `out` at the block's end, or vanishes where it raises.
 
     An older export of ours in its place is replaced; of two writers one's stays, whole. Raises
-    CheckpointError where `out` holds anything else.
+    CheckpointError where `out` holds anything else. replace: whatever folder lies there, as in the cache.
     """
-    if out.exists():
+    if out.exists() and not replace:
         _refuse_strangers(out)
     part, old = (out.with_name(f".{out.name}.{secrets.token_hex(8)}.{end}") for end in ("part", "old"))
     part.mkdir(parents=True)
@@ -249,10 +249,10 @@ def written_whole(out: Path) -> Iterator[Path]:
 
 def _refuse_strangers(out: Path) -> None:
     """Raises CheckpointError for what is neither an empty folder nor an export of ours."""
-    if not out.is_dir() or (any(out.iterdir()) and not (out / MANIFEST).is_file()):
-        raise CheckpointError(f"{out}: exists and is no export; name another folder")
-    if not any(out.iterdir()):
+    if out.is_dir() and not any(out.iterdir()):
         return
+    if not (out / MANIFEST).is_file():
+        raise CheckpointError(f"{out}: exists and is no export; name another folder")
     named = read_json(out / MANIFEST).get("files")
     known = {MANIFEST, "model_index.json", *(named if isinstance(named, dict) else ())}
     found = {file.relative_to(out).as_posix() for file in out.rglob("*") if not file.is_dir()}

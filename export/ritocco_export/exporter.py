@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import json
 import shutil
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -55,13 +55,14 @@ def export_checkpoint(
     profiles: Iterable[Profile] = (),
     static: bool = False,
     hoisted: bool = False,
+    replace: bool = False,
     say: Say = lambda line: None,
 ) -> Manifest:
     """Write the graphs of a checkpoint, its configs and tokenizer to the folder `out`.
 
     dtype: of weights and arithmetic. static: only the best size of the profile, which must be the only one.
     hoisted: the UNet as two graphs, what a request needs once and the step; in our own layout alone.
-    say: takes a line for every stage.
+    replace: whatever folder `out` is; else an export alone. say: takes a line for every stage.
     Every graph passes `onnx.checker` in full and the parity gate before anything is kept; the folder appears
     whole, or not at all.
     Raises RequestError for options that don't fit together, CheckpointError where the gate is not passed or
@@ -80,7 +81,7 @@ def export_checkpoint(
     contract = contract_for(
         checkpoint, dtype=dtype, layout=layout, profiles=profiles, static=static, hoisted=hoisted
     )
-    with written_whole(out) as part:
+    with written_whole(out, replace=replace) as part:
         _write_configs(checkpoint, part)
         parity: dict[str, Figures] = {}
         for graph in contract:
@@ -113,7 +114,7 @@ def export_checkpoint(
         write_manifest(part, manifest)
         picture = compare_picture(checkpoint, part)
         say(f"picture: {picture.line()}")
-        manifest = replace(manifest, parity={**manifest.parity, "picture": picture.as_json()})
+        manifest = dataclasses.replace(manifest, parity={**manifest.parity, "picture": picture.as_json()})
         write_manifest(part, manifest)
     return manifest
 

@@ -205,7 +205,7 @@ class Plugin:
         _refuse_missing()
         from ritocco_export.exporter import export_checkpoint
 
-        export_checkpoint(checkpoint, out, dtype=dtype)
+        export_checkpoint(checkpoint, out, dtype=dtype, replace=True)
 
     def build_engine(
         self,

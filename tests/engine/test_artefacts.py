@@ -244,6 +244,18 @@ def test_graphs_without_a_manifest_are_not_replaced(tiny_graphs: Path, tmp_path:
     assert (out / "unet" / "model.onnx").is_file()
 
 
+def test_whatever_lies_in_the_cache_is_replaced(tiny_graphs: Path, tmp_path: Path) -> None:
+    out = shutil.copytree(tiny_graphs, tmp_path / "out")
+    (out / MANIFEST).write_text("cut sh", encoding="utf-8")
+    (out / "left").write_text("over", encoding="utf-8")
+    with pytest.raises(CheckpointError), written_whole(out):
+        pass
+    with written_whole(out, replace=True) as part:
+        shutil.copytree(tiny_graphs, part, dirs_exist_ok=True)
+    assert open_artefacts(out).layout == "ritocco"
+    assert not (out / "left").exists()
+
+
 def test_links_out_of_an_export_are_not_followed(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere" / "secret").write_text("x", encoding="utf-8")

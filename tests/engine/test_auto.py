@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -110,3 +111,14 @@ def test_a_gpu_comes_before_the_cpu_where_onnxruntime_is_built_for_it(
 def test_distributions_are_told_apart() -> None:
     assert backends.distributed("numpy")
     assert not backends.distributed("no-such-distribution")
+
+
+def test_bfloat16_is_refused_where_the_processor_lacks_it(
+    tiny_graphs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import openvino
+
+    able = SimpleNamespace(get_property=lambda *_: ["FP32"])
+    monkeypatch.setattr(openvino, "Core", lambda: able)
+    with pytest.raises(BackendError, match="'bfloat16', which this processor does not compute in"):
+        ritocco.load(tiny_graphs, backend="openvino", dtype="bfloat16")

@@ -8,6 +8,7 @@ import shutil
 import sys
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -306,6 +307,27 @@ def test_graphs_are_not_replayed_where_that_is_switched_off(
     assert "replay" not in {call[0] for call in cuda.CALLS}
 
 
+def test_an_engine_that_cant_be_captured_runs_as_it_is(
+    tiny_graphs: Path, stand_in: Any, cuda: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise BackendError("capture a graph: not permitted")
+
+    monkeypatch.setattr(Cuda, "captured", refuse)
+    runtime = opened(tiny_graphs)
+    outputs = [runtime._unet(*unet_feeds(2)) for _ in range(3)]
+    assert all((output == outputs[0]).all() for output in outputs)
+
+
+def test_an_engines_key_has_every_byte_of_large_weights(tiny_graphs: Path) -> None:
+    artefacts = open_artefacts(tiny_graphs)
+    assert artefacts.manifest is not None
+    whole = replace(artefacts.manifest, sha256={"unet/model.onnx.data": "of every byte"})
+    found = weights_of(replace(artefacts, manifest=whole), "unet")
+    assert found["unet/model.onnx.data"] == "of every byte"
+    assert found.keys() == weights_of(artefacts, "unet").keys()
+
+
 def test_everything_is_given_back(tiny_graphs: Path, stand_in: Any, cuda: Any, ask: Any) -> None:
     import gc
 
@@ -356,6 +378,7 @@ def test_options_reach_the_builder(tiny_graphs: Path, stand_in: Any, cache: Path
         ({"level": 9}, r"backend_options\['level'\] is 9; it must be 0 to 5"),
         ({"refit": "yes"}, r"backend_options\['refit'\] is 'yes'; it must be True or False"),
         ({"workspace_bytes": True}, "must be a number of bytes"),
+        ({"workspace_bytes": -1}, "must be a number of bytes from 1 on"),
         ({"hardware": "any"}, "must be gpu, capability, ampere"),
     ],
 )

@@ -40,8 +40,8 @@ class EngineOptions:
     runs it too. refit: built once, on a GPU, for all checkpoints of a shape, whose weights are put in at
     load. level: builder optimisation level. workspace_bytes: most scratch memory. cuda_graph: calls with
     unchanged shapes are replayed. engines: a folder that is looked into before the cache. via: for
-    `tensorrt-rtx`, its own bindings (`bindings`), ONNX Runtime's provider (`onnxruntime`), or `auto`, the
-    provider where installed.
+    `tensorrt-rtx`, its own bindings (`bindings`), ONNX Runtime's provider (`onnxruntime`), or `auto`: the
+    provider where installed, unless the bindings can do more (bfloat16 graphs, engines built ahead).
     """
 
     hardware: Hardware = "gpu"
