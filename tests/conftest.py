@@ -19,9 +19,12 @@ import pytest
 from PIL import Image
 
 import ritocco
+from accelerator import interpret_kernels
 from ritocco import Engine
 from ritocco.backends.runtime import Batch, Floats, LatentSize, Runtime, Tokens
 from ritocco.checkpoint import load_tokenizer, open_checkpoint
+
+interpret_kernels()
 
 TEXT = (
     "a photograph of a yellow cat's face on a park bench, high resolution. they're the quick brown dogs "

@@ -20,6 +20,7 @@ from ritocco_bench.environment import Environment, environment
 from ritocco_bench.folder import SIZES, make_folder
 from ritocco_bench.parity import ParityError, gate
 from ritocco_bench.report import Row, append_rows, table
+from ritocco_bench.variants import PAIR
 
 WORK = Path(".cache/bench")
 RESULTS = Path("benchmarks/results")
@@ -67,6 +68,9 @@ def _measure(arguments: argparse.Namespace) -> None:
         size=arguments.size or (512 if full or on_graphs else 128),
         steps=arguments.steps or (25 if on_graphs else 4),
         outputs=arguments.outputs,
+        runs=arguments.runs,
+        warm=arguments.warm,
+        variants=(*PAIR, *(f"diffusers-{peer}" for peer in arguments.peers.split(",") if peer)),
     )
     env = environment(bench.device)
     _say(f"{bench.model} on {env.machine}, {env.cores} cores; {choice.reasons[-1]}")
@@ -169,6 +173,9 @@ def _parser() -> argparse.ArgumentParser:
         case.add_argument("--size", type=int, help="pixels per side; default 512, quick steps 128")
         case.add_argument("--steps", type=int, help="default 4; on graphs 25")
         case.add_argument("--outputs", type=int, default=1, help="for steps and hoisted; default %(default)s")
+        case.add_argument("--runs", type=int, default=1, help="for steps: measured requests of each process")
+        case.add_argument("--warm", type=int, default=1, help="for steps: requests before them")
+        case.add_argument("--peers", default="", help="for steps: compiled, autotuned, or both with a comma")
         case.add_argument("--out", type=Path, help="JSONL file; default benchmarks/results/, quick .cache/")
     return parser
 

@@ -18,7 +18,7 @@ import numpy as np
 from ritocco_bench.environment import Environment
 from ritocco_bench.parity import Execute, Parity, distance
 from ritocco_bench.report import Row
-from ritocco_bench.variants import PHASES, VARIANTS
+from ritocco_bench.variants import PAIR, PHASES
 from ritocco_bench.worker import Job, Result
 
 Say = Callable[[str], None]
@@ -33,7 +33,11 @@ class BenchError(RuntimeError):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Bench:
-    """What is measured, where, how often. pairs: processes of each variant."""
+    """What is measured, where, how often.
+
+    pairs: processes of each variant. runs: measured requests in each, after `warm` others. variants: beside
+    each other, ritocco first.
+    """
 
     model: Path
     device: str
@@ -42,6 +46,9 @@ class Bench:
     size: int
     steps: int
     outputs: int = 1
+    runs: int = 1
+    warm: int = 1
+    variants: tuple[str, ...] = PAIR
 
     def __post_init__(self) -> None:
         if self.pairs < 1:
@@ -57,6 +64,8 @@ class Bench:
             size=self.size,
             steps=self.steps,
             outputs=self.outputs,
+            runs=self.runs,
+            warm=self.warm,
         )
 
 
@@ -87,7 +96,7 @@ def startup(
     small = replace(bench, size=STARTUP_SIZE, steps=1, outputs=1)
     taken: dict[tuple[str, str], list[float]] = {}
     for pair in range(bench.pairs):
-        for variant in VARIANTS:
+        for variant in PAIR:
             result, started = run(replace(small.job(variant), until="first_step"))
             taken.setdefault((variant, "load"), []).append(result.loaded - started)
             taken.setdefault((variant, "first_step"), []).append(result.stepped - started)
@@ -99,14 +108,14 @@ def startup(
 def steps(
     bench: Bench, parity: Parity, env: Environment, *, run: Execute = execute, say: Say = print
 ) -> list[Row]:
-    """Seconds of each phase of a request, after one warm-up request of one step, and the process's peak.
+    """Seconds of each phase of a request, after the warm-up (see `Job`), and the process's peak.
 
     The peak includes loading. The processes take turns, ritocco first. parity: of `gate`. Raises BenchError.
     """
     taken: dict[tuple[str, str], list[float]] = {}
     peaks: dict[str, int | None] = {}
     for pair in range(bench.pairs):
-        for variant in VARIANTS:
+        for variant in bench.variants:
             result, _ = run(bench.job(variant))
             for seconds in result.seconds:
                 for phase in PHASES:

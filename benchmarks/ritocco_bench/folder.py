@@ -9,8 +9,10 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import os
 import zlib
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -111,7 +113,8 @@ SIZES: Mapping[str, Mapping[NetworkName, dict[str, Any]]] = {
 def make_folder(out: Path, size: str = "full") -> Path:
     """Write a diffusers folder of random weights, `full` (2.6 GB) or `tiny`. Returns `out`.
 
-    The same size gives the same bytes. Memory: one tensor at a time. A complete folder of this size is kept.
+    The same size gives the same bytes. Memory: one tensor for each processor. A complete folder of this size
+    is kept.
     Raises ValueError for another size, CheckpointError where `out` holds a folder of another shape.
     """
     if size not in SIZES:
@@ -143,8 +146,12 @@ def _write_weights(file: Path, network: NetworkName, config: Mapping[str, Any]) 
     partial = file.with_suffix(".partial")
     with partial.open("wb") as stream:
         stream.write(len(encoded).to_bytes(8, "little") + encoded)
-        for name, shape in shapes.items():
-            stream.write(_values(name, shape, zlib.crc32(f"{network}/{name}".encode())).tobytes())
+        with ThreadPoolExecutor() as pool:
+            names, at_once = iter(shapes), os.cpu_count() or 1
+            while some := list(itertools.islice(names, at_once)):
+                seeds = [zlib.crc32(f"{network}/{name}".encode()) for name in some]
+                for values in pool.map(_values, some, [shapes[name] for name in some], seeds):
+                    stream.write(values.tobytes())
     partial.replace(file)
 
 

@@ -71,6 +71,8 @@ class Ritocco:
 
 
 class Diffusers:
+    """The pipeline as its documentation has it."""
+
     def __init__(self, job: Job) -> None:
         import torch
         from diffusers import DPMSolverMultistepScheduler, StableDiffusionInpaintPipeline
@@ -88,6 +90,7 @@ class Diffusers:
         pipe.encode_prompt = self._timed("text", pipe.encode_prompt)
         pipe._encode_vae_image = self._timed("encode", self._mean)
         pipe.vae.decode = self._timed("decode", self._keep(pipe.vae.decode))
+        self._prepare(pipe)
         pipe.unet.register_forward_pre_hook(self._begin)
 
     def run(self, steps: int, on_step: Callable[[], None]) -> dict[str, float]:
@@ -117,6 +120,9 @@ class Diffusers:
         )
         return {phase: self._seconds[phase] for phase in PHASES}
 
+    def _prepare(self, pipe: Any) -> None:
+        """Make it faster, where the variant does."""
+
     def _mean(self, image: Any, generator: Any) -> Any:
         posterior = self._pipe.vae.encode(image).latent_dist
         return self._pipe.vae.config.scaling_factor * posterior.mode()
@@ -144,7 +150,35 @@ class Diffusers:
             self._denoising = time.perf_counter()
 
 
-VARIANTS: dict[str, Any] = {"ritocco": Ritocco, "diffusers": Diffusers}
+class CompiledDiffusers(Diffusers):
+    """The pipeline after the advice of diffusers' guide to speed: channels_last, fused projections, compiled
+    UNet and decoder.
+    """
+
+    mode = "default"
+
+    def _prepare(self, pipe: Any) -> None:
+        import torch
+
+        pipe.fuse_qkv_projections()
+        for network in (pipe.unet, pipe.vae):
+            network.to(memory_format=torch.channels_last)
+        pipe.unet = torch.compile(pipe.unet, mode=self.mode, fullgraph=True)
+        # `decode` is timed already; what it calls is compiled.
+        pipe.vae.decoder = torch.compile(pipe.vae.decoder, mode=self.mode, fullgraph=True)
+
+
+class AutotunedDiffusers(CompiledDiffusers):
+    mode = "max-autotune"
+
+
+VARIANTS: dict[str, Any] = {
+    "ritocco": Ritocco,
+    "diffusers": Diffusers,
+    "diffusers-compiled": CompiledDiffusers,
+    "diffusers-autotuned": AutotunedDiffusers,
+}
+PAIR = ("ritocco", "diffusers")
 
 
 def synchronize(device: str) -> None:

@@ -16,7 +16,7 @@ class Job:
     """What one process does.
 
     until: `first_step` of a fresh process; its first `picture`, then `runs` more; or `end`, `runs` times
-    after a warm-up of one step.
+    after a warm-up of one step, or of `warm` whole requests where those are more than one.
     size: height and width in pixels. decoded: where the last run's decoded floats go, as .npy; or empty.
     """
 
@@ -28,6 +28,7 @@ class Job:
     steps: int
     outputs: int = 1
     runs: int = 1
+    warm: int = 1
     until: str = "end"
     seed: int = 0
     decoded: str = ""
@@ -69,7 +70,8 @@ def perform(job: Job) -> Result:
             side.run(job.steps, reached)
         except _Reached:
             return result
-    side.run(job.steps if job.until == "picture" else 1, lambda: None)
+    for _ in range(job.warm):
+        side.run(job.steps if job.until == "picture" or job.warm > 1 else 1, lambda: None)
     result.stepped = time.time()
     result.seconds = [side.run(job.steps, lambda: None) for _ in range(job.runs)]
     result.peak_bytes = peak_bytes(job.device)

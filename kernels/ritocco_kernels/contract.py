@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Generic, ParamSpec
+from typing import Any, Generic, ParamSpec
 
 import torch
-from torch import Tensor
 
 P = ParamSpec("P")
 
@@ -16,10 +15,10 @@ P = ParamSpec("P")
 class Op(Generic[P]):
     """One operation: its meaning and how exact every implementation of it must be.
 
-    reference: the plain-PyTorch implementation, in the dtype of its input.
+    reference: the plain-PyTorch implementation, in the dtype of its input; a tensor or two.
     tolerance: per dtype, the largest error against a float64 truth, in units of eps(dtype) * max|truth|.
     """
 
     name: str
-    reference: Callable[P, Tensor]
+    reference: Callable[P, Any]
     tolerance: Mapping[torch.dtype, float]

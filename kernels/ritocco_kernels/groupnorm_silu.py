@@ -28,6 +28,13 @@ def groupnorm_silu_reference(x: Tensor, weight: Tensor, bias: Tensor, groups: in
     return F.silu(groupnorm_reference(x, weight, bias, groups, eps), inplace=True)
 
 
+def shifted_groupnorm_silu_reference(
+    x: Tensor, shift: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float
+) -> Tensor:
+    """`groupnorm_silu_reference` of x + shift; shift: [N,C], the dtype of x."""
+    return groupnorm_silu_reference(x + shift[:, :, None, None], weight, bias, groups, eps)
+
+
 GROUPNORM = Op(
     name="groupnorm",
     reference=groupnorm_reference,
@@ -39,4 +46,11 @@ GROUPNORM_SILU = Op(
     reference=groupnorm_silu_reference,
     # Two roundings: the norm's and SiLU's, whose slope reaches 1.1.
     tolerance={torch.float32: 8.0, torch.bfloat16: 2.0, torch.float16: 2.0},
+)
+
+SHIFTED_GROUPNORM_SILU = Op(
+    name="shifted_groupnorm_silu",
+    reference=shifted_groupnorm_silu_reference,
+    # Three: the sum's as well, in units of the norm's result.
+    tolerance={torch.float32: 8.0, torch.bfloat16: 4.0, torch.float16: 4.0},
 )

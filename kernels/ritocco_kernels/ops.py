@@ -11,8 +11,10 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from ritocco_kernels.add_bias import ADD_BIAS
+from ritocco_kernels.add_layernorm import ADD_LAYERNORM
 from ritocco_kernels.geglu import GEGLU
-from ritocco_kernels.groupnorm_silu import GROUPNORM, GROUPNORM_SILU
+from ritocco_kernels.groupnorm_silu import GROUPNORM, GROUPNORM_SILU, SHIFTED_GROUPNORM_SILU
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -20,13 +22,31 @@ class Ops:
     """The implementations that one network uses.
 
     groupnorm, groupnorm_silu(x [N,C,H,W], weight [C], bias [C], groups, eps) -> [N,C,H,W]
+    shifted_groupnorm_silu(x [N,C,H,W], shift [N,C], weight [C], bias [C], groups, eps) -> [N,C,H,W]
     geglu(projected [...,2F]) -> [...,F]
+    add_layernorm(x [...,C], residual [...,C], weight [C], bias [C], eps) -> sum and norm, [...,C] each
+    add_bias(x [N,C,H,W], bias [C], residual [N,C,H,W]) -> [N,C,H,W]
+    late_bias: whether a convolution inside a block leaves its bias to the operation behind it, which has the
+    numbers in its hands anyway (`shifted_groupnorm_silu`, `add_bias`); where it has not, a convolution adds
+    its bias at no cost.
     """
 
     groupnorm: Callable[[Tensor, Tensor, Tensor, int, float], Tensor]
     groupnorm_silu: Callable[[Tensor, Tensor, Tensor, int, float], Tensor]
+    shifted_groupnorm_silu: Callable[[Tensor, Tensor, Tensor, Tensor, int, float], Tensor]
     geglu: Callable[[Tensor], Tensor]
+    add_layernorm: Callable[[Tensor, Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
+    add_bias: Callable[[Tensor, Tensor, Tensor], Tensor]
+    late_bias: bool
 
 
-REFERENCE = Ops(groupnorm=GROUPNORM.reference, groupnorm_silu=GROUPNORM_SILU.reference, geglu=GEGLU.reference)
+REFERENCE = Ops(
+    groupnorm=GROUPNORM.reference,
+    groupnorm_silu=GROUPNORM_SILU.reference,
+    shifted_groupnorm_silu=SHIFTED_GROUPNORM_SILU.reference,
+    geglu=GEGLU.reference,
+    add_layernorm=ADD_LAYERNORM.reference,
+    add_bias=ADD_BIAS.reference,
+    late_bias=False,
+)
 """Plain PyTorch, for a CPU and for export."""

@@ -6,6 +6,10 @@ checkpoint, so a network built under `torch.device("meta")` is complete after `l
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import cast
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -23,6 +27,11 @@ def group_norm(ops: Ops, norm: nn.GroupNorm, x: Tensor) -> Tensor:
 def norm_silu(ops: Ops, norm: nn.GroupNorm, x: Tensor) -> Tensor:
     """SiLU(norm(x)), likewise."""
     return ops.groupnorm_silu(x, norm.weight, norm.bias, norm.num_groups, norm.eps)
+
+
+def add_norm(ops: Ops, norm: nn.LayerNorm, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+    """x + residual, and norm of it, both [...,C]; x may be overwritten."""
+    return ops.add_layernorm(x, residual, norm.weight, norm.bias, norm.eps)
 
 
 def to_tokens(x: Tensor) -> Tensor:
@@ -61,10 +70,12 @@ class ResnetBlock(nn.Module):
         self.conv_shortcut = None if channels_in == channels_out else nn.Conv2d(channels_in, channels_out, 1)
 
     def forward(self, x: Tensor, time: Tensor | None = None) -> Tensor:
-        """x [N,channels_in,H,W], time [N,channels_out] already projected -> [N,channels_out,H,W]."""
+        """x [N,channels_in,H,W], time [N,channels_out] of `added_by_time` -> [N,channels_out,H,W]."""
         # One name, and sums in place: each intermediate is freed as soon as the next exists. At full
         # resolution these blocks set the decoder's peak memory.
         hidden: Tensor = norm_silu(self.ops, self.norm1, x)
+        if self.ops.late_bias:
+            return self._late(hidden, x, time)
         hidden = self.conv1(hidden)
         if time is not None:
             hidden.add_(time[:, :, None, None])
@@ -72,6 +83,27 @@ class ResnetBlock(nn.Module):
         hidden = self.conv2(hidden)
         hidden += x if self.conv_shortcut is None else self.conv_shortcut(x)
         return hidden
+
+    def added_by_time(self, embedding: Tensor) -> Tensor:
+        """What `forward` takes as `time`: [R,time_dim] -> [R,channels_out]; the bias of conv1 comes with it
+        where that is late.
+        """
+        projected: Tensor = cast(nn.Linear, self.time_emb_proj)(embedding)
+        return projected + cast(Tensor, self.conv1.bias) if self.ops.late_bias else projected
+
+    def _late(self, hidden: Tensor, x: Tensor, time: Tensor | None) -> Tensor:
+        """The rest of `forward`, with both biases in the operations behind the convolutions."""
+        hidden = F.conv2d(hidden, self.conv1.weight, padding=1)
+        shift = cast(Tensor, self.conv1.bias).expand(len(x), -1) if time is None else time
+        norm = self.norm2
+        hidden = self.ops.shifted_groupnorm_silu(
+            hidden, shift, norm.weight, norm.bias, norm.num_groups, norm.eps
+        )
+        hidden = F.conv2d(hidden, self.conv2.weight, padding=1)
+        if self.conv_shortcut is not None:
+            tokens = F.linear(to_tokens(x), self.conv_shortcut.weight.flatten(1), self.conv_shortcut.bias)
+            x = to_image(tokens, like=x)
+        return self.ops.add_bias(hidden, cast(Tensor, self.conv2.bias), x)
 
 
 class Downsample(nn.Module):
@@ -120,23 +152,49 @@ class Attention(nn.Module):
         self.to_k = nn.Linear(context_dim or width, width, bias=bias)
         self.to_v = nn.Linear(context_dim or width, width, bias=bias)
         self.to_out = nn.ModuleList([nn.Linear(width, width)])
+        self._packed: tuple[Tensor, Tensor | None] | None = None  # weight and bias of all three projections
 
-    def _split(self, x: Tensor) -> Tensor:
+    def pack(self) -> None:
+        """Make one product of the three that `forward` begins with where nothing is given to attend to."""
+        self._packed = pack_linears([self.to_q, self.to_k, self.to_v])
+
+    def split_heads(self, x: Tensor) -> Tensor:
+        """[B,L,width] -> [B,heads,L,head_dim], a view."""
         return x.reshape(*x.shape[:2], self.heads, -1).transpose(1, 2)
 
     def keys_values(self, source: Tensor) -> KeysValues:
         """source [B,L,context_dim] -> keys and values, each [B,heads,L,head_dim] (views of [B,L,width])."""
-        return self._split(self.to_k(source)), self._split(self.to_v(source))
+        return self.split_heads(self.to_k(source)), self.split_heads(self.to_v(source))
 
     def forward(self, x: Tensor, keys_values: KeysValues | None = None) -> Tensor:
         """x [B,S,width] -> [B,S,width]; attends to itself where no keys and values are given.
 
         Scores and softmax are float32 in every dtype: PyTorch's kernels accumulate so.
         """
-        keys, values = self.keys_values(x) if keys_values is None else keys_values
-        mixed = F.scaled_dot_product_attention(self._split(self.to_q(x)), keys, values)
+        if keys_values is None and self._packed is not None:
+            queries, keys, values = map(self.split_heads, F.linear(x, *self._packed).chunk(3, dim=-1))
+        else:
+            queries = self.split_heads(self.to_q(x))
+            keys, values = self.keys_values(x) if keys_values is None else keys_values
+        mixed = F.scaled_dot_product_attention(queries, keys, values)
         out: Tensor = self.to_out[0](mixed.transpose(1, 2).flatten(2))
         return out
+
+
+def pack_linears(layers: Sequence[nn.Linear]) -> tuple[Tensor, Tensor | None]:
+    """The weights of several layers one below the other, and their biases; the layers become views of them,
+    so that nothing lies in memory twice. All have the same input, and all or none a bias.
+    """
+    weight = torch.cat([layer.weight for layer in layers])
+    bias = None if layers[0].bias is None else torch.cat([cast(Tensor, layer.bias) for layer in layers])
+    first = 0
+    for layer in layers:
+        last = first + layer.out_features
+        layer.weight.data = weight[first:last]
+        if bias is not None:
+            layer.bias.data = bias[first:last]
+        first = last
+    return weight, bias
 
 
 class SpatialAttention(Attention):
@@ -185,6 +243,7 @@ class TransformerBlock(nn.Module):
 
     def __init__(self, width: int, heads: int, *, context_dim: int, ops: Ops) -> None:
         super().__init__()
+        self.ops = ops
         self.norm1 = nn.LayerNorm(width)
         self.attn1 = Attention(width, heads)
         self.norm2 = nn.LayerNorm(width)
@@ -192,13 +251,12 @@ class TransformerBlock(nn.Module):
         self.norm3 = nn.LayerNorm(width)
         self.ff = FeedForward(width, ops)
 
-    def attend_self(self, tokens: Tensor) -> Tensor:
-        """Self-attention and its residual: [B,S,width] -> [B,S,width]."""
-        out: Tensor = self.attn1(self.norm1(tokens))
-        return out.add_(tokens)
+    def attend_self(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Self-attention and its residual, and the norm behind: [B,S,width] -> two of [B,S,width]."""
+        return add_norm(self.ops, self.norm2, self.attn1(self.norm1(tokens)), tokens)
 
-    def attend_context(self, tokens: Tensor, context: KeysValues) -> Tensor:
-        """Cross-attention and feed-forward with their residuals: [B,S,width] -> [B,S,width]."""
-        tokens = self.attn2(self.norm2(tokens), context).add_(tokens)
-        out: Tensor = self.ff(self.norm3(tokens))
+    def attend_context(self, tokens: Tensor, normed: Tensor, context: KeysValues) -> Tensor:
+        """Cross-attention and feed-forward with their residuals: of `attend_self` -> [B,S,width]."""
+        tokens, normed = add_norm(self.ops, self.norm3, self.attn2(normed, context), tokens)
+        out: Tensor = self.ff(normed)
         return out.add_(tokens)

@@ -23,6 +23,7 @@ from ritocco.nets.blocks import (
     Upsample,
     group_norm,
     norm_silu,
+    pack_linears,
     to_image,
     to_tokens,
 )
@@ -40,10 +41,11 @@ class Walk:
     """
 
     def __init__(
-        self, times: tuple[Tensor, ...], context: tuple[KeysValues, ...], rows: Tensor | None
+        self, time: Tensor, widths: list[int], context: tuple[KeysValues, ...], rows: Tensor | None
     ) -> None:
         self.skips: list[Tensor] = []
-        self._times = list(times)
+        self._time, self._widths = time, widths
+        self._times = list(torch.split(time, widths, dim=1))
         self._context = iter(context)
         self._rows = rows
 
@@ -55,14 +57,15 @@ class Walk:
         """The next cross-attention's keys and values, M rows."""
         return next(self._context)
 
-    def widen(self, tokens: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+    def widen(self, tokens: Tensor, normed: Tensor, residual: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The same tensors with M rows; called before every cross-attention, it acts at the first."""
         if self._rows is None:
-            return tokens, residual
+            return tokens, normed, residual
         rows, self._rows = self._rows, None
-        self._times = [time.index_select(0, rows) for time in self._times]
+        wide = torch.split(self._time.index_select(0, rows), self._widths, dim=1)
+        self._times = list(wide[len(wide) - len(self._times) :])
         self.skips = [_select_rows(skip, rows) for skip in self.skips]
-        return tokens.index_select(0, rows), _select_rows(residual, rows)
+        return tokens.index_select(0, rows), normed.index_select(0, rows), _select_rows(residual, rows)
 
 
 def _select_rows(x: Tensor, rows: Tensor) -> Tensor:
@@ -91,8 +94,8 @@ class Transformer(nn.Module):
         """x [N or M,C,H,W] -> [M,C,H,W]."""
         tokens = _project(self.proj_in, to_tokens(group_norm(self.ops, self.norm, x)))
         for block in self.blocks():
-            tokens, x = walk.widen(block.attend_self(tokens), x)
-            tokens = block.attend_context(tokens, walk.next_context())
+            tokens, normed, x = walk.widen(*block.attend_self(tokens), x)
+            tokens = block.attend_context(tokens, normed, walk.next_context())
         return x + to_image(_project(self.proj_out, tokens), like=x)
 
     def blocks(self) -> Iterator[TransformerBlock]:
@@ -225,7 +228,18 @@ class UNet(nn.Module):
         self.up_blocks = nn.ModuleList(UpStage(spec, level, ops) for level in reversed(levels))
         self.conv_norm_out = nn.GroupNorm(spec.groups, spec.channels[0], spec.eps)
         self.conv_out = nn.Conv2d(spec.channels[0], spec.out_channels, 3, padding=1)
+        self._context_projection: Tensor | None = None
         self.requires_grad_(False)
+
+    def pack(self) -> None:
+        """Join projections of the same input into one product each: queries, keys and values of every
+        self-attention, and the keys and values of all cross-attentions.
+        """
+        blocks = [block for transformer in self._transformers() for block in transformer.blocks()]
+        for block in blocks:
+            block.attn1.pack()
+        layers = [layer for block in blocks for layer in (block.attn2.to_k, block.attn2.to_v)]
+        self._context_projection, _ = pack_linears(layers)
 
     def forward(self, sample: Tensor, timestep: Tensor, context: Tensor) -> Tensor:
         """One plain evaluation.
@@ -244,7 +258,20 @@ class UNet(nn.Module):
 
         context: [M,77,context_dim]. Returns pairs of [M,heads,77,head_dim], views of [M,77,width].
         """
+        if self._context_projection is not None:
+            return self.split_context(self.project_context(context))
         return tuple(attention.keys_values(context) for attention in self._cross_attentions())
+
+    def project_context(self, context: Tensor) -> Tensor:
+        """Of a packed network: the same keys and values side by side, [M,77,K]."""
+        return F.linear(context, cast(Tensor, self._context_projection))
+
+    def split_context(self, projected: Tensor) -> tuple[KeysValues, ...]:
+        """Views of what `project_context` returns, as `hoist_context` returns them."""
+        attentions = list(self._cross_attentions())
+        widths = [layer.out_features for one in attentions for layer in (one.to_k, one.to_v)]
+        parts = iter(torch.split(projected, widths, dim=-1))
+        return tuple((one.split_heads(next(parts)), one.split_heads(next(parts))) for one in attentions)
 
     def hoist_timesteps(self, timesteps: Tensor) -> Tensor:
         """What every resnet adds for each timestep: [R] float32 -> [R,T], the resnets' vectors side by side.
@@ -254,8 +281,7 @@ class UNet(nn.Module):
         """
         sinusoid = _sinusoid(timesteps, self.spec).to(self.conv_in.weight.dtype)
         embedding = F.silu(self.time_embedding(sinusoid))
-        projections = (cast(nn.Linear, resnet.time_emb_proj) for resnet in self._resnets())
-        return torch.cat([projection(embedding) for projection in projections], dim=1)
+        return torch.cat([resnet.added_by_time(embedding) for resnet in self._resnets()], dim=1)
 
     def hoist_condition(self, condition: Tensor) -> Tensor:
         """conv_in of the mask and the masked-image latents, bias included: [N,5,h,w] -> [N,C0,h,w]."""
@@ -279,7 +305,7 @@ class UNet(nn.Module):
         """
         weight = self.conv_in.weight[:, : self._latent_channels]
         x = F.conv2d(latents, weight, padding=1) + condition
-        walk = Walk(torch.split(time, self._time_widths(), dim=1), context_kv, rows)
+        walk = Walk(time, self._time_widths(), context_kv, rows)
         walk.skips.append(x)
         for block in (*self.down_blocks, self.mid_block, *self.up_blocks):
             x = block(x, walk)
@@ -299,9 +325,11 @@ class UNet(nn.Module):
     def _time_widths(self) -> list[int]:
         return [resnet.conv1.out_channels for resnet in self._resnets()]
 
+    def _transformers(self) -> Iterator[Transformer]:
+        return (cast(Transformer, item) for stage in self._stages() for item in stage.attentions)
+
     def _cross_attentions(self) -> Iterator[Attention]:
-        transformers = (cast(Transformer, item) for stage in self._stages() for item in stage.attentions)
-        return (block.attn2 for transformer in transformers for block in transformer.blocks())
+        return (block.attn2 for transformer in self._transformers() for block in transformer.blocks())
 
 
 def _sinusoid(timesteps: Tensor, spec: UNetSpec) -> Tensor:

@@ -1,0 +1,36 @@
+#!/usr/bin/env bash
+# Everything that needs a GPU, in stages that each end within 8 minutes:
+#   benchmarks/gpu_suite.sh [--out FOLDER] [--model FOLDER] STAGE...
+# Stages: tests, kernels, ladder, peers, compiled, memory. Rows are written at once, into FOLDER (default
+# benchmarks/results). Needs torch with CUDA and Triton; `peers` and `compiled` also diffusers and transformers.
+# No network; works from the sources.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+export PYTHONPATH="engine:kernels:export:benchmarks:tests${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
+out=benchmarks/results
+model=.cache/bench/full
+status=0
+while [ $# -gt 0 ]; do
+    case "$1" in
+    --out) out=$2; shift 2 ;;
+    --model) model=$2; shift 2 ;;
+    tests)
+        python3 -m pytest -q -m gpu -p no:cacheprovider tests/kernels tests/engine/test_fast_path.py || status=1
+        shift ;;
+    kernels)
+        python3 -m ritocco_bench.kernel_floors --out "$out/kernels.jsonl" || status=1
+        shift ;;
+    ladder)
+        python3 -m ritocco_bench make-folder --out "$model" &&
+            python3 -m ritocco_bench.ladder --model "$model" --out "$out/ladder.jsonl" \
+                --profile "$out/profile.txt" || status=1
+        shift ;;
+    peers | compiled)
+        python3 -m ritocco_bench make-folder --out "$model" &&
+            python3 -m ritocco_bench steps --model "$model" --device cuda --steps 25 --pairs 1 --runs 7 --warm 3 \
+                --peers "$([ "$1" = compiled ] && echo compiled)" --out "$out/$1.jsonl" || status=1
+        shift ;;
+    *) echo "unknown stage: $1" >&2; exit 2 ;;
+    esac
+done
+exit $status

@@ -1,0 +1,144 @@
+"""`python -m ritocco_bench.kernel_floors`: each fused operation against the time its bytes need.
+
+The floor is the bytes that have to move (each input read once, each output written once) over the bandwidth
+of a large copy on the same device in the same run. Buffers rotate, so that no cache holds them from call to
+call. Beside it stands the reference in the same layout.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ritocco.device import choose
+from ritocco_bench.environment import environment
+from ritocco_kernels.ops import REFERENCE, Ops
+
+CASES: tuple[tuple[str, tuple[int, ...]], ...] = (
+    ("groupnorm_silu", (2, 320, 64, 64)),
+    ("groupnorm_silu", (2, 960, 64, 64)),
+    ("groupnorm_silu", (2, 640, 32, 32)),
+    ("groupnorm_silu", (2, 1280, 16, 16)),
+    ("groupnorm_silu", (2, 1280, 8, 8)),
+    ("groupnorm_silu", (16, 320, 64, 64)),
+    ("groupnorm_silu", (1, 128, 512, 512)),
+    ("add_layernorm", (2, 4096, 320)),
+    ("add_layernorm", (2, 256, 1280)),
+    ("add_layernorm", (16, 4096, 320)),
+    ("geglu", (2, 4096, 2560)),
+    ("geglu", (2, 256, 10240)),
+    ("geglu", (16, 4096, 2560)),
+    ("add_bias", (2, 320, 64, 64)),
+    ("add_bias", (16, 320, 64, 64)),
+)
+_ROTATED_BYTES = 256 << 20
+
+
+def milliseconds(call: Callable[[int], object], sets: int, repeats: int = 5) -> list[float]:
+    """Of one call, from graphs that hold one call on each set of buffers."""
+    for index in range(sets):
+        call(index)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for index in range(sets):
+            call(index)
+    taken = []
+    for _ in range(repeats + 1):
+        begin, end = (torch.Event("cuda", enable_timing=True) for _ in range(2))
+        begin.record()
+        for _ in range(5):
+            graph.replay()
+        end.record()
+        end.synchronize()
+        taken.append(begin.elapsed_time(end) / (5 * sets))
+    return taken[1:]
+
+
+def copy_bandwidth() -> float:
+    """Bytes per second of a large copy on the device, reads and writes counted.
+
+    By a kernel: a captured `copy_` becomes a copy node, which is a third slower than what kernels reach.
+    """
+    x = torch.randn(1 << 29, device="cuda")
+    y = torch.empty_like(x)
+    taken = milliseconds(lambda _: torch.mul(x, 1.0, out=y), 1)
+    return 2 * x.numel() * 4 / (statistics.median(taken) / 1000)
+
+
+def matmul_rate() -> float:
+    """FLOP per second of a large float16 product on random data."""
+    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.float16) for _ in range(2))
+    taken = milliseconds(lambda _: a @ b, 1)
+    return float(2 * 8192**3 / (statistics.median(taken) / 1000))
+
+
+def make_call(ops: Ops, name: str, tensors: list[tuple[Tensor, ...]]) -> Callable[[int], object]:
+    """One call of an operation on one set of buffers."""
+
+    def call(index: int) -> object:
+        x, other, weight, bias = tensors[index]
+        match name:
+            case "groupnorm_silu":
+                return ops.groupnorm_silu(x, weight, bias, 32, 1e-5)
+            case "add_layernorm":
+                return ops.add_layernorm(x, other, weight, bias, 1e-5)
+            case "geglu":
+                return ops.geglu(x)
+            case _:
+                return ops.add_bias(x, bias, other)
+
+    return call
+
+
+def main() -> int:
+    """Measure, append rows, print the table."""
+    parser = argparse.ArgumentParser(prog="python -m ritocco_bench.kernel_floors", description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/kernels.jsonl"))
+    arguments = parser.parse_args()
+    from ritocco_kernels.fused.table import FUSED
+
+    device = choose("cuda").device
+    env, bandwidth, rate = asdict(environment(str(device))), copy_bandwidth(), matmul_rate()
+    print(f"copy {bandwidth / 1e12:.2f} TB/s; float16 product {rate / 1e12:.0f} TFLOP/s", flush=True)
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    with torch.inference_mode(), arguments.out.open("a", encoding="utf-8") as stream:
+        for name, shape in CASES:
+            size = torch.Size(shape).numel() * 2
+            sets = max(2, min(64, _ROTATED_BYTES // size))
+            image = len(shape) == 4
+            width = shape[1] if image else shape[-1]
+
+            def made(shape: tuple[int, ...] = shape, image: bool = image) -> Tensor:
+                x = torch.randn(shape, device=device, dtype=torch.float16)
+                return x.to(memory_format=torch.channels_last) if image else x
+
+            vectors = [torch.randn(width, device=device, dtype=torch.float16) for _ in range(2)]
+            tensors = [(made(), made(), *vectors) for _ in range(sets)]
+            moved = size * {"groupnorm_silu": 2, "add_layernorm": 4, "geglu": 1.5, "add_bias": 3}[name]
+            floor = moved / bandwidth * 1000
+            ours = milliseconds(make_call(FUSED, name, tensors), sets)
+            theirs = milliseconds(make_call(REFERENCE, name, tensors), sets)
+            row: dict[str, Any] = {"op": name, "shape": shape, "dtype": "float16", "bytes": moved}
+            row |= {"copy_bytes_per_s": bandwidth, "matmul_flop_per_s": rate, "floor_ms": floor}
+            row |= {"each_ms": ours, "reference_each_ms": theirs, "environment": env}
+            stream.write(json.dumps(row) + "\n")
+            p50, reference = statistics.median(ours), statistics.median(theirs)
+            print(
+                f"{name:15} {'x'.join(map(str, shape)):15} {1000 * p50:8.2f} us, floor {1000 * floor:7.2f} "
+                f"({floor / p50:4.0%}), reference {1000 * reference:8.2f} ({reference / p50:.1f} x)",
+                flush=True,
+            )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,185 @@
+"""`python -m ritocco_bench.ladder`: what each part of the fast path is worth, on one GPU in one process.
+
+Every rung adds one flag of `FastPath`. Measured is the loop alone: the steps of a schedule, with their host
+work, between two events on the device. Before a rung is timed, its latents after a few steps are compared
+with those of the plain path in float32.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ritocco.backends.fast_path import FastPath
+from ritocco.backends.runtime import Lane, LatentSize
+from ritocco.backends.torch_ import TorchRuntime
+from ritocco.checkpoint import Checkpoint, open_checkpoint
+from ritocco.device import choose
+from ritocco.noise import normal
+from ritocco.schedules import build
+from ritocco_bench.environment import environment
+from ritocco_bench.folder import make_folder
+
+PLAIN = FastPath(kernels=False, packed=False, graphs=False, search=False)
+RUNGS: tuple[tuple[str, dict[str, bool]], ...] = (
+    ("plain", {}),
+    ("search", {"search": True}),
+    ("packed", {"packed": True}),
+    ("kernels", {"kernels": True}),
+    ("graphs", {"graphs": True}),
+)
+STEPS = 25
+CHECKED_STEPS = 3
+TFLOP_PER_IMAGE_STEP = 1.609  # full size, 64 x 64 cells, guided; see docs/performance.md
+
+
+def make_lanes(checkpoint: Checkpoint, size: LatentSize, count: int, steps: int) -> list[Lane]:
+    """Guided lanes of random contents that share table, contexts and condition, as one request's do."""
+    width = int(checkpoint.unet["cross_attention_dim"])
+    cells = (size.height, size.width)
+    contexts, condition = normal(7, 1, (2, 77, width)), normal(7, 2, (5, *cells))
+    table = build("DPMSolverMultistep", steps, checkpoint.scheduler)
+    return [
+        Lane(
+            table=table,
+            seed=seed,
+            guidance=7.5,
+            latents=np.float32(table.start_noise[0]) * normal(seed, 0, (4, *cells)),
+            context=contexts[0],
+            unconditional=contexts[1],
+            condition=condition,
+        )
+        for seed in range(count)
+    ]
+
+
+def final_latents(runtime: TorchRuntime, size: LatentSize, lanes: list[Lane]) -> np.ndarray[Any, Any]:
+    """Every lane to the end of its table."""
+    batch = runtime.open(size, len(lanes))
+    for slot, lane in enumerate(lanes):
+        batch.join(slot, lane)
+    for index in range(len(lanes[0].table)):
+        batch.step(dict.fromkeys(range(len(lanes)), index))
+    return np.stack([batch.leave(slot).latents for slot in range(len(lanes))])
+
+
+def timed(runtime: TorchRuntime, size: LatentSize, lanes: list[Lane], repeats: int) -> list[float]:
+    """Milliseconds for each step, the mean of a schedule, once for each repeat."""
+    batch = runtime.open(size, len(lanes))
+    for slot, lane in enumerate(lanes):
+        batch.join(slot, lane)
+    slots = range(len(lanes))
+    for index in range(4):
+        batch.step(dict.fromkeys(slots, index))
+    taken = []
+    for _ in range(repeats):
+        begin, end = (torch.Event("cuda", enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize()
+        begin.record()
+        for index in range(len(lanes[0].table)):
+            batch.step(dict.fromkeys(slots, index))
+        end.record()
+        end.synchronize()
+        taken.append(begin.elapsed_time(end) / len(lanes[0].table))
+    return taken
+
+
+def profile(runtime: TorchRuntime, size: LatentSize, lanes: list[Lane]) -> str:
+    """The kernels of one step, by the time they take."""
+    batch = runtime.open(size, len(lanes))
+    for slot, lane in enumerate(lanes):
+        batch.join(slot, lane)
+    slots = range(len(lanes))
+    for index in range(3):
+        batch.step(dict.fromkeys(slots, index))
+    torch.cuda.synchronize()
+    activities = [torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as found:
+        for index in range(3, 13):
+            batch.step(dict.fromkeys(slots, index))
+        torch.cuda.synchronize()
+    events = sorted(found.key_averages(), key=lambda one: -one.device_time_total)
+    lines = [f"{'us/step':>9} {'calls':>6}  kernel"]
+    lines += [f"{e.device_time_total / 10:9.1f} {e.count / 10:6.1f}  {e.key[:110]}" for e in events[:40]]
+    return "\n".join([*lines, f"{sum(e.device_time_total for e in events) / 10:9.1f} in all"])
+
+
+def main() -> int:
+    """Measure, append rows, print the table."""
+    parser = argparse.ArgumentParser(prog="python -m ritocco_bench.ladder", description=__doc__)
+    parser.add_argument("--model", type=Path, help="default: the full-size random folder")
+    parser.add_argument("--size", type=int, default=512)
+    parser.add_argument("--lanes", default="1,2,4,8")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--rungs", default=",".join(name for name, _ in RUNGS))
+    parser.add_argument("--dtype", default="float16")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/ladder.jsonl"))
+    parser.add_argument("--profile", type=Path, help="file for the kernels of one step on the last rung")
+    arguments = parser.parse_args()
+    device = choose("cuda").device
+    checkpoint = open_checkpoint(arguments.model or make_folder(Path(".cache/bench/full")))
+    size = LatentSize(height=arguments.size // 8, width=arguments.size // 8)
+    counts = [int(count) for count in arguments.lanes.split(",")]
+    env = environment(str(device))
+    torch.backends.cudnn.allow_tf32 = False
+    checked = make_lanes(checkpoint, size, 1, CHECKED_STEPS)
+    exact = TorchRuntime(checkpoint, device=device, dtype=torch.float32, path=PLAIN)
+    truth = final_latents(exact, size, checked).astype(np.float64)
+    del exact
+    torch.cuda.empty_cache()
+    path, base = PLAIN, 0.0
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    for name, flags in RUNGS:
+        path = replace(path, **flags)
+        if name not in arguments.rungs.split(","):
+            continue
+        runtime = TorchRuntime(checkpoint, device=device, dtype=getattr(torch, arguments.dtype), path=path)
+        error = float(np.sqrt(np.mean((final_latents(runtime, size, checked) - truth) ** 2)))
+        base = base or error
+        if not error <= 2 * base:
+            print(f"{name}: {error:.2e} from float32, the first rung {base:.2e}: no time is reported")
+            return 1
+        for count in counts:
+            torch.cuda.reset_peak_memory_stats()
+            taken = timed(runtime, size, make_lanes(checkpoint, size, count, STEPS), arguments.repeats)
+            p50 = statistics.median(taken)
+            row = {
+                "case": f"ladder-{arguments.size}x{arguments.size}-{count}x",
+                "rung": name,
+                "path": asdict(path),
+                "dtype": arguments.dtype,
+                "each_ms": taken,
+                "p50_ms": p50,
+                "peak_bytes": torch.cuda.max_memory_allocated(),
+                "rms_error": error,
+                "environment": asdict(env),
+            }
+            with arguments.out.open("a", encoding="utf-8") as stream:
+                stream.write(json.dumps(row) + "\n")
+            rate = f"{TFLOP_PER_IMAGE_STEP * count / p50 * 1000:.0f} TFLOP/s, " * (arguments.size == 512)
+            print(
+                f"{name:16} {count} lanes: {p50:7.3f} ms a step ({min(taken):.3f} to {max(taken):.3f}), "
+                f"{p50 / count:6.3f} an image, {rate}"
+                f"peak {torch.cuda.max_memory_allocated() / 2**20:.0f} MiB, error {error:.2e}",
+                flush=True,
+            )
+        if arguments.profile and name == arguments.rungs.split(",")[-1]:
+            for count in (1, 4):
+                text = profile(runtime, size, make_lanes(checkpoint, size, count, STEPS))
+                file = arguments.profile.with_name(f"{arguments.profile.stem}-{count}x.txt")
+                file.write_text(text, encoding="utf-8")
+        del runtime
+        torch.cuda.empty_cache()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,223 @@
+"""Group normalisation in channels_last, alone or with SiLU, and with a shift of the input before it.
+
+Bytes that have to move: the input once in, the result once out. Where the cells of a group fit a program's
+registers, that is what moves (`_whole`); else the input is read twice, once for the statistics (`_moments`)
+and once to be normalised (`_apply`); the second time mostly from the cache.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.library import triton_op, wrap_triton
+
+from ritocco_kernels.fused.layout import FLOATS, power_of_two, require
+
+_WHOLE = 4096  # most elements of a group, padded, that one program keeps
+_TILE = 8192  # elements that a program of the two-pass way takes at once
+_CHANNELS = 64  # side by side in such a tile, or a whole group where that is wider
+_WARPS = 8
+_PROGRAMS = 264  # of the statistics: two for each multiprocessor of the largest GPUs
+
+
+@triton.jit
+def _normalised(x, mean, rstd, weight, bias, silu: tl.constexpr):
+    y = (x - mean) * rstd * weight + bias
+    if silu:
+        y = y * tl.sigmoid(y)
+    return y
+
+
+@triton.jit
+def _whole(
+    x_ptr, shift_ptr, shift_stride, weight_ptr, bias_ptr, out_ptr, cells, channels, per_group, groups, eps,
+    shifted: tl.constexpr, silu: tl.constexpr, CELLS: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """One program for each picture and group: mean and variance in two passes over registers."""
+    picture, group = tl.program_id(0) // groups, tl.program_id(0) % groups
+    cell = tl.arange(0, CELLS)[:, None]
+    within = tl.arange(0, WIDTH)[None, :]
+    channel = group * per_group + within
+    held = (cell < cells) & (within < per_group)
+    at = picture.to(tl.int64) * cells * channels + cell * channels + channel
+    x = tl.load(x_ptr + at, mask=held, other=0.0).to(tl.float32)
+    if shifted:
+        shift = tl.load(shift_ptr + picture * shift_stride + channel, mask=within < per_group, other=0.0)
+        x = tl.where(held, x + shift.to(tl.float32), 0.0)
+    count = (cells * per_group).to(tl.float32)
+    mean = tl.sum(tl.sum(x, axis=1), axis=0) / count
+    centred = tl.where(held, x - mean, 0.0)
+    variance = tl.sum(tl.sum(centred * centred, axis=1), axis=0) / count
+    rstd = 1.0 / tl.sqrt(variance + eps)
+    weight = tl.load(weight_ptr + channel, mask=within < per_group, other=0.0).to(tl.float32)
+    bias = tl.load(bias_ptr + channel, mask=within < per_group, other=0.0).to(tl.float32)
+    y = _normalised(x, mean, rstd, weight, bias, silu)
+    tl.store(out_ptr + at, y.to(out_ptr.dtype.element_ty), mask=held)
+
+
+@triton.jit
+def _moments(
+    x_ptr, shift_ptr, shift_stride, moments_ptr, cells, channels, part_cells, parts,
+    shifted: tl.constexpr, CELLS: tl.constexpr, TILES: tl.constexpr, PER_GROUP: tl.constexpr,
+    GROUPS: tl.constexpr, TOGETHER: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """Mean and sum of squared deviations of each group over a part of the cells.
+
+    A program takes TOGETHER groups side by side. Sums are of distances from the part's first cell, so that a
+    mean far from zero costs no digits.
+    """
+    picture, part, block = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    lane = tl.arange(0, WIDTH)
+    channel = block * TOGETHER * PER_GROUP + lane
+    wanted = (lane < TOGETHER * PER_GROUP) & (channel < channels)
+    first = part * part_cells
+    last = tl.minimum(first + part_cells, cells)
+    base = x_ptr + picture.to(tl.int64) * cells * channels + channel
+    origin = tl.load(base + first * channels, mask=wanted, other=0.0).to(tl.float32)
+    sums = tl.zeros((CELLS, WIDTH), tl.float32)
+    squares = tl.zeros((CELLS, WIDTH), tl.float32)
+    for tile in range(TILES):
+        cell = first + tile * CELLS + tl.arange(0, CELLS)
+        held = (cell < last)[:, None] & wanted[None, :]
+        x = tl.load(base[None, :] + cell[:, None] * channels, mask=held, other=0.0).to(tl.float32)
+        away = tl.where(held, x - origin[None, :], 0.0)
+        sums += away
+        squares += away * away
+    count = (last - first).to(tl.float32)
+    sum_of_channel = tl.sum(sums, axis=0)
+    mean_of_channel = origin + sum_of_channel / count
+    if shifted:
+        shift = tl.load(shift_ptr + picture * shift_stride + channel, mask=wanted, other=0.0)
+        mean_of_channel += shift.to(tl.float32)
+    squares_of_channel = tl.sum(squares, axis=0) - sum_of_channel * sum_of_channel / count
+    # From channels to groups.
+    # [Chan, Golub & LeVeque 1983, "Algorithms for computing the sample variance", Eq. 2.1]
+    group = tl.arange(0, GROUPS)
+    member = (lane[:, None] // PER_GROUP == group[None, :]) & wanted[:, None]
+    mean = tl.sum(tl.where(member, mean_of_channel[:, None], 0.0), axis=0) / PER_GROUP
+    apart = tl.where(member, mean_of_channel[:, None] - mean[None, :], 0.0)
+    spread = tl.where(member, squares_of_channel[:, None], 0.0) + count * apart * apart
+    groups = channels // PER_GROUP
+    mine = block * TOGETHER + group
+    known = (group < TOGETHER) & (mine < groups)
+    at = ((picture * groups + mine) * parts + part) * 2
+    tl.store(moments_ptr + at, mean, mask=known)
+    tl.store(moments_ptr + at + 1, tl.sum(spread, axis=0), mask=known)
+
+
+@triton.jit
+def _apply(
+    x_ptr, shift_ptr, shift_stride, weight_ptr, bias_ptr, moments_ptr, out_ptr,
+    cells, channels, part_cells, parts, eps,
+    shifted: tl.constexpr, silu: tl.constexpr, CELLS: tl.constexpr, PER_GROUP: tl.constexpr,
+    GROUPS: tl.constexpr, TOGETHER: tl.constexpr, WIDTH: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    """The moments of the parts into one, then one tile of the result: x * factor + offset, per channel."""
+    picture, block = tl.program_id(0), tl.program_id(2)
+    groups = channels // PER_GROUP
+    group = tl.arange(0, GROUPS)
+    mine = block * TOGETHER + group
+    part = tl.arange(0, PARTS)[None, :]
+    known = ((group < TOGETHER) & (mine < groups))[:, None] & (part < parts)
+    at = ((picture * groups + mine[:, None]) * parts + part) * 2
+    means = tl.load(moments_ptr + at, mask=known, other=0.0)
+    squares = tl.load(moments_ptr + at + 1, mask=known, other=0.0)
+    part_count = tl.maximum(tl.minimum(cells - part * part_cells, part_cells), 0) * PER_GROUP
+    counts = tl.where(known, part_count, 0).to(tl.float32)
+    total = (cells * PER_GROUP).to(tl.float32)
+    mean = tl.sum(means * counts, axis=1) / total
+    apart = means - mean[:, None]
+    rstd = 1.0 / tl.sqrt(tl.sum(squares + apart * apart * counts, axis=1) / total + eps)
+
+    lane = tl.arange(0, WIDTH)
+    channel = block * TOGETHER * PER_GROUP + lane
+    wanted = (lane < TOGETHER * PER_GROUP) & (channel < channels)
+    member = lane[:, None] // PER_GROUP == group[None, :]
+    mean_of_channel = tl.sum(tl.where(member, mean[None, :], 0.0), axis=1)
+    factor = tl.sum(tl.where(member, rstd[None, :], 0.0), axis=1)
+    factor *= tl.load(weight_ptr + channel, mask=wanted, other=0.0).to(tl.float32)
+    bias = tl.load(bias_ptr + channel, mask=wanted, other=0.0).to(tl.float32)
+    if shifted:
+        shift = tl.load(shift_ptr + picture * shift_stride + channel, mask=wanted, other=0.0)
+        mean_of_channel -= shift.to(tl.float32)
+    cell = tl.program_id(1) * CELLS + tl.arange(0, CELLS)
+    held = (cell < cells)[:, None] & wanted[None, :]
+    place = picture.to(tl.int64) * cells * channels + cell[:, None] * channels + channel[None, :]
+    x = tl.load(x_ptr + place, mask=held, other=0.0).to(tl.float32)
+    y = (x - mean_of_channel[None, :]) * factor[None, :] + bias[None, :]
+    if silu:
+        y = y * tl.sigmoid(y)
+    tl.store(out_ptr + place, y.to(out_ptr.dtype.element_ty), mask=held)
+
+
+@triton_op("ritocco::groupnorm", mutates_args=())
+def groupnorm_op(
+    x: Tensor, shift: Tensor | None, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool
+) -> Tensor:
+    """The registered operation behind the functions below."""
+    n, channels, height, width = x.shape
+    require("x", x, format=torch.channels_last)
+    if channels % groups:
+        raise ValueError(f"x has {channels} channels; they must be a multiple of groups, which is {groups}")
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        require(name, tensor)
+    out = torch.empty_like(x, memory_format=torch.channels_last)
+    given = x if shift is None else shift
+    shifted, stride = shift is not None, given.stride(0)
+    if shifted and (given.shape != (n, channels) or given.stride(1) != 1 or given.dtype not in FLOATS):
+        raise ValueError(
+            f"shift is {given.dtype} {tuple(given.shape)}, laid out {given.stride()}; "
+            f"it must be {(n, channels)}, the channels side by side"
+        )
+    cells, per_group = height * width, channels // groups
+    if not x.numel():
+        return out
+    padded = power_of_two(per_group)
+    if power_of_two(cells) * padded <= _WHOLE:
+        size = power_of_two(cells) * padded
+        wrap_triton(_whole)[(n * groups,)](
+            x, given, stride, weight, bias, out, cells, channels, per_group, groups, eps,
+            shifted=shifted, silu=silu, CELLS=power_of_two(cells), WIDTH=padded,
+            num_warps=min(max(size // 1024, 1), 16),
+        )  # fmt: skip
+        return out
+    together = max(_CHANNELS // per_group, 1)  # groups of one program
+    width = power_of_two(together * per_group)
+    blocks = triton.cdiv(groups, together)
+    tile = max(_TILE // width, 1)
+    parts = min(max(_PROGRAMS // (n * blocks), 1), triton.cdiv(cells, tile), 32)
+    part_cells = triton.cdiv(cells, parts)
+    parts = triton.cdiv(cells, part_cells)
+    moments = torch.empty(n, groups, parts, 2, dtype=torch.float32, device=x.device)
+    shape = {"PER_GROUP": per_group, "GROUPS": power_of_two(together), "TOGETHER": together, "WIDTH": width}
+    wrap_triton(_moments)[(n, parts, blocks)](
+        x, given, stride, moments, cells, channels, part_cells, parts,
+        shifted=shifted, CELLS=tile, TILES=triton.cdiv(part_cells, tile), num_warps=_WARPS, **shape,
+    )  # fmt: skip
+    wrap_triton(_apply)[(n, triton.cdiv(cells, tile), blocks)](
+        x, given, stride, weight, bias, moments, out, cells, channels, part_cells, parts, eps,
+        shifted=shifted, silu=silu, CELLS=tile, PARTS=power_of_two(parts), num_warps=_WARPS, **shape,
+    )  # fmt: skip
+    return out
+
+
+def groupnorm(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> Tensor:
+    """`groupnorm_reference` of a channels_last x. Raises ValueError for another layout or dtype."""
+    out: Tensor = groupnorm_op(x, None, weight, bias, groups, eps, False)
+    return out
+
+
+def groupnorm_silu(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> Tensor:
+    """`groupnorm_silu_reference` of a channels_last x. Raises ValueError for another layout or dtype."""
+    out: Tensor = groupnorm_op(x, None, weight, bias, groups, eps, True)
+    return out
+
+
+def shifted_groupnorm_silu(
+    x: Tensor, shift: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float
+) -> Tensor:
+    """`shifted_groupnorm_silu_reference` of a channels_last x, the sum in float32. Raises ValueError."""
+    out: Tensor = groupnorm_op(x, shift, weight, bias, groups, eps, True)
+    return out

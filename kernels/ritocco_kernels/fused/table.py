@@ -1,0 +1,20 @@
+"""The fused operations as the table that the networks take."""
+
+from __future__ import annotations
+
+from ritocco_kernels.fused.add_bias import add_bias
+from ritocco_kernels.fused.add_layernorm import add_layernorm
+from ritocco_kernels.fused.geglu import geglu
+from ritocco_kernels.fused.groupnorm_silu import groupnorm, groupnorm_silu, shifted_groupnorm_silu
+from ritocco_kernels.ops import Ops
+
+FUSED = Ops(
+    groupnorm=groupnorm,
+    groupnorm_silu=groupnorm_silu,
+    shifted_groupnorm_silu=shifted_groupnorm_silu,
+    geglu=geglu,
+    add_layernorm=add_layernorm,
+    add_bias=add_bias,
+    late_bias=True,
+)
+"""Triton kernels, for CUDA devices and channels_last tensors."""

@@ -1,0 +1,162 @@
+"""The torch runtime's fast path (fused kernels, packed projections, captured steps) against the plain one.
+
+On a GPU; else with Triton's interpreter, and with work that is run again instead of replayed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from accelerator import DEVICE, GPU
+from random_lanes import random_lane
+from ritocco.backends.fast_path import FastPath
+from ritocco.backends.runtime import Lane, LaneState, LatentSize
+from ritocco.backends.torch_ import TorchBatch, TorchRuntime
+from ritocco.checkpoint import open_checkpoint
+from ritocco.schedules import SCHEDULERS
+
+pytest.importorskip("triton")
+pytestmark = [pytest.mark.gpu] if GPU else list[pytest.MarkDecorator]()
+
+PLAIN = FastPath(kernels=False, packed=False, graphs=False, search=False)
+FAST = FastPath(kernels=True, packed=True, graphs=True, search=GPU)
+SIZE = LatentSize(height=4, width=8)
+# float32, relative to the largest value: the same sums in another order, enlarged by guidance and steps.
+TOLERANCE = 3e-5
+
+
+@pytest.fixture(scope="module")
+def runtimes(tiny_checkpoint: Path) -> tuple[TorchRuntime, TorchRuntime]:
+    """The plain one and the fast one, float32."""
+    checkpoint = open_checkpoint(tiny_checkpoint)
+    torch.backends.cudnn.allow_tf32 = False
+    plain, fast = (
+        TorchRuntime(checkpoint, device=DEVICE, dtype=torch.float32, path=path) for path in (PLAIN, FAST)
+    )
+    return plain, fast
+
+
+def make_lane(*asked: Any, **changes: Any) -> Lane:
+    lane = random_lane(*asked, cells=(SIZE.height, SIZE.width), width=32)
+    return replace(lane, **({"latents": np.float32(lane.table.start_noise[0]) * lane.latents} | changes))
+
+
+def run(batch: TorchBatch, lanes: Sequence[Lane]) -> list[LaneState]:
+    for slot, lane in enumerate(lanes):
+        batch.join(slot, lane)
+    for index in range(max(len(lane.table) for lane in lanes)):
+        batch.step({slot: index for slot, lane in enumerate(lanes) if index < len(lane.table)})
+    return [batch.leave(slot) for slot in range(len(lanes))]
+
+
+def assert_close(ours: LaneState, theirs: LaneState) -> None:
+    for name in ("latents", "history"):
+        result, truth = getattr(ours, name), getattr(theirs, name)
+        assert float(np.abs(result - truth).max()) <= TOLERANCE * float(np.abs(truth).max()), name
+    assert ours.broken_row == theirs.broken_row
+
+
+def test_lanes_equal_plain(runtimes: tuple[TorchRuntime, TorchRuntime]) -> None:
+    plain, fast = runtimes
+    # One with guidance and noise, and a seed of all 64 bits; one with neither, which leaves first.
+    lanes = [make_lane("K_EULER_ANCESTRAL", 2, 2**64 - 1, 4.0), make_lane("DPMSolverMultistep", 1, 2)]
+    for ours, theirs in zip(run(fast.open(SIZE, 2), lanes), run(plain.open(SIZE, 2), lanes), strict=True):
+        assert_close(ours, theirs)
+
+
+@pytest.mark.slow
+def test_lanes_of_every_scheduler_equal_plain(runtimes: tuple[TorchRuntime, TorchRuntime]) -> None:
+    plain, fast = runtimes
+    # Some leave after two steps, and a group of another shape goes on.
+    lanes = [
+        make_lane(name, 2 + index % 2, 2**64 - 1 - index, 1.0 if name == "KLMS" else 4.0)
+        for index, name in enumerate(SCHEDULERS)
+    ]
+    for ours, theirs in zip(run(fast.open(SIZE, 6), lanes), run(plain.open(SIZE, 6), lanes), strict=True):
+        assert_close(ours, theirs)
+
+
+@pytest.mark.slow
+def test_two_batches_of_a_kind_take_turns(runtimes: tuple[TorchRuntime, TorchRuntime]) -> None:
+    plain, fast = runtimes
+    lanes = [make_lane("DDIM", 3, 1, 2.0), make_lane("K_EULER_ANCESTRAL", 3, 2, 3.0)]
+    batches = [fast.open(SIZE, 1) for _ in lanes]
+    for batch, lane in zip(batches, lanes, strict=True):
+        batch.join(0, lane)
+    for index in range(3):
+        for batch in batches:
+            batch.step({0: index})
+    for batch, lane in zip(batches, lanes, strict=True):
+        assert_close(batch.leave(0), run(plain.open(SIZE, 1), [lane])[0])
+
+
+@pytest.mark.slow
+def test_a_lane_that_rejoins_or_repeats_a_row_ends_up_equal(
+    runtimes: tuple[TorchRuntime, TorchRuntime],
+) -> None:
+    states = []
+    for runtime in runtimes:
+        lane = make_lane("PNDM", 2, 3, 2.0)
+        batch = runtime.open(SIZE, 2)
+        batch.join(1, lane)
+        batch.step({1: 0})
+        state = batch.leave(1)
+        batch.join(0, replace(lane, latents=state.latents, history=state.history))
+        batch.step({0: 0})  # not the row that was prepared for
+        batch.step({0: 1})
+        states.append(batch.leave(0))
+    assert_close(states[1], states[0])
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, in the interpreter
+def test_the_first_broken_row_is_recorded(runtimes: tuple[TorchRuntime, TorchRuntime]) -> None:
+    _, fast = runtimes
+    lane = make_lane("DDIM", 2, 4)
+    broken = make_lane("DDIM", 2, 4, latents=np.full_like(lane.latents, np.inf))
+    assert [state.broken_row for state in run(fast.open(SIZE, 2), [lane, broken])] == [None, 0]
+
+
+def test_networks_around_the_loop_equal_plain(runtimes: tuple[TorchRuntime, TorchRuntime]) -> None:
+    plain, fast = runtimes
+    rng = np.random.default_rng(0)
+    for name, given in (
+        ("encode_text", [rng.integers(0, 100, (2, 77)) for _ in range(3)]),
+        ("encode_image", [rng.standard_normal((1, 3, 16, 32), dtype=np.float32) for _ in range(3)]),
+        ("decode", [rng.standard_normal((2, 4, 2, 4), dtype=np.float32) for _ in range(3)]),
+    ):
+        results = [getattr(fast, name)(one) for one in given]  # run, captured, replayed
+        for result, one in zip(results, given, strict=True):
+            truth = getattr(plain, name)(one)
+            assert float(np.abs(result - truth).max()) <= TOLERANCE * float(np.abs(truth).max()), name
+
+
+def test_packed_weights_are_not_held_twice(runtimes: tuple[TorchRuntime, TorchRuntime]) -> None:
+    plain, fast = runtimes
+    names = dict(plain.unet.named_parameters())
+    held = {parameter.untyped_storage().data_ptr(): parameter for parameter in fast.unet.parameters()}
+    size = sum(one.untyped_storage().nbytes() for one in held.values())
+    assert size == sum(parameter.numel() * 4 for parameter in names.values())
+    for name, parameter in fast.unet.named_parameters():
+        assert torch.equal(parameter, names[name]), name
+
+
+def test_settings_of_torch_are_as_before(runtimes: tuple[TorchRuntime, TorchRuntime]) -> None:
+    before = torch.backends.cudnn.benchmark, torch.is_inference_mode_enabled()
+    runtimes[1].encode_text(np.zeros((1, 77), np.int64))
+    assert (torch.backends.cudnn.benchmark, torch.is_inference_mode_enabled()) == before
+
+
+def test_graphs_take_kernels_and_packed() -> None:
+    with pytest.raises(ValueError, match="graphs is True"):
+        replace(FAST, packed=False)
+
+
+def test_a_cpu_takes_the_plain_path() -> None:
+    assert FastPath.of(torch.device("cpu")) == PLAIN

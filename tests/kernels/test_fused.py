@@ -1,0 +1,237 @@
+"""The Triton kernels against formulas in float64: with the interpreter on a CPU, in full on a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from accelerator import DEVICE, GPU
+from ritocco.noise import normal as philox_normal
+from ritocco_kernels.add_bias import ADD_BIAS
+from ritocco_kernels.add_layernorm import ADD_LAYERNORM
+from ritocco_kernels.geglu import GEGLU
+from ritocco_kernels.groupnorm_silu import GROUPNORM, GROUPNORM_SILU, SHIFTED_GROUPNORM_SILU
+from ritocco_kernels.guided_step import NUMBERS, guided_step_reference
+from ritocco_kernels.ops import REFERENCE, Ops
+
+pytest.importorskip("triton")
+pytestmark = [pytest.mark.gpu] if GPU else list[pytest.MarkDecorator]()
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+GROUPNORM_DTYPES = DTYPES if GPU else [torch.float32, torch.float16]
+SMALL = [
+    pytest.param(2, 64, 8, 8, 32, id="whole"),
+    pytest.param(3, 96, 31, 9, 16, id="odd"),
+    pytest.param(2, 320, 20, 20, 32, id="two-passes"),
+    pytest.param(1, 112, 61, 13, 16, id="two-passes-odd"),
+    pytest.param(1, 32, 1, 1, 4, id="one-cell"),
+]
+NETWORK = [
+    pytest.param(n, c, side, side, 32, id=f"{n}x{c}x{side}")
+    for n in (1, 2, 8)
+    for c, side in ((320, 64), (640, 64), (960, 64), (640, 32), (1920, 32), (1280, 16), (2560, 8), (512, 64))
+] + [pytest.param(1, 128, 512, 512, 32, id="decoder")]
+GROUPNORM_SHAPES = SMALL + (NETWORK if GPU else [])
+GUIDED_TOLERANCE = 4e-6  # float32, relative to the largest value; a GPU's logarithm and cosine are in it
+
+
+@pytest.fixture(scope="module")
+def fused() -> Ops:
+    from ritocco_kernels.fused.table import FUSED
+
+    return FUSED
+
+
+@pytest.fixture(autouse=True)
+def poisoned() -> Iterator[None]:
+    """What kernels write to is full of NaN before."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.empty(3, device=DEVICE).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def drawn(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    made = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    return made.to(device=DEVICE, dtype=dtype)
+
+
+def nhwc(x: Tensor) -> Tensor:
+    return x.to(memory_format=torch.channels_last)
+
+
+def error_in_eps(result: Tensor, truth: Tensor) -> float:
+    assert not result.isnan().any()
+    scale = torch.finfo(result.dtype).eps * truth.abs().max()
+    return float((result.double() - truth).abs().max() / scale)
+
+
+@pytest.mark.parametrize("dtype", GROUPNORM_DTYPES, ids=str)
+@pytest.mark.parametrize(("n", "c", "h", "w", "groups"), GROUPNORM_SHAPES)
+def test_groupnorm(fused: Ops, n: int, c: int, h: int, w: int, groups: int, dtype: torch.dtype) -> None:
+    x = nhwc((40 * drawn(n, c, h, w, seed=0) + 100).to(dtype))
+    weight, bias = drawn(c, seed=1, dtype=dtype), drawn(c, seed=2, dtype=dtype)
+    shift = drawn(n, 2 * c, seed=3, dtype=dtype)[:, :c]  # rows apart, as slices of all time vectors are
+    affine = (weight.double(), bias.double(), groups, 1e-5)
+    before = x.clone()
+    for op, function, truth in (
+        (GROUPNORM, fused.groupnorm, REFERENCE.groupnorm(x.double(), *affine)),
+        (GROUPNORM_SILU, fused.groupnorm_silu, REFERENCE.groupnorm_silu(x.double(), *affine)),
+    ):
+        result = function(x, weight, bias, groups, 1e-5)
+        assert (result.shape, result.dtype) == (x.shape, dtype)
+        assert result.is_contiguous(memory_format=torch.channels_last)
+        assert error_in_eps(result, truth) <= op.tolerance[dtype], op.name
+    truth = REFERENCE.shifted_groupnorm_silu(x.double(), shift.double(), *affine)
+    result = fused.shifted_groupnorm_silu(x, shift, weight, bias, groups, 1e-5)
+    assert error_in_eps(result, truth) <= SHIFTED_GROUPNORM_SILU.tolerance[dtype]
+    assert torch.equal(x, before)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "shape", [(3, 7, 20), (2, 5, 2570), *([(2, 4096, 2560), (16, 64, 10240)] if GPU else [])]
+)
+def test_geglu(fused: Ops, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    projected = 3 * drawn(*shape, seed=4, dtype=dtype)
+    result = fused.geglu(projected)
+    assert (result.shape, result.dtype) == ((*shape[:-1], shape[-1] // 2), dtype)
+    assert error_in_eps(result, REFERENCE.geglu(projected.double())) <= GEGLU.tolerance[dtype]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "shape", [(2, 9, 40), (1, 3, 2500), *([(2, 4096, 320), (16, 64, 1280)] if GPU else [])]
+)
+def test_add_layernorm(fused: Ops, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    x, residual = drawn(*shape, seed=5, dtype=dtype), 5 * drawn(*shape, seed=6, dtype=dtype) + 20
+    weight, bias = drawn(shape[-1], seed=7, dtype=dtype), drawn(shape[-1], seed=8, dtype=dtype)
+    total, normed = fused.add_layernorm(x, residual, weight, bias, 1e-5)
+    # Rounded to the nearest; the interpreter cuts bfloat16 off.
+    summed = x.double() + residual.double()
+    assert error_in_eps(total, summed) <= (0.5 if GPU or dtype != torch.bfloat16 else 1.0)
+    zero = torch.zeros_like(total, dtype=torch.float64)
+    _, truth = REFERENCE.add_layernorm(zero, total.double(), weight.double(), bias.double(), 1e-5)
+    assert error_in_eps(normed, truth) <= ADD_LAYERNORM.tolerance[dtype]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(2, 12, 5, 3), (1, 3, 40, 41), *([(8, 320, 64, 64)] if GPU else [])])
+def test_add_bias(fused: Ops, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    x, residual = (nhwc(drawn(*shape, seed=seed, dtype=dtype)) for seed in (9, 10))
+    bias = drawn(shape[1], seed=11, dtype=dtype)
+    result = fused.add_bias(x, bias, residual)
+    truth = REFERENCE.add_bias(x.double(), bias.double(), residual.double())
+    assert error_in_eps(result, truth) <= ADD_BIAS.tolerance[dtype]
+
+
+def guided_inputs(dtype: torch.dtype) -> tuple[dict[str, Tensor], Tensor]:
+    """Three lanes, the first and the last guided, the second without noise; and the noise."""
+    seeds, rows, shape = (5, 6, 2**64 - 1), (0, 3, 2), (4, 6, 9)
+    numbers = drawn(3, len(NUMBERS), seed=12)
+    numbers[1, NUMBERS.index("c")] = 0
+    numbers[:, NUMBERS.index("push")] = torch.tensor([1.0, 0.0, 1.0])
+    integers = np.array([(seed, row) for seed, row in zip(seeds, rows, strict=True)], dtype=np.uint64)
+    noise = np.stack([philox_normal(seed, row + 1, shape) for seed, row in zip(seeds, rows, strict=True)])
+    tensors = {
+        "output": drawn(5, *shape, seed=13, dtype=dtype),
+        "latents": drawn(3, *shape, seed=14),
+        "history": drawn(3, 3, *shape, seed=15),
+        "following": nhwc(torch.empty(3, *shape, dtype=dtype, device=DEVICE)),
+        "numbers": numbers,
+        "integers": torch.from_numpy(integers.view(np.int64)).to(DEVICE),
+        "unconditional": torch.tensor([0, 2, 3], device=DEVICE),
+        "conditional": torch.tensor([1, 2, 4], device=DEVICE),
+        "broken": torch.full((3,), -1, device=DEVICE),
+    }
+    return tensors, torch.from_numpy(noise).to(DEVICE)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", [nhwc, Tensor.contiguous], ids=["nhwc", "nchw"])
+def test_guided_step(dtype: torch.dtype, layout: Callable[[Tensor], Tensor]) -> None:
+    from ritocco_kernels.fused.guided_step import guided_step
+
+    given, noise = guided_inputs(dtype)
+    given["output"] = layout(given["output"])
+    output, latents, history, numbers = (
+        given[name].double() for name in ("output", "latents", "history", "numbers")
+    )
+    rows = given["unconditional"], given["conditional"]
+    truths = guided_step_reference(output, latents, history, numbers, noise.double(), *rows)
+    guided_step(**given)
+    for name, truth in zip(("latents", "history"), truths, strict=False):
+        assert not given[name].isnan().any(), name
+        error = (given[name].double() - truth).abs().max() / truth.abs().max()
+        assert float(error) <= GUIDED_TOLERANCE, name
+    assert error_in_eps(given["following"], truths[2]) <= (64 if dtype == torch.float32 else 1)
+    assert given["broken"].tolist() == [-1, -1, -1]
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, in the interpreter
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_guided_step_records_the_first_broken_row(bad: float) -> None:
+    from ritocco_kernels.fused.guided_step import guided_step
+
+    given, _ = guided_inputs(torch.float32)
+    given["output"][4, 3, 5, 8] = bad  # the last element of the last lane's prompt
+    guided_step(**given)
+    assert given["broken"].tolist() == [-1, -1, 2]
+    given["integers"][:, 1] += 1
+    guided_step(**given)
+    assert given["broken"].tolist() == [-1, -1, 2]
+
+
+def refusals(fused: Ops) -> list[tuple[str, Callable[[], Any]]]:
+    image, vector, tokens = drawn(2, 8, 4, 5, seed=1), drawn(8, seed=2), drawn(2, 6, 8, seed=3)
+    wide, narrow = nhwc(image), nhwc(drawn(2, 8, 4, 4, seed=4))
+    other = drawn(2, 8, 6, seed=6).mT
+    return [
+        (r"x of shape \(2, 8, 4, 5\) is laid out", lambda: fused.groupnorm(image, vector, vector, 4, 1e-5)),
+        ("must be a multiple of groups, which is 3", lambda: fused.groupnorm(wide, vector, vector, 3, 1e-5)),
+        ("x is torch.float64", lambda: fused.groupnorm_silu(wide.double(), vector, vector, 4, 1e-5)),
+        (
+            r"shift is torch.float32 \(2, 4\)",
+            lambda: fused.shifted_groupnorm_silu(wide, drawn(2, 4, seed=5), vector, vector, 4, 1e-5),
+        ),
+        ("its last side must be even", lambda: fused.geglu(tokens[..., :7].contiguous())),
+        ("projected of shape", lambda: fused.geglu(tokens.transpose(0, 1))),
+        ("residual of shape", lambda: fused.add_layernorm(tokens, other, vector, vector, 1e-5)),
+        ("they must be alike", lambda: fused.add_layernorm(tokens, tokens[:1], vector, vector, 1e-5)),
+        ("they must be alike", lambda: fused.add_bias(wide, vector, narrow)),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("index", range(9))
+def test_other_layouts_dtypes_and_shapes_are_refused(fused: Ops, index: int) -> None:
+    words, call = refusals(fused)[index]
+    with pytest.raises(ValueError, match=words):
+        call()
+
+
+def test_operations_are_registered_as_torch_takes_them(fused: Ops) -> None:
+    from ritocco_kernels.fused.add_bias import add_bias
+    from ritocco_kernels.fused.add_layernorm import add_layernorm
+    from ritocco_kernels.fused.geglu import geglu
+    from ritocco_kernels.fused.groupnorm_silu import groupnorm_op
+    from ritocco_kernels.fused.guided_step import guided_step
+
+    image, vector, tokens = nhwc(drawn(2, 8, 4, 5, seed=1)), drawn(8, seed=2), drawn(2, 6, 8, seed=3)
+    torch.use_deterministic_algorithms(False)
+    # The interpreter reads memory, which fake tensors have not.
+    checks = ("test_schema", "test_faketensor") if GPU else ("test_schema",)
+    for op, arguments in (
+        (groupnorm_op, (image, None, vector, vector, 4, 1e-5, True)),
+        (groupnorm_op, (image, drawn(2, 8, seed=4), vector, vector, 4, 1e-5, True)),
+        (geglu, (tokens,)),
+        (add_layernorm, (tokens, tokens.clone(), vector, vector, 1e-5)),
+        (add_bias, (image, vector, image.clone())),
+        (guided_step, tuple(guided_inputs(torch.float32)[0].values())),
+    ):
+        done = torch.library.opcheck(op, arguments, test_utils=checks)
+        assert set(done.values()) == {"SUCCESS"}
