@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, in stages that each end within 8 minutes:
 #   benchmarks/gpu_suite.sh [--out FOLDER] [--model FOLDER] STAGE...
-# Stages: tests, kernels, ladder, peers, compiled, memory. Rows are written at once, into FOLDER (default
+# Stages: tests, kernels, ladder, peers (diffusers eager), compiled (and compiled). Rows are written at once, into FOLDER (default
 # benchmarks/results). Needs torch with CUDA and Triton; `peers` and `compiled` also diffusers and transformers.
 # No network; works from the sources.
 set -uo pipefail

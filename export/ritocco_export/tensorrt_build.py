@@ -125,8 +125,7 @@ def build_all(
                 target=target,
                 structure=structure(artefacts.graph(graph)) if options.refit else None,
             )
-            found = store.find(key)
-            if found is None:
+            if store.find(key) is None:
                 say(f"{graph}: building for {target}")
                 with store.written(key, weights_of(artefacts, graph)) as part:
                     build_engine(
@@ -141,7 +140,10 @@ def build_all(
                         else None,
                         say=say,
                     )
-            files.append(store.folder / f"{key.digest()}.engine")
+            found = store.find(key)
+            if found is None:
+                raise BackendError(f"{graph}: the engine in {store.folder} was changed while it was written")
+            files.append(found[0])
     return files
 
 

@@ -156,6 +156,25 @@ def test_a_damaged_engine_is_built_again(tiny_graphs: Path, stand_in: Any, cache
     assert not list((cache / "engines").glob(".*"))
 
 
+def test_two_builds_of_one_engine_leave_one_whole(tiny_graphs: Path, cache: Path) -> None:
+    """Whatever their order: the second begins before the first is done, and ends after it or before."""
+    artefacts, store = open_artefacts(tiny_graphs), EngineStore()
+    key = engine_key(artefacts, "unet", EngineOptions(), library="tensorrt", version="10.14.1", target="card")
+    for first_ends_first in (True, False):
+        builds = [store.written(key, {}) for _ in range(2)]
+        for name, part in zip(("one", "two"), [build.__enter__() for build in builds], strict=True):
+            part.write_text(f"{name} {first_ends_first}", encoding="utf-8")
+        for build in builds if first_ends_first else reversed(builds):
+            build.__exit__(None, None, None)
+        found = store.find(key)
+        assert found is not None
+        assert (
+            found[0].read_text(encoding="utf-8")
+            == f"{'two' if first_ends_first else 'one'} {first_ends_first}"
+        )
+        assert len(list(store.folder.iterdir())) == 2
+
+
 def test_an_engine_that_the_library_refuses_is_built_again_and_said(
     tiny_graphs: Path, stand_in: Any, cache: Path
 ) -> None:

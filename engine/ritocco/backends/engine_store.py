@@ -1,7 +1,8 @@
 """TensorRT engines on disk: what each was built from and for, where it lies, and whether it is whole.
 
-An engine is a file beside a JSON of its key; its name is the key's digest. What is not there, was cut or
-changed, or belongs to another key is built again.
+An engine is a file beside a JSON of its key; their name is the digest of the key and one of the engine. It is
+there once the JSON is, which comes last: of two processes that build the same one, one's is left, whole. What
+is not there, was cut or changed, or belongs to another key is built again.
 """
 
 from __future__ import annotations
@@ -198,26 +199,33 @@ class EngineStore:
         written: only where `written` writes to.
         """
         for folder in (self.folder,) if written else (*self._also, self.folder):
-            file = folder / f"{key.digest()}.engine"
-            with suppress(OSError, ValueError):
-                held = json.loads(file.with_suffix(".json").read_text(encoding="utf-8"))
-                match held:
-                    case {"key": dict(of), "engine": str(digest), "weights": dict(weights)} if (
-                        of == key.as_json() and digest == file_digest(file)
-                    ):
-                        return file, weights
+            for about in sorted(folder.glob(f"{key.digest()}.*.json")):
+                file = about.with_suffix(".engine")
+                with suppress(OSError, ValueError):
+                    match json.loads(about.read_text(encoding="utf-8")):
+                        case {"key": dict(of), "engine": str(digest), "weights": dict(weights)} if (
+                            of == key.as_json() and digest == file_digest(file)
+                        ):
+                            return file, weights
         return None
 
     @contextmanager
     def written(self, key: EngineKey, weights: Mapping[str, str]) -> Iterator[Path]:
-        """A file to write an engine to: the key's at the block's end, or gone where it raises."""
+        """A file to write an engine to: the key's at the block's end, in place of any other, or gone where the
+        block raises.
+        """
         part = self.folder / f".{key.digest()}.{secrets.token_hex(8)}.part"
-        final = self.folder / f"{key.digest()}.engine"
         try:
             yield part
-            about = {"key": key.as_json(), "engine": file_digest(part), "weights": dict(weights)}
+            digest = file_digest(part)
+            final = self.folder / f"{key.digest()}.{digest[:16]}.engine"
             part.replace(final)
+            about = {"key": key.as_json(), "engine": digest, "weights": dict(weights)}
             write_whole(final.with_suffix(".json"), json.dumps(about, indent=2, sort_keys=True).encode())
+            for other in self.folder.glob(f"{key.digest()}.*.json"):
+                if other.stem != final.stem:
+                    other.unlink(missing_ok=True)
+                    other.with_suffix(".engine").unlink(missing_ok=True)
         finally:
             part.unlink(missing_ok=True)
 
