@@ -211,8 +211,8 @@ class EngineStore:
 
     @contextmanager
     def written(self, key: EngineKey, weights: Mapping[str, str]) -> Iterator[Path]:
-        """A file to write an engine to: the key's at the block's end, in place of any other, or gone where the
-        block raises.
+        """A file to write an engine to: the key's at the end, in place of any other, or gone where the block
+        raises.
         """
         part = self.folder / f".{key.digest()}.{secrets.token_hex(8)}.part"
         try:
