@@ -11,7 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ritocco.artefacts import Artefacts, cache_root, is_artefacts, open_artefacts
-from ritocco.backends import SESSION_BACKENDS, faster_command, faster_than_torch, refuse_absent
+from ritocco.backends import (
+    SESSION_BACKENDS,
+    faster_command,
+    faster_than_torch,
+    refuse_absent,
+    refuse_elsewhere,
+)
 from ritocco.engine import Engine
 from ritocco.errors import BackendError, CheckpointError
 from ritocco.fetch import Fetcher
@@ -55,6 +61,7 @@ def load(
     checkpoint = open_checkpoint(path, variant=variant, tokenizer=tokenizer)
     if backend in SESSION_BACKENDS:
         refuse_absent(backend)  # before minutes go into an export
+        refuse_elsewhere(backend, device, dtype)
         artefacts = _exported(checkpoint, graph_dtype(backend, device, dtype))
         return _from_artefacts(
             artefacts, device, dtype, backend, fetcher, checkpoint, options=backend_options

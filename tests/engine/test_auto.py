@@ -43,6 +43,23 @@ def test_torch_runs_where_nothing_is_exported_and_the_log_names_what_is_faster(
     assert "Faster here: --backend openvino, which exports the graphs once, into the cache" in logs
 
 
+@pytest.mark.parametrize(
+    ("backend", "asked", "words"),
+    [
+        ("openvino", {"device": "cuda"}, "device is 'cuda'; the backend openvino takes auto, cpu"),
+        ("openvino", {"dtype": "float16"}, "dtype is 'float16'; the backend openvino takes auto, float32"),
+        ("onnxruntime", {"device": "gpu"}, "device is 'gpu'; the backend onnxruntime takes"),
+        ("onnxruntime", {"dtype": "half"}, "dtype is 'half'; the backend onnxruntime takes"),
+    ],
+)
+def test_what_a_backend_never_takes_is_refused_before_the_export(
+    tiny_checkpoint: Path, backend: str, asked: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(BackendError, match=words):
+        ritocco.load(tiny_checkpoint, backend=backend, **asked)
+    assert not (cache_root() / "graphs").exists()
+
+
 @pytest.mark.parametrize("device", ["auto", "cpu"])
 def test_graphs_in_the_cache_are_taken(tiny_checkpoint: Path, cached: Path, ask: Ask, device: str) -> None:
     with ritocco.load(tiny_checkpoint, device=device) as engine:

@@ -418,6 +418,7 @@ def test_options_of_tensorrt_are_refused_elsewhere(tiny_graphs: Path, backend: s
         ("cpu", {}, "TensorRT runs on cuda and cuda:N"),
         ("cuda:1", {}, "the driver sees 1 CUDA devices"),
         ("auto", {"count": -1}, "CUDA could not look for GPUs: cudaErrorInsufficientDriver"),
+        ("auto", {"count": -2}, "CUDA could not look for GPUs: Failed to dlopen libcuda.so.1"),
         ("auto", {"count": 0}, "the driver sees 0 CUDA devices"),
     ],
 )

@@ -28,6 +28,12 @@ _BUILT = ("tensorrt", "tensorrt-rtx")
 # Name -> packages, one of which must be there; a name that is missing is its own package's.
 PACKAGES = {"tensorrt": ("tensorrt",), "tensorrt-rtx": ("onnxruntime_ep_nv_tensorrt_rtx", "tensorrt_rtx")}
 
+# Name -> kinds of device, and dtypes, that it can be asked for at all.
+_KINDS = {"openvino": ("auto", "cpu"), "onnxruntime": ("auto", "cpu", "cuda", "tensorrt")}
+_GPU_KINDS = ("auto", "cuda")
+_DTYPES = {"openvino": ("auto", "float32", "bfloat16")}
+_ALL_DTYPES = ("auto", "float32", "float16", "bfloat16")
+
 # Kind of device -> backends that were measured faster than torch there (`python -m ritocco_bench backends`).
 FASTER_THAN_TORCH = {"cpu": ("openvino",)}
 
@@ -133,6 +139,18 @@ def refuse_absent(backend: str) -> None:
     if found(backend) is None:
         extra = SESSION_BACKENDS[backend]
         raise BackendError(f'backend is {backend!r}, which is not installed; pip install "ritocco[{extra}]"')
+
+
+def refuse_elsewhere(backend: str, device: str, dtype: str) -> None:
+    """Raises BackendError for a device or dtype that a backend of exported graphs never runs on, whatever the
+    graphs: to be found before they are exported.
+    """
+    for name, value, word, allowed in (
+        ("device", device, device.partition(":")[0], _KINDS.get(backend, _GPU_KINDS)),
+        ("dtype", dtype, dtype, _DTYPES.get(backend, _ALL_DTYPES)),
+    ):
+        if word not in allowed:
+            raise BackendError(f"{name} is {shown(value)}; the backend {backend} takes {', '.join(allowed)}")
 
 
 def _open(

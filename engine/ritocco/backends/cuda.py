@@ -39,7 +39,11 @@ class Cuda:
                 f"TensorRT needs the package cuda-bindings ({error}); pip install cuda-bindings"
             ) from error
         self._runtime = runtime
-        count = self._checked("look for GPUs", *runtime.cudaGetDeviceCount())
+        try:
+            looked = runtime.cudaGetDeviceCount()
+        except RuntimeError as error:  # a version of the bindings where there is no driver's library
+            raise BackendError(f"CUDA could not look for GPUs: {error}") from error
+        count = self._checked("look for GPUs", *looked)
         self.index = int(index or 0)
         if self.index >= count:
             raise BackendError(f"device is {device!r}; the driver sees {count} CUDA devices, from cuda:0 on")

@@ -73,6 +73,8 @@ def cudaGetErrorString(error: cudaError_t) -> tuple[cudaError_t, bytes]:  # noqa
 
 
 def cudaGetDeviceCount() -> tuple[cudaError_t, int | None]:  # noqa: N802
+    if DEVICE["count"] == -2:
+        raise RuntimeError("Failed to dlopen libcuda.so.1")
     if DEVICE["count"] < 0:
         return cudaError_t.cudaErrorInsufficientDriver, None
     return OK, DEVICE["count"]
