@@ -115,6 +115,7 @@ def test_a_lane_that_rejoins_or_repeats_a_row_ends_up_equal(
     assert_close(states[1], states[0])
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, in the interpreter
 def test_the_first_broken_row_is_recorded(runtimes: tuple[TorchRuntime, TorchRuntime]) -> None:
     _, fast = runtimes
