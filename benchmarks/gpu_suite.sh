@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, in stages that each end within 8 minutes:
 #   benchmarks/gpu_suite.sh [--out FOLDER] [--model FOLDER] STAGE...
-# Stages: tests, kernels, ladder, peers (diffusers eager), compiled (and compiled). Rows are written at once, into FOLDER (default
-# benchmarks/results). Needs torch with CUDA and Triton; `peers` and `compiled` also diffusers and transformers.
+# Stages: tests, kernels, ladder, peers (diffusers eager), compiled (and compiled). Rows go into FOLDER, by default
+# benchmarks/results: of kernels and the ladder at once, of the peers when the stage is done. Needs torch with CUDA
+# and Triton; `peers` and `compiled` also diffusers and transformers.
 # No network; works from the sources.
 set -uo pipefail
 cd "$(dirname "$0")/.."

@@ -69,7 +69,7 @@ def _measure(arguments: argparse.Namespace) -> None:
         steps=arguments.steps or (25 if on_graphs else 4),
         outputs=arguments.outputs,
         runs=arguments.runs,
-        warm=arguments.warm,
+        warm=arguments.warm or (3 if choice.device.type == "cuda" else 1),
         variants=(*PAIR, *(f"diffusers-{peer}" for peer in arguments.peers.split(",") if peer)),
     )
     env = environment(bench.device)
@@ -174,7 +174,7 @@ def _parser() -> argparse.ArgumentParser:
         case.add_argument("--steps", type=int, help="default 4; on graphs 25")
         case.add_argument("--outputs", type=int, default=1, help="for steps and hoisted; default %(default)s")
         case.add_argument("--runs", type=int, default=1, help="for steps: measured requests of each process")
-        case.add_argument("--warm", type=int, default=1, help="for steps: requests before them")
+        case.add_argument("--warm", type=int, help="for steps: requests before them; default 1, on CUDA 3")
         case.add_argument("--peers", default="", help="for steps: compiled, autotuned, or both with a comma")
         case.add_argument("--out", type=Path, help="JSONL file; default benchmarks/results/, quick .cache/")
     return parser

@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-PACKAGES = ("torch", "ritocco", "diffusers", "transformers", "accelerate", "safetensors", "numpy")
+PACKAGES = ("torch", "triton", "ritocco", "diffusers", "transformers", "accelerate", "safetensors", "numpy")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -33,19 +33,24 @@ class Environment:
 
 def environment(device: str) -> Environment:
     """This machine, now. device: as torch writes it."""
-    driver = ""
+    driver, held = "", dict[str, str]()
     machine = _processor()
     if device.startswith("cuda"):
         import torch
 
         machine = torch.cuda.get_device_name(device)
+        held = {"cuda": str(torch.version.cuda), "cudnn": str(torch.backends.cudnn.version())}  # type: ignore[no-untyped-call]
         driver, limit = _nvidia(torch.device(device).index or 0)
         machine = f"{machine}, {limit}" if limit else machine
     return Environment(
         machine=machine,
         cores=os.cpu_count() or 0,
         driver=driver,
-        versions={"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
+        versions={
+            "python": platform.python_version(),
+            **held,
+            **{name: _version(name) for name in PACKAGES},
+        },
         git_sha=_git_sha(),
         utc=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
     )

@@ -83,6 +83,7 @@ class Diffusers:
         pipe.scheduler = scheduler.from_config(pipe.scheduler.config)
         pipe.safety_checker = None  # loaded like ritocco's, and like it not run
         pipe.set_progress_bar_config(disable=True)
+        torch.backends.cudnn.benchmark = job.device.startswith("cuda")  # as ritocco has it
         self._job, self._pipe = job, pipe
         self._seconds: dict[str, float] = {}
         self._denoising = 0.0

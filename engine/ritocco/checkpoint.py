@@ -129,9 +129,10 @@ def open_checkpoint(
 def from_diffusers(pipe: Any) -> Checkpoint:
     """A diffusers `StableDiffusionInpaintPipeline` in memory as a checkpoint that shares its tensors.
 
-    Networks loaded with the pipeline's own device and dtype use the very same memory; the pipeline must not
-    be trained or offloaded meanwhile. Works with transformers 4.57 and 5.x. Raises CheckpointError where the
-    pipeline lacks a part or its weights are elsewhere.
+    Networks loaded with the pipeline's own device and dtype use the very same memory, but for weights that a
+    GPU wants laid out otherwise; the pipeline must not be trained or offloaded meanwhile. Works with
+    transformers 4.57 and 5.x. Raises CheckpointError where the pipeline lacks a part or its weights are
+    elsewhere.
     """
     source = f"the {type(pipe).__name__} in memory"
     parts: dict[str, Any] = {

@@ -90,8 +90,9 @@ def from_diffusers(
 ) -> Engine:
     """An engine from a diffusers `StableDiffusionInpaintPipeline` in memory, sharing its tensors.
 
-    device, dtype: None takes those of the pipeline's UNet; tensors that have them are not copied. fetcher: as
-    for `load`.
+    device, dtype: None takes those of the pipeline's UNet; tensors that have them are not copied, but on a
+    CUDA device convolution weights that do not lie channels_last, and those of attention. fetcher: as for
+    `load`.
     Raises CheckpointError where the pipeline is not one for inpainting, and BackendError.
     """
     from ritocco.checkpoint import from_diffusers as checkpoint_of
@@ -137,7 +138,12 @@ def _engine(checkpoint: Checkpoint, device: str, dtype: str, backend: str, fetch
         scheduler,
         safety=safety,
         version=fingerprint(checkpoint),
-        notes=(*checkpoint.notes, *warnings, f"Running {'; '.join(choice.reasons)}", *faster),
+        notes=(
+            *checkpoint.notes,
+            *warnings,
+            f"Running {'; '.join((*choice.reasons, *runtime.notes))}",
+            *faster,
+        ),
         fetcher=fetcher,
     )
 

@@ -193,7 +193,8 @@ def place(module: nn.Module, *, device: torch.device, dtype: torch.dtype) -> Non
 
 
 def _placed(tensor: torch.Tensor, device: torch.device, dtype: torch.dtype | None) -> torch.Tensor:
-    """On `device` in `dtype`. A convolution's weights that are copied anyway are laid out channels last.
+    """On `device` in `dtype`. A convolution's weights are laid out channels last on a GPU, and on a CPU where
+    they are copied anyway.
 
     The torch runtime's pictures lie so, except in float32 on a CPU; otherwise every call would copy the
     weights again.
@@ -202,7 +203,8 @@ def _placed(tensor: torch.Tensor, device: torch.device, dtype: torch.dtype | Non
 
     wanted = tensor.dtype if dtype is None else dtype
     plain = device.type == "cpu" and wanted == torch.float32
-    if tensor.dim() != 4 or plain or (wanted == tensor.dtype and device == tensor.device):
+    shared = device.type == "cpu" and wanted == tensor.dtype and device == tensor.device
+    if tensor.dim() != 4 or plain or shared:
         return tensor.to(device=device, dtype=wanted)
     return tensor.to(device=device, dtype=wanted, memory_format=torch.channels_last)
 

@@ -16,7 +16,7 @@ import torch
 
 from accelerator import DEVICE, GPU
 from random_lanes import random_lane
-from ritocco.backends.fast_path import FastPath
+from ritocco.backends.fast_path import FastPath, _cudnn
 from ritocco.backends.runtime import Lane, LaneState, LatentSize
 from ritocco.backends.torch_ import TorchBatch, TorchRuntime
 from ritocco.checkpoint import open_checkpoint
@@ -36,7 +36,6 @@ TOLERANCE = 3e-5
 def runtimes(tiny_checkpoint: Path) -> tuple[TorchRuntime, TorchRuntime]:
     """The plain one and the fast one, float32."""
     checkpoint = open_checkpoint(tiny_checkpoint)
-    torch.backends.cudnn.allow_tf32 = False
     plain, fast = (
         TorchRuntime(checkpoint, device=DEVICE, dtype=torch.float32, path=path) for path in (PLAIN, FAST)
     )
@@ -148,10 +147,22 @@ def test_packed_weights_are_not_held_twice(runtimes: tuple[TorchRuntime, TorchRu
         assert torch.equal(parameter, names[name]), name
 
 
-def test_settings_of_torch_are_as_before(runtimes: tuple[TorchRuntime, TorchRuntime]) -> None:
-    before = torch.backends.cudnn.benchmark, torch.is_inference_mode_enabled()
-    runtimes[1].encode_text(np.zeros((1, 77), np.int64))
-    assert (torch.backends.cudnn.benchmark, torch.is_inference_mode_enabled()) == before
+def settings() -> tuple[bool, bool]:
+    return torch.backends.cudnn.benchmark, torch.backends.cudnn.allow_tf32
+
+
+def test_settings_of_torch_are_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where two threads are inside at once, and the first to come is the first to go."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    before = settings()
+    first, second = (_cudnn.set(search=True) for _ in range(2))
+    for block in (first, second):
+        block.__enter__()
+        assert settings() == (True, False)
+    first.__exit__(None, None, None)
+    assert settings() == (True, False)
+    second.__exit__(None, None, None)
+    assert settings() == before
 
 
 def test_graphs_take_kernels_and_packed() -> None:
@@ -160,4 +171,16 @@ def test_graphs_take_kernels_and_packed() -> None:
 
 
 def test_a_cpu_takes_the_plain_path() -> None:
-    assert FastPath.of(torch.device("cpu")) == PLAIN
+    assert FastPath.of(torch.device("cpu")) == (PLAIN, ())
+
+
+def test_a_gpu_where_triton_fails_takes_the_plain_path_and_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(device: torch.device) -> str:
+        return "Triton fails here (RuntimeError: no C compiler)"
+
+    monkeypatch.setattr("ritocco.backends.fast_path._trouble", failing)
+    path, (said,) = FastPath.of(torch.device("cuda"))
+    assert (path.kernels, path.graphs, path.packed) == (False, False, True)
+    assert (
+        said == "without fused kernels and graphs, so slower: Triton fails here (RuntimeError: no C compiler)"
+    )

@@ -50,10 +50,11 @@ def fused() -> Ops:
 @pytest.fixture(autouse=True)
 def poisoned() -> Iterator[None]:
     """What kernels write to is full of NaN before."""
+    before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)
     assert torch.empty(3, device=DEVICE).isnan().all()
     yield
-    torch.use_deterministic_algorithms(False)
+    torch.use_deterministic_algorithms(before)
 
 
 def drawn(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -43,7 +43,7 @@ class TorchRuntime:
         Raises CheckpointError where they do not fit.
         """
         self.device, self.dtype = device, dtype
-        self.path = FastPath.of(device) if path is None else path
+        self.path, self.notes = FastPath.of(device) if path is None else (path, ())
         ops = self.path.ops()
         # In float32 on a CPU, torch's channels_last group norm loses digits (see `groupnorm_reference`).
         plain = device.type == "cpu" and dtype == torch.float32 and not self.path.kernels
@@ -97,7 +97,8 @@ class TorchRuntime:
 
     def _capture(self) -> None:
         """Let every network be captured."""
-        from ritocco.backends.torch_graph import Replayed, StepGraphs, again, cuda_graphs
+        from ritocco.backends.recorded import Replayed, again, cuda_graphs
+        from ritocco.backends.torch_graph import StepGraphs
 
         capture = cuda_graphs(self.device) if self.device.type == "cuda" else again
         self.graphs = StepGraphs(self.unet, capture, self.dtype)
@@ -194,7 +195,7 @@ class TorchBatch:
         seats = [self._seats[slot] for slot in slots]
         if self._graphs is not None:
             return self._graphs.group(self._size, slots, seats)
-        return EagerGroup(self._unet, slots, seats, self._dtype)
+        return EagerGroup(self._unet, slots, seats, dtype=self._dtype, layout=self._layout)
 
     def _scatter(self) -> None:
         """Give the group's state back to its seats."""

@@ -1,90 +1,22 @@
-"""Work that is captured once and replayed, with what changes from call to call as data."""
+"""Steps as graphs: the lanes' buffers stay where they are, and what changes from step to step is data."""
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from ritocco.backends.recorded import KEPT_SHAPES, Capture, Recorded
 from ritocco.backends.runtime import Floats, Lane, LatentSize
 from ritocco.backends.torch_group import Rows, Seat
 from ritocco.nets.unet import UNet
 from ritocco_kernels.guided_step import NUMBERS
 
-_KEPT_SHAPES = 8  # of one network
 _STAGED = 4  # one more than the steps that the host may be ahead, and one in hand
-
-
-Work: TypeAlias = Callable[[], None]
-Capture: TypeAlias = Callable[[Work], Work]
-"""Takes work that ran before, on tensors that stay where they are; returns what does the same again."""
-
-
-def cuda_graphs(device: torch.device) -> Capture:
-    """Capture into CUDA graphs, all of which keep what they compute in between in one pool of memory: none of
-    it has to outlive a replay.
-    """
-    pool = torch.cuda.graph_pool_handle()
-
-    def capture(work: Work) -> Work:
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.device(device), torch.cuda.graph(graph, pool=pool):
-            work()
-        return graph.replay
-
-    return capture
-
-
-def again(work: Work) -> Work:
-    """For devices without graphs: the work itself."""
-    return work
-
-
-class Replayed:
-    """A function of one tensor: the first call of a shape runs it, the second captures it, then it is
-    replayed. What a call returns is overwritten by the next of the same shape.
-    """
-
-    def __init__(self, function: Callable[[Tensor], Tensor], capture: Capture) -> None:
-        self._function, self._capture = function, capture
-        self._held: OrderedDict[tuple[int, ...], _Captured | None] = OrderedDict()
-
-    def __call__(self, x: Tensor) -> Tensor:
-        shape = tuple(x.shape)
-        if shape not in self._held:
-            self._held[shape] = None
-            if len(self._held) > _KEPT_SHAPES:
-                self._held.popitem(last=False)
-            return self._function(x)
-        self._held.move_to_end(shape)
-        captured = self._held[shape]
-        if captured is None:
-            captured = self._held[shape] = _Captured.of(self._function, x, self._capture)
-        captured.given.copy_(x)
-        captured.replay()
-        return captured.result[0]
-
-
-@dataclass(slots=True, eq=False)
-class _Captured:
-    replay: Work
-    given: Tensor
-    result: list[Tensor]  # the one that a replay writes
-
-    @classmethod
-    def of(cls, function: Callable[[Tensor], Tensor], x: Tensor, capture: Capture) -> _Captured:
-        given, result = x.clone(memory_format=torch.preserve_format), [x]
-
-        def work() -> None:
-            result[0] = function(given)
-
-        return cls(capture(work), given, result)
 
 
 class StepGraphs:
@@ -100,22 +32,21 @@ class StepGraphs:
         key = (size, counts, seats[0].context[0].shape[1])
         graph = self._held.pop(key, None) or StepGraph(self._unet, seats, self._capture, self._dtype)
         self._held[key] = graph
-        while len(self._held) > _KEPT_SHAPES:
+        while len(self._held) > KEPT_SHAPES:
             self._held.popitem(last=False)
         return GraphGroup(graph, slots, seats)
 
 
 class StepGraph:
-    """One step of N lanes with M rows, its buffers, and the graph from the second step on."""
+    """One step of N lanes with M rows, and its buffers."""
 
     def __init__(self, unet: UNet, seats: list[Seat], capture: Capture, dtype: torch.dtype) -> None:
         first = seats[0]
         device = first.latents.device
         n, rows = len(seats), Rows.of([seat.rows for seat in seats])
         self.holder: GraphGroup | None = None
-        self._unet, self._capture = unet, capture
-        self._ran = False
-        self._replay: Work | None = None
+        self._unet = unet
+        self._step = Recorded(self._work, capture)
         self.latents = torch.zeros(n, *first.latents.shape, device=device)
         self.history = torch.zeros(3, *self.latents.shape, device=device)
         self.broken = torch.full((n,), -1, dtype=torch.int64, device=device)
@@ -132,8 +63,12 @@ class StepGraph:
         self._given = torch.zeros(n * each, dtype=torch.uint8, device=device)
         self._integers = self._given[: n * 16].view(torch.int64).view(n, 2)
         self._numbers = self._given[n * 16 :].view(torch.float32).view(n, len(NUMBERS))
-        pinned = device.type == "cuda"
-        self._staged = [torch.zeros(n * each, dtype=torch.uint8, pin_memory=pinned) for _ in range(_STAGED)]
+        cuda = device.type == "cuda"
+        self._staged = [torch.zeros(n * each, dtype=torch.uint8, pin_memory=cuda) for _ in range(_STAGED)]
+        self._copied = [
+            torch.cuda.Event() if cuda else None  # type: ignore[no-untyped-call]
+            for _ in range(_STAGED)
+        ]
         self._turn = 0
 
     def move(self, seats: list[Seat], numbers: list[Floats], indices: tuple[int, ...]) -> None:
@@ -141,18 +76,16 @@ class StepGraph:
 
         numbers: of `step_numbers`, for each seat.
         """
-        staged = self._staged[self._turn]
+        staged, copied = self._staged[self._turn], self._copied[self._turn]
         self._turn = (self._turn + 1) % _STAGED
+        if copied is not None:
+            copied.synchronize()
         fill(staged.numpy(), seats, numbers, indices)
         self._given.copy_(staged, non_blocking=True)
+        if copied is not None:
+            copied.record()
         torch.stack([seat.times[index] for seat, index in zip(seats, indices, strict=True)], out=self.time)
-        if not self._ran:
-            self._work()
-            self._ran = True
-            return
-        if self._replay is None:
-            self._replay = self._capture(self._work)
-        self._replay()
+        self._step()
 
     def _work(self) -> None:
         from ritocco_kernels.fused.guided_step import guided_step

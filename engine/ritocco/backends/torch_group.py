@@ -75,9 +75,18 @@ class Rows:
 class EagerGroup:
     """A group that runs operation by operation. See `Group`."""
 
-    def __init__(self, unet: UNet, slots: tuple[int, ...], seats: list[Seat], dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        unet: UNet,
+        slots: tuple[int, ...],
+        seats: list[Seat],
+        *,
+        dtype: torch.dtype,
+        layout: torch.memory_format,
+    ) -> None:
+        """dtype, layout: of what the network takes."""
         self.slots, self.held = slots, True
-        self._unet, self._seats, self._dtype = unet, seats, dtype
+        self._unet, self._seats, self._dtype, self._layout = unet, seats, dtype, layout
         self._shape = tuple(seats[0].latents.shape)
         self._device = seats[0].latents.device
         rows = Rows.of([seat.rows for seat in seats])
@@ -100,8 +109,7 @@ class EagerGroup:
         row = stack(table_rows).map(
             lambda values: torch.from_numpy(values).to(self._device, non_blocking=True)
         )
-        layout = memory_format(self._condition)
-        scaled = (row.in_scale * self._latents).to(self._dtype).contiguous(memory_format=layout)
+        scaled = (row.in_scale * self._latents).to(self._dtype).contiguous(memory_format=self._layout)
         times = torch.stack([seat.times[index] for seat, index in zip(self._seats, indices, strict=True)])
         output = self._unet.step(scaled, times, self._condition, self._context, self._rows).float()
         base = output.index_select(0, self._unconditional)
@@ -136,11 +144,6 @@ def keys_values(unet: UNet, context: tuple[Tensor, ...]) -> tuple[KeysValues, ..
     if len(context) == 1:
         return unet.split_context(context[0])
     return tuple(zip(context[::2], context[1::2], strict=True))
-
-
-def memory_format(x: Tensor) -> torch.memory_format:
-    """Of a tensor [N,C,H,W]."""
-    return torch.contiguous_format if x.is_contiguous() else torch.channels_last
 
 
 def to_device(array: np.ndarray[Any, Any], device: torch.device, dtype: torch.dtype) -> Tensor:
