@@ -2,8 +2,8 @@
 
 Every rung adds one flag of `FastPath`. Measured is the loop alone: the steps of a schedule but the first,
 with their host work, between two events on the device. Before a rung is timed, its latents after a few steps
-of the same lanes are compared with those of the plain path in float32: their distance may be twice that of the
-plain path in the measured dtype.
+of the same lanes are compared with those of the plain path in float32: their distance may be twice that of
+the plain path in the measured dtype.
 """
 
 from __future__ import annotations
