@@ -13,10 +13,12 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import CLIPTokenizer
 
 from pocket import data, denoiser
+from pocket.average import average
 from pocket.data import HELD_OUT, PHOTOGRAPHS, caption_of, hole, paste
 from pocket.denoiser import (
     AGREE_FROM,
@@ -495,3 +497,17 @@ def test_an_evaluation_goes_on_where_it_stopped(tmp_path: Path) -> None:
     assert len(Plain.painted) == 4
     Plain(SimpleNamespace(version="two"), painter, None, rows).run(cases[:1])  # type: ignore[arg-type]
     assert len(Plain.painted) == 5
+
+
+def test_weights_are_averaged_in_the_dtype_of_the_newer(tmp_path: Path) -> None:
+    old, new, other = (tmp_path / f"{name}.safetensors" for name in ("old", "new", "other"))
+    save_file({"w": torch.tensor([0.0, 4.0])}, old)
+    save_file({"w": torch.tensor([8.0, 0.0], dtype=torch.float16)}, new, metadata={"format": "pt"})
+    save_file({"w": torch.zeros(3)}, other)
+    average(old, new, tmp_path / "deep" / "out.safetensors", share=0.25)
+    made = load_file(tmp_path / "deep" / "out.safetensors")["w"]
+    assert (made.tolist(), made.dtype) == ([2.0, 3.0], torch.float16)
+    with pytest.raises(ValueError, match="hold other tensors"):
+        average(old, other, tmp_path / "out", share=0.5)
+    with pytest.raises(ValueError, match=r"share is 1\.5; it must be from 0 to 1"):
+        average(old, new, tmp_path / "out", share=1.5)
