@@ -227,21 +227,20 @@ def report(examiner: Examiner, parts: Sequence[str], *, quick: bool) -> Iterator
     """Lines of a Markdown table; paints as it goes."""
     size, each = (256, 1) if quick else (512, 4)
     codes = tuple(SUBJECTS) if quick else EXAMINED
+    some, of = (sorted(FIRST), " favourites") if quick else (codes, "")
     if "subjects" in parts:
         rows = examiner.run(subject_cases(codes, size, each))
         yield f"| subject recognised, DPMSolverMultistep | {recognised(rows)} |"
         missed = [code for code in codes if not any(r["place"] == 1 for r in rows if r["code"] == code)]
         yield f"| subjects never recognised | {', '.join(SUBJECTS[c][0] for c in missed) or 'none'} |"
     if "everyday" in parts:
-        rows = examiner.run(subject_cases(codes, size, 1, everyday=True))
-        yield f"| recognised, asked for in everyday words | {recognised(rows)} |"
+        rows = examiner.run(subject_cases(some, size, 1, everyday=True))
+        yield f"| recognised, asked for in everyday words | {recognised(rows)}{of} |"
         wrong = sorted(f"{row['prompt']} ({row['seen']})" for row in rows if row["place"] != 1)
         yield f"| not recognised of these | {', '.join(wrong) or 'none'} |"
     if "schedulers" in parts:
         for scheduler in SCHEDULERS[1:]:
-            some = sorted(FIRST) if quick else codes
             rows = examiner.run(subject_cases(some, size, 1, scheduler=scheduler))
-            of = " favourites" if quick else ""
             yield f"| recognised with {scheduler} | {recognised(rows)}{of} |"
     if "guidance" in parts:
         usual = examiner.run(subject_cases(codes, size, 1))
@@ -276,7 +275,7 @@ def main(say: Callable[[str], None] = print) -> None:
     parser.add_argument(
         "--quick",
         action="store_true",
-        help="256 pixels, one picture of every subject; the other schedulers on the favourites alone",
+        help="256 pixels, one picture of every subject; everyday words and schedulers on the favourites alone",
     )
     args = parser.parse_args()
     if unknown := set(args.parts) - set(every):
