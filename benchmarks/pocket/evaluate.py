@@ -275,7 +275,7 @@ def main(say: Callable[[str], None] = print) -> None:
     parser.add_argument(
         "--quick",
         action="store_true",
-        help="256 pixels, one picture of every subject; everyday words and schedulers on the favourites alone",
+        help="256 pixels, one picture of every subject; everyday words and schedulers on the favourites",
     )
     args = parser.parse_args()
     if unknown := set(args.parts) - set(every):
