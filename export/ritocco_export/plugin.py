@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ritocco.artefacts import is_artefacts
-from ritocco.backends import installed
+from ritocco.backends import distributed, installed
 from ritocco.errors import BackendError, RequestError
 from ritocco.shown import shown
 
@@ -192,7 +192,8 @@ def _build(graphs: Path, out: Path | None, *, library: str, targets: list[str], 
 
 def _refuse_missing() -> None:
     if missing := [name for name in NEEDED if not installed(name)]:
-        raise BackendError(f'export needs {", ".join(missing)}; pip install "ritocco[onnx]"')
+        extra = "gpu" if distributed("onnxruntime-gpu") else "onnx"  # the two exclude each other
+        raise BackendError(f'export needs {", ".join(missing)}; pip install "ritocco[{extra}]"')
 
 
 class Plugin:

@@ -216,26 +216,33 @@ def test_prefix_is_computed_per_lane() -> None:
     assert seen["down_blocks.0.resnets.1"] == 4
 
 
-def test_ops_of_the_table_are_used() -> None:
-    """No layer goes round its table."""
+# Resnets: 2 down, 2 in the middle, 4 up, two norms each; then the last norm. Transformers: 1 + 2, with three
+# layer norms each, two of them behind a residual.
+CALLS = {"groupnorm": 3, "groupnorm_silu": 2 * 8 + 1, "geglu": 3, "add_layernorm": 2 * 3}
+LATE_CALLS = {**CALLS, "groupnorm_silu": 8 + 1, "shifted_groupnorm_silu": 8, "add_bias": 8}
+
+
+@pytest.mark.parametrize(("late_bias", "wanted"), [(False, CALLS), (True, LATE_CALLS)])
+def test_ops_of_the_table_are_used(late_bias: bool, wanted: dict[str, int]) -> None:
+    """No layer goes round its table; and biases that come late are the same biases."""
     reference = reference_unet(CONFIGS["middle-only"])
     unet = sharing_unet(reference)
     calls: Counter[str] = Counter()
 
     def counted(name: str) -> Any:
-        def call(*arguments: Any) -> Tensor:
+        def call(*arguments: Any) -> Any:
             calls[name] += 1
-            result: Tensor = getattr(unet.ops, name)(*arguments)
-            return result
+            return getattr(unet.ops, name)(*arguments)
 
         return call
 
-    ops = replace(unet.ops, **{field.name: counted(field.name) for field in fields(unet.ops)})
+    names = [field.name for field in fields(unet.ops) if field.name != "late_bias"]
+    ops = replace(unet.ops, late_bias=late_bias, **{name: counted(name) for name in names})
     counting = UNet(unet.spec, ops)
     counting.load_state_dict(reference.state_dict(), assign=True)
-    counting(*inputs(unet.spec, 1, 8, 8))
-    # Resnets: 2 down, 2 in the middle, 4 up, two norms each; then the last norm. Transformers: 1 + 2.
-    assert calls == {"groupnorm": 3, "groupnorm_silu": 2 * 8 + 1, "geglu": 3}
+    given = inputs(unet.spec, 1, 8, 8)
+    assert torch.allclose(counting(*given), unet(*given), atol=1e-5)
+    assert calls == wanted
 
 
 def test_io_describes_the_network() -> None:

@@ -246,6 +246,9 @@ def test_what_is_missing_names_its_extra(monkeypatch: pytest.MonkeyPatch, tmp_pa
         plugin.command(out=tmp_path / "out")
     with pytest.raises(RequestError, match="one of --out, where to write graphs, --check"):
         plugin.command()
+    monkeypatch.setattr(plugin, "distributed", lambda name: name == "onnxruntime-gpu")
+    with pytest.raises(BackendError, match=r'pip install "ritocco\[gpu\]"'):
+        plugin.command(out=tmp_path / "out")
 
 
 def test_graphs_are_not_exported_again(tiny_graphs: Path, tmp_path: Path) -> None:
