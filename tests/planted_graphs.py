@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -92,6 +92,18 @@ def _early_bfloat16() -> onnx.ModelProto:
     weights = helper.make_tensor("weights", TensorProto.BFLOAT16, [4, 4, 1, 1], np.full(16, 0.5))
     to, back = cast("x", "b", TensorProto.BFLOAT16), cast("c", "y", F)
     return model(to, node("Conv", ("b", "weights"), "c"), back, constants=(weights,))
+
+
+def _branching() -> onnx.ModelProto:
+    """A choice between x and coin tosses."""
+    branches = [
+        helper.make_graph(
+            [node(kind, output=name)], name, [], [helper.make_tensor_value_info(name, F, SHAPE)]
+        )
+        for kind, name in (("Relu", "kept"), ("Bernoulli", "tossed"))
+    ]
+    choice = node("If", ("whether",), then_branch=branches[0], else_branch=branches[1])
+    return model(choice, constants=(constant("whether", True, "bool"),))
 
 
 PLANTED: Mapping[str, Planted] = {
@@ -189,6 +201,40 @@ PLANTED: Mapping[str, Planted] = {
     "rank": Planted(
         fault="an output declared with another rank",
         make=lambda: model(node("Relu"), out=("rows", 4)),
+        rule="contract",
+        said="2 axes; the contract has 4",
+    ),
+    "missing input": Planted(
+        fault="an input of the contract that is not there",
+        make=lambda: model(node("Relu")),
+        rule="contract",
+        said="does not have",
+        io=replace(IO, inputs=(*IO.inputs, Port(name="context", shape=("M", 8), dtype="float32"))),
+    ),
+    "missing output": Planted(
+        fault="an output of the contract that is not there",
+        make=lambda: model(node("Relu")),
+        rule="contract",
+        said="an output of the contract",
+        io=replace(IO, outputs=(*IO.outputs, Port(name="z", shape=("M",), dtype="float32"))),
+    ),
+    "dtype": Planted(
+        fault="an input of another dtype than the contract's",
+        make=lambda: model(cast("x", "y", F), kind=TensorProto.FLOAT16),
+        rule="contract",
+        said="FLOAT16; the contract has FLOAT",
+    ),
+    "one size": Planted(
+        fault="an axis of one length, where the profile has more",
+        make=lambda: model(node("Relu"), shape=("rows", 4, 8, "w"), out=("rows", 4, 8, "w")),
+        rule="profile",
+        said="axis 2 is 8 long, and 8 to 16 is asked of it",
+    ),
+    "inner": Planted(
+        fault="`Bernoulli` inside a branch of an `If`",
+        make=_branching,
+        rule="operator",
+        said="Bernoulli is not supported",
     ),
     "shapes": Planted(
         fault="`Conv` of weights for other channels",

@@ -7,7 +7,7 @@ take more. It is a second opinion: the parser itself is the first, where one is 
 from __future__ import annotations
 
 import csv
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
@@ -15,7 +15,8 @@ from pathlib import Path
 
 import onnx
 
-from ritocco.nets.io import NetworkIO
+from ritocco.nets.io import NetworkIO, Port
+from ritocco_export.tensorrt_restrictions import SEEDED, Known, graphs_of, known_of, restricted
 
 OPSETS = range(9, 21)
 _TYPES: Mapping[int, str] = {
@@ -28,20 +29,17 @@ _TYPES: Mapping[int, str] = {
     onnx.TensorProto.UINT8: "UINT8",
     onnx.TensorProto.BOOL: "BOOL",
 }
+_NAMES: Mapping[str, str] = {  # of a contract's dtypes, in ONNX
+    "float32": "FLOAT",
+    "float16": "FLOAT16",
+    "bfloat16": "BFLOAT16",
+    "int64": "INT64",
+    "int32": "INT32",
+}
 # Their outputs' shapes depend on the data, not on the inputs' shapes.
 _DATA_DEPENDENT = {"Compress", "NonMaxSuppression", "NonZero", "Unique"}
 # Their outputs are booleans whatever they compare.
 _COMPARISONS = {"Equal", "Greater", "GreaterOrEqual", "IsInf", "IsNaN", "Less", "LessOrEqual"}
-_CONSTANT_AXES = {"Pad": 3, "Slice": 3, "Squeeze": 1, "Unsqueeze": 1}  # operator -> which input
-_RESIZE = {
-    "coordinate_transformation_mode": (
-        "half_pixel",
-        ("half_pixel", "pytorch_half_pixel", "tf_half_pixel_for_nn", "asymmetric", "align_corners"),
-    ),
-    "mode": ("nearest", ("nearest", "linear")),
-    "nearest_mode": ("round_prefer_floor", ("floor", "ceil", "round_prefer_floor", "round_prefer_ceil")),
-    "keep_aspect_ratio_policy": ("stretch", ("stretch",)),
-}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,10 +57,11 @@ class Finding:
 
 @dataclass(frozen=True, slots=True)
 class Operator:
-    """A row of the matrix."""
+    """A row of the matrix. restrictions: in NVIDIA's words; what they mean is in `tensorrt_restrictions`."""
 
     supported: bool
     types: frozenset[str]
+    restrictions: str
 
 
 @cache
@@ -72,7 +71,9 @@ def matrix() -> Mapping[str, Operator]:
     rows = csv.DictReader((line for line in text.splitlines() if not line.startswith("#")), delimiter="\t")
     return {
         row["operator"]: Operator(
-            row["supported"] == "Y", frozenset(filter(None, map(str.strip, row["types"].split(","))))
+            row["supported"] == "Y",
+            frozenset(filter(None, map(str.strip, row["types"].split(",")))),
+            row["restrictions"] or "",
         )
         for row in rows
     }
@@ -95,19 +96,20 @@ def check_graph(file: Path, io: NetworkIO) -> list[Finding]:
 def check_model(model: onnx.ModelProto, io: NetworkIO) -> list[Finding]:
     """`check_graph` of a model in memory that is known to be valid ONNX."""
     typed = onnx.shape_inference.infer_shapes(model, data_prop=True)
-    rules: tuple[Callable[[onnx.ModelProto, NetworkIO], Iterator[Finding]], ...] = (
-        _opset,
-        _ports,
-        _operators,
-        _types,
-        _attributes,
-        _axes,
-        _channels,
-    )
-    return [finding for rule in rules for finding in rule(typed, io)]
+    graphs = list(graphs_of(typed.graph))
+    nodes = [node for graph in graphs for node in graph.node]
+    nodes += [node for function in typed.functions for node in function.node]
+    return [
+        *_opset(typed),
+        *_ports(typed.graph, io),
+        *_operators(nodes),
+        *_types(graphs, nodes),
+        *_restrictions(nodes, known_of(typed.graph)),
+        *_channels(typed.graph),
+    ]
 
 
-def _opset(model: onnx.ModelProto, io: NetworkIO) -> Iterator[Finding]:
+def _opset(model: onnx.ModelProto) -> Iterator[Finding]:
     for entry in model.opset_import:
         if entry.domain not in ("", "ai.onnx"):
             yield _error("domain", entry.domain, "not one of ONNX's own operators; TensorRT needs a plug-in")
@@ -116,42 +118,70 @@ def _opset(model: onnx.ModelProto, io: NetworkIO) -> Iterator[Finding]:
             yield _error("opset", entry.domain or "ai.onnx", rule)
 
 
-def _ports(model: onnx.ModelProto, io: NetworkIO) -> Iterator[Finding]:
-    ports = {port.name: port for port in io.inputs}
-    for value in model.graph.input:
-        kind = value.type.tensor_type.elem_type
-        if kind == onnx.TensorProto.DOUBLE:
-            yield _error("input type", value.name, "float64; the parser would cast it")
-        if kind == onnx.TensorProto.INT64:
-            if value.name == "timestep":
-                yield _error("input type", value.name, "int64, and three schedulers use fractional timesteps")
-            else:
-                yield Finding(
-                    level="note",
-                    rule="input type",
-                    subject=value.name,
-                    message="int64: TensorRT 10 and later",
+def _ports(graph: onnx.GraphProto, io: NetworkIO) -> Iterator[Finding]:
+    """Inputs and outputs against the contract: what is there, types, axes, and the sizes they take."""
+    held = {tensor.name for tensor in graph.initializer}
+    for kind, values, ports in (
+        ("an input", [value for value in graph.input if value.name not in held], io.inputs),
+        ("an output", graph.output, io.outputs),
+    ):
+        found = {value.name: value for value in values}
+        wanted = {port.name: port for port in ports}
+        for name in found.keys() - wanted.keys():
+            yield _error("contract", name, f"{kind} that the contract does not have")
+        for name in wanted.keys() - found.keys():
+            yield _error("contract", name, f"{kind} of the contract that the graph does not have")
+        for name in sorted(found.keys() & wanted.keys()):
+            yield from _axes(found[name], wanted[name], io)
+            yield from _kind(found[name], wanted[name])
+    for value in graph.input:
+        yield from _input_kind(value)
+
+
+def _input_kind(value: onnx.ValueInfoProto) -> Iterator[Finding]:
+    kind = value.type.tensor_type.elem_type
+    if kind == onnx.TensorProto.DOUBLE:
+        yield _error("input type", value.name, "float64; the parser would cast it")
+    if kind == onnx.TensorProto.INT64 and value.name == "timestep":
+        yield _error("input type", value.name, "int64, and three schedulers use fractional timesteps")
+    elif kind == onnx.TensorProto.INT64:
+        yield _note("input type", value.name, "int64: TensorRT 10 and later")
+
+
+def _kind(value: onnx.ValueInfoProto, port: Port) -> Iterator[Finding]:
+    kind = value.type.tensor_type.elem_type
+    wanted = onnx.TensorProto.DataType.Value(_NAMES[port.dtype])
+    # What `_input_kind` says of a timestep or of float64 is enough.
+    if kind not in (wanted, onnx.TensorProto.INT64, onnx.TensorProto.DOUBLE):
+        name = onnx.TensorProto.DataType.Name(kind)
+        yield _error("contract", value.name, f"{name}; the contract has {_NAMES[port.dtype]}")
+
+
+def _axes(value: onnx.ValueInfoProto, port: Port, io: NetworkIO) -> Iterator[Finding]:
+    dims = value.type.tensor_type.shape.dim
+    if len(dims) != len(port.shape):
+        yield _error("contract", value.name, f"{len(dims)} axes; the contract has {len(port.shape)}")
+        return
+    for axis, (dim, size) in enumerate(zip(dims, port.shape, strict=True)):
+        symbol = size.rpartition("*")[2] if isinstance(size, str) else None
+        fixed = dim.dim_value if dim.HasField("dim_value") else None
+        if fixed is None and symbol not in io.ranges and port in io.inputs:
+            yield _error("profile", value.name, f"axis {axis} is dynamic, and no profile covers it")
+        elif fixed is not None:
+            sizes = {symbol: io.ranges[symbol] for symbol in port.symbols}
+            ends = [port.resolve({one: held[i] for one, held in sizes.items()})[axis] for i in (0, 2)]
+            if ends != [fixed, fixed]:
+                asked = " to ".join(map(str, dict.fromkeys(ends)))
+                yield _error(
+                    "profile", value.name, f"axis {axis} is {fixed} long, and {asked} is asked of it"
                 )
-        port = ports.get(value.name)
-        if port is None:
-            yield _error("contract", value.name, "an input that the contract does not have")
-            continue
-        dims = value.type.tensor_type.shape.dim
-        if len(dims) != len(port.shape):
-            yield _error("contract", value.name, f"{len(dims)} axes; the contract has {len(port.shape)}")
-            continue
-        for axis, (dim, size) in enumerate(zip(dims, port.shape, strict=True)):
-            symbol = size.rpartition("*")[2] if isinstance(size, str) else None
-            if dim.dim_param and symbol not in io.ranges:
-                yield _error("profile", value.name, f"axis {axis} is dynamic, and no profile covers it")
 
 
-def _operators(model: onnx.ModelProto, io: NetworkIO) -> Iterator[Finding]:
-    for node in model.graph.node:
+def _operators(nodes: Sequence[onnx.NodeProto]) -> Iterator[Finding]:
+    for node in nodes:
         if node.domain not in ("", "ai.onnx"):
-            yield _error(
-                "domain", _name(node), f"{node.domain}.{node.op_type} is not one of ONNX's operators"
-            )
+            message = f"{node.domain}.{node.op_type} is not one of ONNX's operators"
+            yield _error("domain", _name(node), message)
             continue
         row = matrix().get(node.op_type)
         if row is None or not row.supported:
@@ -160,12 +190,15 @@ def _operators(model: onnx.ModelProto, io: NetworkIO) -> Iterator[Finding]:
             yield _error("data-dependent", _name(node), f"{node.op_type}'s shape depends on the data")
 
 
-def _types(model: onnx.ModelProto, io: NetworkIO) -> Iterator[Finding]:
-    known = _types_of(model.graph)
-    for tensor in model.graph.initializer:
-        if tensor.data_type == onnx.TensorProto.DOUBLE:
-            yield _error("type", tensor.name, "weights in DOUBLE; the parser narrows them without a word")
-    for node in model.graph.node:
+def _types(graphs: Sequence[onnx.GraphProto], nodes: Sequence[onnx.NodeProto]) -> Iterator[Finding]:
+    known: dict[str, int] = {}
+    for graph in graphs:
+        known |= _types_of(graph)
+        for tensor in graph.initializer:
+            if tensor.data_type == onnx.TensorProto.DOUBLE:
+                message = "weights in DOUBLE; the parser narrows them without a word"
+                yield _error("type", tensor.name, message)
+    for node in nodes:
         row = matrix().get(node.op_type)
         if row is None or not row.supported or node.domain not in ("", "ai.onnx"):
             continue
@@ -178,38 +211,18 @@ def _types(model: onnx.ModelProto, io: NetworkIO) -> Iterator[Finding]:
                 yield _error("type", _name(node), f"{node.op_type} in {written}; it takes {allowed}")
 
 
-def _attributes(model: onnx.ModelProto, io: NetworkIO) -> Iterator[Finding]:
-    for node in model.graph.node:
-        held = {attribute.name: onnx.helper.get_attribute_value(attribute) for attribute in node.attribute}
-        if node.op_type == "Resize":
-            for name, (default, allowed) in _RESIZE.items():
-                value = held.get(name, default.encode())
-                if value.decode() not in allowed:
-                    yield _error("attribute", _name(node), f"Resize with {name} {value.decode()}")
-            if held.get("antialias"):
-                yield _error("attribute", _name(node), "Resize with antialias")
-        if node.op_type == "LayerNormalization" and len([name for name in node.output if name]) > 1:
-            yield _error("attribute", _name(node), "LayerNormalization with more than its first output")
-        if node.op_type == "Constant" and held.keys() & {"sparse_value", "value_string", "value_strings"}:
-            yield _error("attribute", _name(node), "a sparse or string constant")
+def _restrictions(nodes: Sequence[onnx.NodeProto], known: Known) -> Iterator[Finding]:
+    for node in nodes:
+        for message in restricted(node, known):
+            yield _error("attribute", _name(node), message)
+        if node.op_type in SEEDED:
+            yield _note("attribute", _name(node), f"{node.op_type}: TensorRT ignores its seed")
 
 
-def _axes(model: onnx.ModelProto, io: NetworkIO) -> Iterator[Finding]:
-    constant = {tensor.name for tensor in model.graph.initializer}
-    constant |= {name for node in model.graph.node if node.op_type == "Constant" for name in node.output}
-    for node in model.graph.node:
-        place = _CONSTANT_AXES.get(node.op_type)
-        if place is not None and len(node.input) > place and node.input[place] not in {"", *constant}:
-            yield _error("attribute", _name(node), f"{node.op_type} with axes that are no constant")
-
-
-def _channels(model: onnx.ModelProto, io: NetworkIO) -> Iterator[Finding]:
-    shapes = {
-        value.name: value.type.tensor_type.shape.dim
-        for value in (*model.graph.input, *model.graph.value_info)
-    }
-    weights = {tensor.name: tensor.dims for tensor in model.graph.initializer}
-    for node in model.graph.node:
+def _channels(graph: onnx.GraphProto) -> Iterator[Finding]:
+    shapes = {value.name: value.type.tensor_type.shape.dim for value in (*graph.input, *graph.value_info)}
+    weights = {tensor.name: tensor.dims for tensor in graph.initializer}
+    for node in graph.node:
         if node.op_type != "Conv" or node.input[0] not in shapes or node.input[1] not in weights:
             continue
         groups = next((held.i for held in node.attribute if held.name == "group"), 1)
@@ -231,3 +244,7 @@ def _name(node: onnx.NodeProto) -> str:
 
 def _error(rule: str, subject: str, message: str) -> Finding:
     return Finding(level="error", rule=rule, subject=subject, message=message)
+
+
+def _note(rule: str, subject: str, message: str) -> Finding:
+    return Finding(level="note", rule=rule, subject=subject, message=message)

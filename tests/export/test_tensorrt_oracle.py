@@ -19,13 +19,13 @@ from planted_graphs import PLANTED
 from ritocco.artefacts import GRAPH_FILE, open_artefacts
 from ritocco.checkpoint import open_checkpoint
 from ritocco.loading import pocket_model
-from ritocco.nets.io import GRAPHS, HOISTED_GRAPHS, Contract
-from ritocco_export.exporter import contract_for
+from ritocco.nets.io import GRAPHS, HOISTED_GRAPHS, Layout
+from ritocco_export.exporter import contract_for, profile_ranges
 from ritocco_export.graphs import OPSETS, graph_module, write_graph
 from ritocco_export.profiles import Profile
 from ritocco_export.tensorrt_check import check_model
 from tensorrt_oracle import library
-from tensorrt_oracle.oracle import Question, Verdict, allowed, ask, profiles_of
+from tensorrt_oracle.oracle import Question, Verdict, allowed, ask
 
 ROOT = Path(__file__).resolve().parents[2]
 TABLE = ROOT / "docs" / "tensorrt-oracle.md"
@@ -42,51 +42,84 @@ pytestmark = [
 ]
 
 
-def write(folder: Path, model: Path, dtype: str, profile: str, *, static: bool) -> Contract:
+def write(
+    folder: Path,
+    model: Path,
+    dtype: str,
+    *asked: str,
+    static: bool = False,
+    hoisted: bool = False,
+    layout: Layout = "ritocco",
+) -> list[Question]:
     """A checkpoint's graphs, without the parity gate, which `test_export.py` has."""
     checkpoint = open_checkpoint(model)
-    profiles = [Profile.parse(profile)]
-    contract = contract_for(checkpoint, dtype=dtype, layout="ritocco", profiles=profiles, static=static)
+    profiles = [Profile.parse(one) for one in asked]
+    contract = contract_for(
+        checkpoint, dtype=dtype, layout=layout, profiles=profiles, static=static, hoisted=hoisted
+    )
+    kept = profile_ranges(contract, profiles, static=static)
+    questions = []
     for graph, io in contract.items():
-        module = graph_module(checkpoint, graph, dtype=getattr(torch, dtype), layout="ritocco")
+        module = graph_module(checkpoint, graph, dtype=getattr(torch, dtype), layout=layout)
         write_graph(module, io, folder / graph / GRAPH_FILE, opset=OPSETS[dtype], static=static)
-    return contract
+        questions.append(Question.of(folder / graph / GRAPH_FILE, io, [one[graph] for one in kept]))
+    return questions
 
 
-def verdicts(folder: Path, contract: Contract) -> dict[str, Verdict]:
-    answers = ask([Question.of(folder / name / GRAPH_FILE, io) for name, io in contract.items()])
-    return dict(zip(contract, answers, strict=True))
+def questions_of(folder: Path) -> list[Question]:
+    artefacts = open_artefacts(folder)
+    return [Question.of(artefacts.graph(name), io) for name, io in artefacts.contract.items()]
 
 
-def assert_taken(found: dict[str, Verdict]) -> None:
+def verdicts(questions: list[Question]) -> dict[str, Verdict]:
+    answers = ask(questions)
+    return {asked.file.parent.name: found for asked, found in zip(questions, answers, strict=True)}
+
+
+def assert_taken(found: dict[str, Verdict], *, tokens: str = "tokens") -> None:
     assert set(found) in (set(GRAPHS), set(HOISTED_GRAPHS))
     assert {name: verdict.objections for name, verdict in found.items() if verdict.objections} == {}
     assert all(verdict.layers > 20 and verdict.engine_bytes > 1 << 16 for verdict in found.values())
     # Allowed, and there: else the list of what is allowed has grown stale.
     assert {name: verdict.warnings for name, verdict in found.items() if verdict.warnings} == {
-        "text_encoder": (TOKENS,)
+        "text_encoder": (TOKENS.replace("tokens", tokens),)
     }
 
 
 @pytest.mark.parametrize("graphs", ["tiny_graphs", "tiny_half_graphs", "tiny_hoisted_graphs"])
 def test_dynamic_graphs_are_taken_with_their_profiles(graphs: str, request: pytest.FixtureRequest) -> None:
-    artefacts = open_artefacts(request.getfixturevalue(graphs))
-    if not artefacts.hoisted:
-        assert set(profiles_of(artefacts.contract["unet"])) == {"sample", "timestep", "context"}
-    assert_taken(verdicts(artefacts.path, artefacts.contract))
+    questions = questions_of(request.getfixturevalue(graphs))
+    (unet,) = (one for one in questions if one.file.parent.name in ("unet", "unet_step"))
+    names = (
+        {"sample", "timestep", "context"} if graphs != "tiny_hoisted_graphs" else {"latents", "rows", "time"}
+    )
+    assert names <= set(unet.profiles[0])
+    assert_taken(verdicts(questions))
+
+
+def test_graphs_of_optimums_layout_are_taken(tiny_optimum_graphs: Path) -> None:
+    assert_taken(verdicts(questions_of(tiny_optimum_graphs)), tokens="input_ids")
+
+
+def test_several_profiles_are_taken(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    questions = write(tmp_path, tiny_checkpoint, "float32", "64@1..4", "128..192@1..2")
+    assert [len(one.profiles) for one in questions] == [2, 2, 2, 2]
+    assert questions[1].profiles[0] != questions[1].profiles[1]
+    assert_taken(verdicts(questions))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_the_pocket_models_graphs_of_one_size_are_taken(tmp_path: Path, dtype: str) -> None:
-    contract = write(tmp_path, pocket_model(), dtype, "512@1", static=True)
-    assert profiles_of(contract["unet"]) == {}
-    assert_taken(verdicts(tmp_path, contract))
+    questions = write(tmp_path, pocket_model(), dtype, "512@1", static=True)
+    assert not any(one.profiles for one in questions)
+    assert_taken(verdicts(questions))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-def test_the_pocket_models_dynamic_graphs_are_taken(tmp_path: Path, dtype: str) -> None:
-    assert_taken(verdicts(tmp_path, write(tmp_path, pocket_model(), dtype, "64..1024@1..4", static=False)))
+@pytest.mark.parametrize("hoisted", [False, True])
+def test_the_pocket_models_dynamic_graphs_are_taken(tmp_path: Path, dtype: str, hoisted: bool) -> None:
+    assert_taken(verdicts(write(tmp_path, pocket_model(), dtype, "64..1024@1..4", hoisted=hoisted)))
 
 
 def with_int64_timestep(model: onnx.ModelProto) -> None:
@@ -147,7 +180,7 @@ def test_a_broken_graph_is_refused(
 
 def test_a_size_that_no_profile_covers_is_refused(tiny_graphs: Path) -> None:
     file = open_artefacts(tiny_graphs).graph("vae_decoder")
-    (verdict,) = ask([Question(file=file, profiles={})])
+    (verdict,) = ask([Question(file=file)])
     assert verdict.layers > 50
     assert "no optimization profile has been defined" in verdict.errors[-1]
 
@@ -232,7 +265,7 @@ def test_a_process_that_dies_condemns_its_graph_alone(tmp_path: Path) -> None:
     script = tmp_path / "child.py"
     answer = json.dumps({"errors": [], "warnings": [], "layers": 7, "engine_bytes": 8, "seconds": 0})
     script.write_text(DIES_AT_THE_SECOND.format(answer=answer), encoding="utf-8")
-    questions = [Question(file=tmp_path / str(n), profiles={}) for n in range(3)]
+    questions = [Question(file=tmp_path / str(n)) for n in range(3)]
     first, second, third = ask(questions, child=(sys.executable, str(script)))
     assert (first.layers, second.layers, third.layers) == (7, 0, 7)
     assert second.objections == (

@@ -32,8 +32,9 @@ def main() -> int:
         taken = True
         _row("graph", "verdict", "layers", "engine MiB", "seconds")
         for name in names:
-            io = artefacts.contract[name]
-            (verdict,) = ask([Question.of(artefacts.graph(name), io, build=not options.no_build)])
+            io, profiles = artefacts.contract[name], artefacts.profiles(name)
+            question = Question.of(artefacts.graph(name), io, profiles, build=not options.no_build)
+            (verdict,) = ask([question])
             _report(name, verdict)
             taken = taken and not verdict.objections
     except (RitoccoError, UnusableError) as error:

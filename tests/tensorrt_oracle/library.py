@@ -82,11 +82,11 @@ class Library:
         self._take = ctypes.CFUNCTYPE(None, ctypes.c_int32, ctypes.c_char_p)(take)
         self._logger = ctypes.c_void_p(_logger_to(self._take))
 
-    def judge(self, file: Path, profiles: Mapping[str, Sizes], *, build: bool) -> tuple[int, int]:
+    def judge(self, file: Path, profiles: Sequence[Mapping[str, Sizes]], *, build: bool) -> tuple[int, int]:
         """Parse a graph, and build an engine of it. Returns the layers, and the bytes of the engine.
 
-        profiles: for every input with a dynamic axis. Layers are 0 where the graph can't be parsed, bytes 0
-        where no engine was built; `say` hears why.
+        profiles: each for every input with a dynamic axis. Layers are 0 where the graph can't be parsed,
+        bytes 0 where no engine was built; `say` hears why.
         """
         builder = self._make(self._core, "createInferBuilder_INTERNAL", self._logger)
         network = _Object(builder.call(6, ctypes.c_void_p, ctypes.c_uint32(0)), "network")
@@ -104,11 +104,11 @@ class Library:
         layers = int(network.call(12, ctypes.c_int32))
         return layers, self._build(builder, network, profiles) if build else 0
 
-    def _build(self, builder: _Object, network: _Object, profiles: Mapping[str, Sizes]) -> int:
+    def _build(self, builder: _Object, network: _Object, profiles: Sequence[Mapping[str, Sizes]]) -> int:
         config = _Object(builder.call(5, ctypes.c_void_p), "configuration")
-        if profiles:
+        for sizes in profiles:
             profile = _Object(builder.call(7, ctypes.c_void_p), "optimisation profile")
-            for name, shapes in profiles.items():
+            for name, shapes in sizes.items():
                 for which, shape in enumerate(shapes):
                     dims = ctypes.pointer(_Dims.of(shape))
                     arguments = ctypes.c_char_p(name.encode()), ctypes.c_int32(which), dims

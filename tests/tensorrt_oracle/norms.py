@@ -85,7 +85,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         forms = [Form.write(Path(folder), dtype, opset) for dtype in DTYPES for opset in OPSETS]
         seconds = timed(forms, rounds)
-        verdicts = ask([Question(file=form.file, profiles={}) for form in forms])
+        verdicts = ask([Question(file=form.file) for form in forms])
         sys.stdout.write(
             "| graph | nodes | after ONNX Runtime's optimisation (CPU) | processor time of a run "
             "| layers in TensorRT-RTX | engine |\n|---|---|---|---|---|---|\n"

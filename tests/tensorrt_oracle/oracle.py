@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from ritocco.nets.io import NetworkIO
+from ritocco.nets.io import NetworkIO, Ranges
 from tensorrt_oracle.library import UNUSABLE, Sizes, UnusableError
 
 ALLOWED: Mapping[str, str] = {
@@ -30,16 +30,19 @@ _LAST_WORDS = 2000
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Question:
-    """A graph. profiles: shapes of its inputs with dynamic axes. build: an engine too, after parsing."""
+    """A graph. profiles: each has shapes of the inputs that move. build: an engine too, not parsing alone."""
 
     file: Path
-    profiles: Mapping[str, Sizes]
+    profiles: Sequence[Mapping[str, Sizes]] = ()
     build: bool = True
 
     @classmethod
-    def of(cls, file: Path, io: NetworkIO, *, build: bool = True) -> Question:
-        """About a graph with a contract, whose ranges become the profile."""
-        return cls(file=file, profiles=profiles_of(io), build=build)
+    def of(
+        cls, file: Path, io: NetworkIO, profiles: Sequence[Ranges] | None = None, *, build: bool = True
+    ) -> Question:
+        """About a graph with a contract. profiles: None takes the contract's ranges as the only one."""
+        shapes = [io.shapes(ranges) for ranges in profiles or [io.ranges]]
+        return cls(file=file, profiles=[one for one in shapes if one], build=build)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,18 +68,6 @@ class Verdict:
 def allowed(warning: str) -> bool:
     """Whether a warning is one of those that say nothing against a graph."""
     return any(re.search(pattern, warning) for pattern in ALLOWED)
-
-
-def profiles_of(io: NetworkIO) -> dict[str, Sizes]:
-    """Least, best and largest shape of every input whose shape is not the same in all three."""
-    out: dict[str, Sizes] = {}
-    for port in io.inputs:
-        least, best, most = (
-            port.resolve({symbol: sizes[which] for symbol, sizes in io.ranges.items()}) for which in range(3)
-        )
-        if least != most:
-            out[port.name] = least, best, most
-    return out
 
 
 def ask(questions: Sequence[Question], *, child: Sequence[str] = _CHILD) -> list[Verdict]:
