@@ -29,7 +29,7 @@ ON_GRAPHS = ("backends", "hoisted")
 PEER = ("diffusers", "transformers")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, *, prog: str = "python -m ritocco_bench") -> int:
     """Run a command line; `both` where it names no command.
 
     Returns the exit status: 1 where a package, a model or parity is missing, and then nothing is reported.
@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     if not words or words[0] not in (*COMMANDS, "-h", "--help"):
         words.insert(0, "both")
-    arguments = _parser().parse_args(words)
+    arguments = _parser(prog).parse_args(words)
     try:
         if arguments.command == "make-folder":
             print(make_folder(arguments.out, arguments.size))
@@ -151,8 +151,8 @@ def _say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m ritocco_bench", description=__doc__)
+def _parser(prog: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog=prog, description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     made = commands.add_parser("make-folder", help="write a model folder of seeded random weights")
     made.add_argument("--out", type=Path, required=True)

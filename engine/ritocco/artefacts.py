@@ -7,18 +7,19 @@ one is somebody's Optimum export. No torch here: what is exported starts without
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import os
 import secrets
 import shutil
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
+from ritocco.disk import sweep
 from ritocco.errors import CheckpointError
 from ritocco.nets.io import (
     GRAPHS,
@@ -101,6 +102,14 @@ class Artefacts:
     def sizes(self) -> Mapping[str, Range]:
         """What a step of the denoiser takes: rows `M`, latent cells `H` and `W`."""
         return self.contract["unet_step" if self.hoisted else "unet"].ranges
+
+    @property
+    def identity(self) -> str:
+        """64 hex digits that change with any file; `version` is the checkpoint's."""
+        if self.manifest is None:
+            return self.version
+        held = {**self.manifest.files, **self.manifest.sha256}
+        return hashlib.sha256(json.dumps(held, sort_keys=True).encode()).hexdigest()
 
     def graph(self, name: GraphName) -> Path:
         """The ONNX file of a graph."""
@@ -227,6 +236,9 @@ def written_whole(out: Path, *, replace: bool = False) -> Iterator[Path]:
     """
     if out.exists() and not replace:
         _refuse_strangers(out)
+    # What a process that was killed left behind.
+    for end in ("part", "old") if out.exists() else ("part",):
+        sweep(out.parent, f".{glob.escape(out.name)}.*.{end}", days=1)
     part, old = (out.with_name(f".{out.name}.{secrets.token_hex(8)}.{end}") for end in ("part", "old"))
     part.mkdir(parents=True)
     try:
@@ -301,17 +313,6 @@ def _files(path: Path) -> list[Path]:
         for name in names
         if Path(place, name).is_file()
     )
-
-
-def cache_root() -> Path:
-    """Where what can be made again is kept: RITOCCO_CACHE, else the platform's folder for caches."""
-    if named := os.environ.get("RITOCCO_CACHE"):
-        return Path(named)
-    if sys.platform == "win32":
-        return Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local") / "ritocco"
-    if sys.platform == "darwin":
-        return Path.home() / "Library" / "Caches" / "ritocco"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ritocco"
 
 
 def _check(path: Path, manifest: Manifest, contract: Contract, version: str | None) -> None:

@@ -1,13 +1,14 @@
-"""The command line: `ritocco predict | demo | doctor`."""
+"""The command line: `ritocco predict | demo | doctor`, and what plug-ins add."""
 
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -15,8 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from tqdm import tqdm
 
-from ritocco.errors import BackendError, RequestError, RitoccoError
-from ritocco.shown import shown
+from ritocco.errors import RequestError, RitoccoError
 
 if TYPE_CHECKING:
     from ritocco.engine import Engine
@@ -62,6 +62,22 @@ def _main(
     ] = False,
 ) -> None:
     """Stable Diffusion inpainting on your own hardware."""
+    _tell_of_long_work()
+
+
+def _tell_of_long_work() -> None:
+    """What the library logs of exports and builds, which take minutes, goes to the terminal."""
+    logger = logging.getLogger("ritocco")
+    if not logger.handlers:
+        logger.addHandler(_Terminal())
+        logger.setLevel(logging.INFO)
+
+
+class _Terminal(logging.Handler):
+    """Whatever stderr is at the time."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        typer.echo(record.getMessage(), err=True)
 
 
 @app.command()
@@ -107,6 +123,7 @@ def predict(
     """Repaint the white part of a mask."""
     import numpy as np
 
+    from ritocco.backends.engine_store import options_in
     from ritocco.images import encode
     from ritocco.loading import load
     from ritocco.schema import Options, parse_input
@@ -128,7 +145,7 @@ def predict(
     # Before the model is loaded, which may take a while.
     parse_input(given, allow_local=True)
     Options().override(output_format=output_format, mask_feather=mask_feather, strength=strength)
-    options = _parsed(backend_options)
+    options = options_in(backend_options)
     suffix = output_format or "png"
     with _disk(out):  # before the work, so that it is not lost
         out.mkdir(parents=True, exist_ok=True)
@@ -225,20 +242,6 @@ def _replace(path: Path, data: bytes) -> None:
         part.unlink(missing_ok=True)
 
 
-def _parsed(backend_options: str | None) -> dict[str, Any] | None:
-    """Raises RequestError for what is no JSON object; what it holds is checked with the backend."""
-    if backend_options is None:
-        return None
-    try:
-        parsed = json.loads(backend_options)
-    except (ValueError, RecursionError):
-        parsed = None
-    if not isinstance(parsed, dict):
-        rule = "it must be a JSON object, as in '{\"level\": 5}'"
-        raise RequestError(f"--backend-options is {shown(backend_options)}; {rule}")
-    return parsed
-
-
 def _run(
     engine: Engine,
     given: dict[str, Any],
@@ -273,10 +276,10 @@ def _notes_of(prediction: Prediction) -> str:
 
 
 def _add_plugins() -> None:
-    from ritocco.plugins import EXPORTER, exporter
+    from ritocco.plugins import plugins
 
-    with suppress(BackendError):
-        app.command(EXPORTER)(exporter().command)
+    for plugin in plugins():
+        plugin.register(app)
 
 
 def main() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 from collections.abc import Mapping
@@ -10,7 +11,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ritocco.artefacts import Artefacts, cache_root, is_artefacts, open_artefacts
+from ritocco.artefacts import Artefacts, is_artefacts, open_artefacts
 from ritocco.backends import (
     SESSION_BACKENDS,
     faster_command,
@@ -18,6 +19,7 @@ from ritocco.backends import (
     refuse_absent,
     refuse_elsewhere,
 )
+from ritocco.disk import cache_root
 from ritocco.engine import Engine
 from ritocco.errors import BackendError, CheckpointError
 from ritocco.fetch import Fetcher
@@ -27,6 +29,9 @@ from ritocco.schema import PredictionInput
 
 if TYPE_CHECKING:
     from ritocco.checkpoint import Checkpoint
+
+
+_log = logging.getLogger(__name__)
 
 
 def load(
@@ -216,7 +221,8 @@ def _exported(checkpoint: Checkpoint, dtype: str) -> Artefacts:
         except CheckpointError:
             pass
         try:
-            exporter().export(checkpoint, folder, dtype=dtype)
+            _log.info("exporting %s to %s, which takes minutes, once", checkpoint.source, folder)
+            exporter().export(checkpoint, folder, dtype=dtype, say=_log.info)
         except OSError as error:
             raise BackendError(
                 f"{cache_root()}: the graphs can't be kept there ({error}). Set RITOCCO_CACHE to another "

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Protocol, cast
 from ritocco.errors import BackendError
 
 if TYPE_CHECKING:  # what is exported already is run without torch
+    import typer
+
     from ritocco.artefacts import Artefacts
     from ritocco.backends.engine_store import EngineOptions
     from ritocco.backends.tensorrt_library import Library
@@ -22,15 +24,21 @@ if TYPE_CHECKING:  # what is exported already is run without torch
 
 GROUP = "ritocco.plugins"
 EXPORTER = "export"
+Say = Callable[[str], None]
+"""Takes a line about work that takes minutes."""
 
 
-class Exporter(Protocol):
+class Plugin(Protocol):
+    """What every plug-in offers."""
+
+    def register(self, app: typer.Typer) -> None:
+        """Add its sub-commands to `ritocco`."""
+
+
+class Exporter(Plugin, Protocol):
     """What the plug-in `export` offers."""
 
-    command: Callable[..., None]
-    """The sub-command `ritocco export`."""
-
-    def export(self, checkpoint: Checkpoint, out: Path, *, dtype: str) -> None:
+    def export(self, checkpoint: Checkpoint, out: Path, *, dtype: str, say: Say) -> None:
         """Write the checkpoint's graphs to the folder `out`. dtype: `float32`, `float16`, `bfloat16`."""
 
     def build_engine(
@@ -43,6 +51,7 @@ class Exporter(Protocol):
         options: EngineOptions,
         target: str,
         timing: Path | None,
+        say: Say,
     ) -> None:
         """Write a graph's TensorRT engine to the file `out`. target: a compute capability as `sm89`, or empty
         for the GPU at hand. timing: a file of kernels timed before.
@@ -50,6 +59,12 @@ class Exporter(Protocol):
 
     def structure(self, artefacts: Artefacts, graph: GraphName) -> str:
         """A digest of a graph without its weights."""
+
+
+def plugins() -> list[Plugin]:
+    """All that are installed, in the order of their names."""
+    points = sorted(entry_points(group=GROUP), key=lambda point: point.name)
+    return [cast(Plugin, point.load()) for point in points]
 
 
 def exporter() -> Exporter:

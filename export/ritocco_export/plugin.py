@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from ritocco.backends.tensorrt_library import Library
     from ritocco.checkpoint import Checkpoint
     from ritocco.nets.io import GraphName
+    from ritocco.plugins import Say
 
 NEEDED = ("onnx", "onnxruntime", "onnxscript")
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
@@ -54,6 +55,10 @@ def command(
     refit: Annotated[
         bool, typer.Option("--refit", help="With --engines: for all checkpoints of this shape.")
     ] = False,
+    backend_options: Annotated[
+        str | None,
+        typer.Option(metavar="JSON", help="With --engines: as for predict; see docs/export.md."),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="With --check: the findings as JSON.")] = False,
     model: Annotated[
         str | None,
@@ -92,7 +97,7 @@ def command(
         typer.echo(commands(open_artefacts(trtexec)), nl=False)
         return
     if engines is not None:
-        _build(engines, out, library=library, targets=target or [], refit=refit)
+        _build(engines, out, library=library, targets=target or [], refit=refit, given=backend_options)
         return
     _refuse_missing()
     if check is not None:
@@ -166,20 +171,23 @@ def _say_memory(out: Path) -> None:
         typer.echo(f"memory: {peak / 2**20:.0f} MiB at most, {written}", err=True)
 
 
-def _build(graphs: Path, out: Path | None, *, library: str, targets: list[str], refit: bool) -> None:
+def _build(
+    graphs: Path, out: Path | None, *, library: str, targets: list[str], refit: bool, given: str | None
+) -> None:
     from ritocco.artefacts import open_artefacts
-    from ritocco.backends.engine_store import EngineOptions
+    from ritocco.backends.engine_store import EngineOptions, options_in
     from ritocco_export.tensorrt_build import build_all
 
     if library not in ("tensorrt", "tensorrt-rtx"):
         raise RequestError(
             f"--library is {shown(library)}; it must be tensorrt or tensorrt-rtx", field="--library"
         )
+    options = EngineOptions.parse((options_in(given) or {}) | ({"refit": True} if refit else {}))
     try:
         for file in build_all(
             open_artefacts(graphs),
             library="tensorrt" if library == "tensorrt" else "tensorrt-rtx",
-            options=EngineOptions(refit=refit),
+            options=options,
             targets=targets,
             folder=out,
             say=lambda line: typer.echo(line, err=True),
@@ -199,14 +207,16 @@ def _refuse_missing() -> None:
 class Plugin:
     """See `ritocco.plugins.Exporter`."""
 
-    command = staticmethod(command)
+    def register(self, app: typer.Typer) -> None:
+        """See `ritocco.plugins.Plugin`."""
+        app.command("export")(command)
 
-    def export(self, checkpoint: Checkpoint, out: Path, *, dtype: str) -> None:
+    def export(self, checkpoint: Checkpoint, out: Path, *, dtype: str, say: Say) -> None:
         """Write the checkpoint's graphs to `out`, for every size that a request can have."""
         _refuse_missing()
         from ritocco_export.exporter import export_checkpoint
 
-        export_checkpoint(checkpoint, out, dtype=dtype, replace=True)
+        export_checkpoint(checkpoint, out, dtype=dtype, replace=True, say=say)
 
     def build_engine(
         self,
@@ -218,11 +228,14 @@ class Plugin:
         options: EngineOptions,
         target: str,
         timing: Path | None,
+        say: Say,
     ) -> None:
         """See `ritocco.plugins.Exporter`."""
         from ritocco_export.tensorrt_build import build_engine
 
-        build_engine(artefacts, graph, out, library=library, options=options, target=target, timing=timing)
+        build_engine(
+            artefacts, graph, out, library=library, options=options, target=target, timing=timing, say=say
+        )
 
     def structure(self, artefacts: Artefacts, graph: GraphName) -> str:
         """See `ritocco.plugins.Exporter`."""

@@ -20,9 +20,9 @@ from ritocco.backends.engine_store import (
     engine_key,
     target_of,
     weights_of,
-    write_whole,
 )
 from ritocco.backends.tensorrt_library import Library, Log, progress_monitor, tensorrt
+from ritocco.disk import write_whole
 from ritocco.errors import BackendError, CheckpointError
 from ritocco.nets.io import GraphName
 from ritocco.shown import plain, shown

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import threading
 from collections.abc import Callable
@@ -13,7 +14,6 @@ import pytest
 import ritocco
 from ritocco.artefacts import (
     MANIFEST,
-    cache_root,
     file_digest,
     files_of,
     is_artefacts,
@@ -214,16 +214,30 @@ def test_the_contract_digest_sees_names_and_types_and_no_ranges(tiny_graphs: Pat
     assert len({contract_digest(one) for one in (own, *others)}) == 3
 
 
-def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("RITOCCO_CACHE", str(tmp_path))
-    assert cache_root() == tmp_path
-    monkeypatch.delenv("RITOCCO_CACHE")
-    monkeypatch.setattr("sys.platform", "linux")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    assert cache_root() == tmp_path / "xdg" / "ritocco"
-    monkeypatch.setattr("sys.platform", "win32")
-    monkeypatch.setenv("LOCALAPPDATA", str(tmp_path / "local"))
-    assert cache_root() == tmp_path / "local" / "ritocco"
+def test_the_identity_is_of_every_file(folder: Path) -> None:
+    before = open_artefacts(folder).identity
+    assert len(before) == 64
+    assert open_artefacts(folder).identity == before
+    file = folder / "unet" / "config.json"
+    file.write_text(file.read_text(encoding="utf-8") + "\n", encoding="utf-8")
+    edit(folder, files=files_of(folder))
+    assert open_artefacts(folder).identity != before
+    (folder / MANIFEST).unlink()
+    assert open_artefacts(folder).identity == open_artefacts(folder).version
+
+
+def test_what_a_killed_export_left_is_cleared(folder: Path) -> None:
+    kept = [folder.with_name(name) for name in (f".{folder.name}.1.part", ".other.1.part")]
+    gone = [folder.with_name(f".{folder.name}.{end}") for end in ("2.part", "3.old")]
+    for path in (*kept, *gone):
+        path.mkdir()
+        (path / "model.onnx").write_text("x", encoding="utf-8")
+        if path != kept[0]:  # which another export may be writing
+            for one in (path / "model.onnx", path):
+                os.utime(one, (0, 0))
+    with written_whole(folder, replace=True) as part:
+        (part / "unet").mkdir()
+    assert [path.exists() for path in (*kept, *gone)] == [True, True, False, False]
 
 
 @pytest.mark.parametrize("name", ["unet/notes.txt", "thesis.txt", "photos/cat.png"])

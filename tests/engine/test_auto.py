@@ -12,10 +12,10 @@ import pytest
 
 import ritocco
 from ritocco import BackendError, backends
-from ritocco.artefacts import cache_root
 from ritocco.backends.sessions import SessionRuntime
 from ritocco.backends.torch_ import TorchRuntime
 from ritocco.checkpoint import fingerprint, open_checkpoint
+from ritocco.disk import cache_root
 
 Ask = Callable[..., dict[str, Any]]
 

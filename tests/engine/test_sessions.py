@@ -6,6 +6,7 @@ TensorRT itself does not run here: what is tested is all up to the last call of 
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -169,6 +170,19 @@ def test_optimums_layout_paints_the_same(
         assert np.abs(floats(engine, given) - floats(tiny_engine, given)).max() < TOLERANCE
 
 
+def test_the_dtype_of_an_export_without_a_manifest_is_that_of_its_graphs(
+    tiny_checkpoint: Path, export: Callable[..., Path], tmp_path: Path, ask: Ask
+) -> None:
+    made = export(tiny_checkpoint, "optimum-half", "64..128@1..4", layout="optimum", dtype="float16")
+    folder = shutil.copytree(made, tmp_path / "theirs")
+    (folder / "ritocco.json").unlink()
+    engine = ritocco.load(folder, backend="onnxruntime", device="cpu")
+    assert engine.traits.dtype == "float16"
+    assert engine.predict(ask(num_inference_steps=1)).status == "succeeded"
+    with pytest.raises(BackendError, match="dtype is 'float32'; these graphs are float16"):
+        ritocco.load(folder, backend="onnxruntime", device="cpu", dtype="float32")
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_bfloat16_graphs_run_on_openvino_alone(
     tiny_bfloat16_graphs: Path, tiny_engine: Engine, ask: Ask, dtype: str
@@ -243,15 +257,20 @@ def test_graphs_run_without_torch_or_a_socket(backend: str, own_graphs: Path) ->
 
 
 def test_a_checkpoint_is_exported_once(
-    backend: str, tiny_checkpoint: Path, tiny_graphs: Path, ask: Ask, monkeypatch: pytest.MonkeyPatch
+    backend: str,
+    tiny_checkpoint: Path,
+    tiny_graphs: Path,
+    ask: Ask,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
+    caplog.set_level("INFO", logger="ritocco.loading")
     exports: list[Path] = []
 
     class Stub(Plugin):
-        def export(self, checkpoint: Any, out: Path, *, dtype: str) -> None:
-            import shutil
-
+        def export(self, checkpoint: Any, out: Path, *, dtype: str, say: Any) -> None:
             exports.append(out)
+            say("unet: exporting")
             assert dtype == "float32"
             shutil.copytree(tiny_graphs, out)
 
@@ -259,6 +278,8 @@ def test_a_checkpoint_is_exported_once(
     monkeypatch.setattr("ritocco.plugins.exporter", Stub)
     first = load(tiny_checkpoint, backend)
     second = load(tiny_checkpoint, backend)
+    said = [record.getMessage() for record in caplog.records if record.name == "ritocco.loading"]
+    assert [line.partition(" ")[0] for line in said] == ["exporting", "unet:"]
     assert len(exports) == 1
     assert first.version == second.version == open_artefacts(tiny_graphs).version
     assert (floats(first, ask()) == floats(second, ask())).all()
@@ -375,7 +396,7 @@ def test_a_checkpoint_that_can_not_be_kept_says_why(
     backend: str, tiny_checkpoint: Path, no_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Writer(Plugin):
-        def export(self, checkpoint: Any, out: Path, *, dtype: str) -> None:
+        def export(self, checkpoint: Any, out: Path, *, dtype: str, say: Any) -> None:
             out.mkdir(parents=True)
 
     monkeypatch.setattr("ritocco.plugins.exporter", Writer)

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -334,7 +334,9 @@ def test_an_engine_that_cant_be_captured_runs_as_it_is(
 
     monkeypatch.setattr(Cuda, "captured", refuse)
     runtime = opened(tiny_graphs)
-    outputs = [runtime._unet(*unet_feeds(2)) for _ in range(3)]
+    with pytest.warns(RuntimeWarning, match="unet runs without a CUDA graph.*not permitted") as said:
+        outputs = [runtime._unet(*unet_feeds(2)) for _ in range(4)]
+    assert len(said) == 1
     assert all((output == outputs[0]).all() for output in outputs)
 
 
@@ -447,6 +449,26 @@ def test_a_folder_without_manifest_has_a_key_too(tiny_optimum_graphs: Path, tmp_
     assert EngineStore(tmp_path / "store").find(key) is None
 
 
+def test_bfloat16_graphs_run_on_the_bindings(
+    tiny_bfloat16_graphs: Path, tiny_graphs: Path, stand_in: Any, cuda: Any
+) -> None:
+    """What goes in and comes out is rounded to 8 bits on the way; the rest is OpenVINO's arithmetic."""
+    runtime, wide = opened(tiny_bfloat16_graphs), opened(tiny_graphs)
+    assert (runtime.traits.dtype, wide.traits.dtype) == ("bfloat16", "float32")
+    assert dict(cast(Any, runtime)._sessions["unet"].dtypes) == dict.fromkeys(
+        ("sample", "timestep", "context"), "float32"
+    )
+    for _ in range(3):  # the third is replayed
+        found, wanted = (one._unet(*unet_feeds(2)) for one in (runtime, wide))
+        assert found.dtype == np.float32
+        error = np.abs(found - wanted)
+        assert 0 < error.max() < 0.15 * np.abs(wanted).max()
+    with pytest.raises(BackendError, match="these graphs are bfloat16"):
+        open_sessions(
+            open_artefacts(tiny_bfloat16_graphs), backend="tensorrt", device="auto", dtype="float16"
+        )
+
+
 def test_bfloat16_is_rounded_as_torch_does() -> None:
     import torch
 
@@ -499,7 +521,28 @@ def test_auto_takes_engines_of_tensorrt_rtx(tiny_graphs: Path, stand_in: Any, cu
     assert reasons[0].startswith("tensorrt-rtx on cuda:0")
 
 
-def test_an_installed_tensorrt_is_named_where_it_was_not_taken(stand_in: Any) -> None:
+def test_an_installed_tensorrt_is_named_where_it_was_not_taken(
+    tiny_graphs: Path, stand_in: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ritocco.backends.cuda.driver_here", lambda: False)
     (line,) = build_command("cuda:0")
     assert line.startswith("Installed: tensorrt. --backend tensorrt builds its engines once")
     assert build_command("cpu") == ()
+    monkeypatch.setattr("ritocco.backends.cuda.driver_here", lambda: True)
+    assert build_command("cpu") == (line,)
+    _, reasons = auto(tiny_graphs)
+    assert reasons[0].startswith("openvino on cpu")
+    assert reasons[-1] == line
+    _, reasons = open_sessions(open_artefacts(tiny_graphs), backend="auto", device="cpu", dtype="auto")
+    assert line not in reasons, "the CPU was asked for"
+
+
+def test_builds_are_told_of(tiny_graphs: Path, stand_in: Any, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", logger="ritocco")
+    opened(tiny_graphs)
+    said = [record.getMessage() for record in caplog.records]
+    assert sum("building for" in line and "takes minutes, once" in line for line in said) == 4
+    assert "unet: warning: a warning of the builder" in said
+    caplog.clear()
+    opened(tiny_graphs)
+    assert not caplog.records

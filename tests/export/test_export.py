@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -183,6 +186,38 @@ def test_a_full_disk_leaves_nothing(
     )
     assert done.exit_code == 1
     assert "No space left on device; nothing was kept" in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+LIMITED = """
+import functools, resource, sys
+from pathlib import Path
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[3]),) * 2)
+from ritocco.checkpoint import open_checkpoint
+from ritocco_export.exporter import export_checkpoint
+model, out = map(Path, sys.argv[1:3])
+export_checkpoint(open_checkpoint(model), out, say=functools.partial(print, flush=True))
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no limit on the size of files")
+def test_a_disk_that_is_full_in_the_middle_of_a_file_leaves_nothing(
+    tiny_checkpoint: Path, tiny_graphs: Path, tmp_path: Path
+) -> None:
+    """A file that may not grow any further stands for the disk: the system refuses the same write."""
+    weights = tiny_graphs / "unet" / "model.onnx.data"
+    limit = weights.stat().st_size // 2
+    assert limit > max(f.stat().st_size for f in tiny_graphs.rglob("*") if f.is_file() and f != weights) // 2
+    out = tmp_path / "out"
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", LIMITED, str(tiny_checkpoint), str(out), str(limit)],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stdout.splitlines()[-1] == "unet: exporting", "in the middle"
+    assert "File too large" in done.stderr
     assert not list(tmp_path.iterdir())
 
 

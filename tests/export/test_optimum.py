@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
+import venv
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +16,7 @@ from ritocco.loading import pocket_model
 from ritocco_export.exporter import export_checkpoint
 from ritocco_export.profiles import Profile
 
+ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = (
     "optimum==2.1.0",
     "optimum-onnx==0.1.0",
@@ -24,6 +25,8 @@ PACKAGES = (
     "huggingface-hub==0.36.2",
     "diffusers==0.39.0",
 )
+# The rest is of the versions that everything else is tested with.
+PINNED = ("torch", "numpy", "onnx", "onnxruntime", "pillow", "safetensors", "scipy")
 
 # Paints with Optimum's pipeline; the masked image is the posterior's mean, as with ritocco.
 PAINT = """
@@ -58,18 +61,24 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 
 @pytest.fixture(scope="module")
-def optimum(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """The environment variables of a Python that has Optimum."""
-    target = tmp_path_factory.mktemp("optimum")
-    pip = (sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", target, *PACKAGES)
+def optimum(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A Python with Optimum and nothing of ours."""
+    home = tmp_path_factory.mktemp("optimum")
+    venv.create(home, with_pip=True)
+    python = str(home / "bin" / "python")
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    pinned = [line for line in lines if line.partition("==")[0] in PINNED]
+    assert len(pinned) == len(PINNED)
+    pip = (python, "-m", "pip", "install", "-q", "--disable-pip-version-check", *pinned, *PACKAGES)
     subprocess.run(pip, check=True)
-    return {**os.environ, "PYTHONPATH": str(target), "HF_HUB_OFFLINE": "1"}
+    return python
 
 
-def run(script: str, environment: dict[str, str], *arguments: Path) -> None:
+def run(script: str, python: str, *arguments: Path) -> None:
     done = subprocess.run(
-        [sys.executable, "-c", script, *map(str, arguments)],
-        env=environment,
+        [python, "-c", script, *map(str, arguments)],
+        env={key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+        | {"HF_HUB_OFFLINE": "1"},
         capture_output=True,
         text=True,
         check=False,
@@ -117,7 +126,7 @@ def ours(model: Path, held: dict[str, np.ndarray]) -> np.ndarray:
     return (kept[0] / 2 + 0.5).clip(0, 1).transpose(0, 2, 3, 1)
 
 
-def test_optimum_paints_from_our_export(optimum: dict[str, str], tmp_path: Path) -> None:
+def test_optimum_paints_from_our_export(optimum: str, tmp_path: Path) -> None:
     graphs = tmp_path / "graphs"
     profile = Profile.parse("64..256@1..2")
     export_checkpoint(open_checkpoint(pocket_model()), graphs, layout="optimum", profiles=[profile])
@@ -131,7 +140,7 @@ def test_optimum_paints_from_our_export(optimum: dict[str, str], tmp_path: Path)
     assert np.abs(theirs - ours(graphs, held)).max() < TOLERANCE
 
 
-def test_ritocco_paints_from_optimums_export(optimum: dict[str, str], tmp_path: Path) -> None:
+def test_ritocco_paints_from_optimums_export(optimum: str, tmp_path: Path) -> None:
     graphs = tmp_path / "graphs"
     run(EXPORT, optimum, pocket_model(), graphs)
     given, held = inputs(tmp_path)

@@ -34,12 +34,13 @@ class NetworkDefinitionCreationFlag(IntEnum):
 
 
 _DTYPES = {
+    "tensor(bfloat16)": "BF16",
     "tensor(float)": "FLOAT",
     "tensor(float16)": "HALF",
     "tensor(int64)": "INT64",
     "tensor(int32)": "INT32",
 }
-_NUMPY = {"FLOAT": np.float32, "HALF": np.float16, "INT64": np.int64, "INT32": np.int32}
+_NUMPY = {"FLOAT": np.float32, "BF16": np.uint16, "HALF": np.float16, "INT64": np.int64, "INT32": np.int32}
 
 
 class ILogger:
@@ -85,7 +86,56 @@ def _session(path: str) -> Any:
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
     options.intra_op_num_threads = 1
-    return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    try:
+        return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    except Exception:
+        if not _is_bfloat16(path):
+            raise
+        return BFloat16Session(path)
+
+
+def _is_bfloat16(path: str) -> bool:
+    import onnx
+
+    (output, *_) = onnx.load(path, load_external_data=False).graph.output
+    return bool(output.type.tensor_type.elem_type == onnx.TensorProto.BFLOAT16)
+
+
+class BFloat16Session:
+    """As ONNX Runtime's, whose CPU does not run such graphs: OpenVINO does. NumPy has the bits alone."""
+
+    def __init__(self, path: str) -> None:
+        import openvino
+
+        self._openvino = openvino
+        self._model = openvino.Core().compile_model(path, "CPU", {"INFERENCE_NUM_THREADS": 1})
+
+    def get_inputs(self) -> list[Any]:
+        return [self._port(one) for one in self._model.inputs]
+
+    def get_outputs(self) -> list[Any]:
+        return [self._port(one) for one in self._model.outputs]
+
+    def run(self, names: Sequence[str], feeds: dict[str, Any]) -> list[Any]:
+        narrow = {one.name for one in self.get_inputs() if one.type == "tensor(bfloat16)"}
+        request = self._model.create_infer_request()
+        request.infer({name: self._tensor(one, name in narrow) for name, one in feeds.items()})
+        found = [request.get_tensor(name) for name in names]
+        return [
+            (one.data.view(np.uint16) if one.element_type == self._openvino.Type.bf16 else one.data).copy()
+            for one in found
+        ]
+
+    def _tensor(self, array: Any, narrow: bool) -> Any:
+        if not narrow:
+            return array
+        return self._openvino.Tensor(array, self._openvino.Shape(array.shape), self._openvino.Type.bf16)
+
+    def _port(self, port: Any) -> Any:
+        kinds = {"bf16": "bfloat16", "f32": "float", "i64": "int64", "i32": "int32"}
+        shape = [one.get_length() if one.is_static else "any" for one in port.get_partial_shape()]
+        kind = kinds[port.element_type.get_type_name()]
+        return SimpleNamespace(name=port.get_any_name(), type=f"tensor({kind})", shape=shape)
 
 
 class OnnxParser:

@@ -80,7 +80,7 @@ def open_sessions(
             failures.append(error)
             why = f"{name} failed ({error})"
         else:
-            hint = () if name in _BUILT else build_command(runtime.traits.device)
+            hint = () if name in _BUILT or device == "cpu" else build_command(runtime.traits.device)
             return runtime, (*reasons, *hint)
     raise failures[0]
 
@@ -101,11 +101,17 @@ def faster_command(device: str) -> tuple[str, ...]:
 
 
 def build_command(device: str) -> tuple[str, ...]:
-    """How an installed TensorRT is put to use on a device (`cuda:0`): a line for the log, or none."""
-    names = [name for name in _BUILT if found(name)] if device.startswith("cuda") else []
-    return tuple(
-        f"Installed: {name}. --backend {name} builds its engines once, into the cache; auto takes them then"
-        for name in names[:1]
+    """How an installed TensorRT is put to use beside what runs on `device` (`cuda:0`, `cpu`): a line for the
+    log, or none where there is no NVIDIA GPU.
+    """
+    from ritocco.backends.cuda import driver_here
+
+    installed_here = [name for name in _BUILT if found(name)][:1]
+    if not installed_here or not (device.startswith("cuda") or driver_here()):
+        return ()
+    name = installed_here[0]
+    return (
+        f"Installed: {name}. --backend {name} builds its engines once, into the cache; auto takes them then",
     )
 
 

@@ -6,6 +6,8 @@ bindings are a few megabytes and bring no CUDA toolkit.
 
 from __future__ import annotations
 
+import ctypes
+import sys
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,6 +16,15 @@ from typing import Any
 import numpy.typing as npt
 
 from ritocco.errors import BackendError
+
+
+def driver_here() -> bool:
+    """Whether NVIDIA's driver can be loaded; asks it nothing."""
+    try:
+        ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+    except OSError:
+        return False
+    return True
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -20,10 +20,11 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, cast
 
-from ritocco.artefacts import Artefacts, cache_root, file_digest
+from ritocco.artefacts import Artefacts, file_digest
 from ritocco.backends.cuda import Gpu
 from ritocco.backends.tensorrt_library import Library
-from ritocco.errors import BackendError
+from ritocco.disk import cache_root, sweep, write_whole
+from ritocco.errors import BackendError, RequestError
 from ritocco.nets.io import GraphName
 from ritocco.shown import shown
 
@@ -72,6 +73,20 @@ class EngineOptions:
         """Those that a built engine depends on."""
         names = ("hardware", "version_compatible", "refit", "level", "workspace_bytes")
         return {name: getattr(self, name) for name in names}
+
+
+def options_in(text: str | None) -> dict[str, Any] | None:
+    """What `--backend-options` holds, for `EngineOptions.parse`. Raises RequestError for no JSON object."""
+    if text is None:
+        return None
+    try:
+        parsed = json.loads(text)
+    except (ValueError, RecursionError):
+        parsed = None
+    if not isinstance(parsed, dict):
+        rule = "it must be a JSON object, as in '{\"level\": 5}'"
+        raise RequestError(f"--backend-options is {shown(text)}; {rule}", field="--backend-options")
+    return parsed
 
 
 # Allowed values or exact types, and the rule in words. bool is no int here.
@@ -176,6 +191,7 @@ class EngineStore:
             wanted.mkdir(parents=True, exist_ok=True)
             if not os.access(wanted, os.W_OK):
                 raise PermissionError(f"{wanted} can't be written")
+            sweep(wanted, ".*.part", days=1)  # of processes that were killed
         except OSError:
             if folder is not None:
                 raise
@@ -233,16 +249,3 @@ class EngineStore:
         """Where a cache of the library's own is kept. name: of what it belongs to."""
         safe = "".join(letter if letter.isalnum() or letter in ".-" else "_" for letter in name)
         return self.folder / f"{safe}.cache"
-
-
-def write_whole(file: Path, data: bytes | memoryview) -> None:
-    """Write a file that is there whole, or as it was before."""
-    part = file.with_name(f".{file.name}.{secrets.token_hex(8)}.part")
-    try:
-        with part.open("wb") as stream:
-            stream.write(data)
-            stream.flush()
-            os.fsync(stream.fileno())
-        part.replace(file)
-    finally:
-        part.unlink(missing_ok=True)

@@ -146,6 +146,7 @@ def open_onnxruntime(
             given = tensorrt_options(artefacts, graph, options or EngineOptions(), store, index or "0")
             providers = [(PROVIDERS[kind], given), (PROVIDERS["cuda"], {"device_id": index or "0"})]
         sessions[graph] = _opened(artefacts, graph, PROVIDERS[kind], providers)
+    held = refuse_other_dtype(artefacts, dtype, "ONNX Runtime", sessions)
     notes = [note for session in sessions.values() for note in session.notes]
     if store is not None:
         device = f"cuda:{index or 0}"

@@ -10,11 +10,13 @@ from typing import Any
 import numpy.typing as npt
 import openvino
 
-from ritocco.artefacts import Artefacts, cache_root
+from ritocco.artefacts import Artefacts
 from ritocco.backends.bfloat16 import from_bfloat16, to_bfloat16
 from ritocco.backends.sessions import Arrays, SessionRuntime
+from ritocco.disk import cache_root, sweep
 from ritocco.errors import BackendError, CheckpointError
 
+_KEPT_DAYS = 30
 _PRECISIONS = {"float32": "f32", "bfloat16": "bf16"}
 _DTYPES = {"f32": "float32", "f16": "float16", "i64": "int64", "i32": "int32"}
 
@@ -85,7 +87,7 @@ def open_openvino(artefacts: Artefacts, *, device: str, dtype: str) -> SessionRu
         raise BackendError("dtype is 'bfloat16', which this processor does not compute in; float32 is")
     if dtype not in _PRECISIONS:
         raise BackendError(f"dtype is {dtype!r}; the backend openvino computes in float32 or bfloat16")
-    if (cache := _cache()) is not None:
+    if (cache := _cache(artefacts)) is not None:
         core.set_property({"CACHE_DIR": str(cache)})
     sessions = {
         graph: OpenVinoSession(core, artefacts.graph(graph), _PRECISIONS[dtype])
@@ -94,11 +96,18 @@ def open_openvino(artefacts: Artefacts, *, device: str, dtype: str) -> SessionRu
     return SessionRuntime(artefacts, sessions, device="cpu", dtype=dtype, release=(core,))
 
 
-def _cache() -> Path | None:
-    """Where compiled models are kept; None where nothing can be written, and every start compiles again."""
-    folder = cache_root() / "openvino"
+def _cache(artefacts: Artefacts) -> Path | None:
+    """Where these graphs are kept as compiled; None where nothing can be written, and every start compiles.
+
+    OpenVINO tells models apart by the graph's file, not the weights beside it, and never clears its cache:
+    each set of graphs has a folder of its own here, which goes when it was not used for so long.
+    """
+    root = cache_root() / "openvino"
+    folder = root / artefacts.identity[:32]
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        os.utime(folder)
     except OSError:
         return None
+    sweep(root, "*", days=_KEPT_DAYS)
     return folder if os.access(folder, os.W_OK) else None

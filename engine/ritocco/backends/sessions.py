@@ -124,9 +124,19 @@ class SessionRuntime:
         return session.run(feeds).astype(np.float32, copy=False)
 
 
-def refuse_other_dtype(artefacts: Artefacts, dtype: str, runtime: str) -> str:
-    """The dtype of the graphs, in which a runtime computes. Raises BackendError for another."""
-    held = artefacts.contract["vae_decoder"].inputs[0].dtype
+def refuse_other_dtype(
+    artefacts: Artefacts, dtype: str, runtime: str, sessions: Mapping[GraphName, Session] | None = None
+) -> str:
+    """The dtype of the graphs, in which a runtime computes. Raises BackendError for another.
+
+    sessions: once they are open; an export without a manifest does not tell its dtype before.
+    """
+    port = artefacts.contract["vae_decoder"].inputs[0]
+    held = port.dtype
+    if artefacts.manifest is None:
+        if sessions is None:
+            return held
+        held = sessions["vae_decoder"].dtypes.get(port.name, held)
     if dtype not in ("auto", held):
         raise BackendError(f"dtype is {dtype!r}; these graphs are {held}, and {runtime} computes in that")
     return held

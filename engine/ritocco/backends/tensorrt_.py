@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import mmap
+import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
@@ -23,12 +25,14 @@ from ritocco.backends.engine_store import (
     engine_key,
     target_of,
     weights_of,
-    write_whole,
 )
 from ritocco.backends.sessions import Arrays, SessionRuntime, refuse_other_dtype
 from ritocco.backends.tensorrt_library import Library, Log, tensorrt
+from ritocco.disk import write_whole
 from ritocco.errors import BackendError
 from ritocco.nets.io import GraphName, NetworkIO, Ranges
+
+_log = logging.getLogger(__name__)
 
 _DTYPES = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16", "INT64": "int64", "INT32": "int32"}
 # What the calls of a graph may be split along.
@@ -45,10 +49,11 @@ def open_tensorrt(
     Raises BackendError, and CheckpointError for a graph that TensorRT's parser does not take.
     """
     trt = tensorrt(library)
-    held = refuse_other_dtype(artefacts, dtype, "TensorRT")
+    refuse_other_dtype(artefacts, dtype, "TensorRT")
     cuda, store = Cuda(device), EngineStore.of(options)
     opener = _Opener(trt, artefacts, library, options, cuda, store)
     sessions = {graph: opener.session(graph) for graph in artefacts.contract}
+    held = refuse_other_dtype(artefacts, dtype, "TensorRT", sessions)
     notes = [f"{library} {trt.__version__} on {cuda.gpu.name}", *opener.notes]
     if not store.kept:
         notes.append("engines are not kept, as the cache can't be written: set RITOCCO_CACHE")
@@ -126,6 +131,7 @@ class _Opener:
             self.notes.append(f"{graph}'s engine was not usable ({self.log.said()}), and is built again")
         from ritocco.plugins import exporter
 
+        _log.info("%s: building for %s, which takes minutes, once", graph, self.cuda.gpu.name)
         timing = self.store.cache_file(f"timing {self.trt.__version__} {self.target}")
         with self.store.written(key, weights) as part:
             exporter().build_engine(
@@ -136,6 +142,7 @@ class _Opener:
                 options=self.options,
                 target=self.target if self.library == "tensorrt-rtx" else "",
                 timing=timing if self.library == "tensorrt" else None,
+                say=_log.info,
             )
         # Another process may have built it at the same time, with `refit` of other weights.
         found = self.store.find(key, written=True)
@@ -305,8 +312,13 @@ class TensorRtSession:
         elif self._replays and self._calls >= _PLAYS_AFTER:
             try:
                 self._replayed = self._cuda.captured(self._queue)
-            except BackendError:
-                self._replays = False  # an engine that can't be captured runs as it is
+            except BackendError as error:
+                self._replays = False
+                warnings.warn(
+                    f"{self._graph} runs without a CUDA graph, which its engine does not allow ({error})",
+                    RuntimeWarning,
+                    stacklevel=2,
+                )
                 self._queue()
             else:
                 self._replayed.replay()

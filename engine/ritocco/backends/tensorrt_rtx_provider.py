@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import logging
 import secrets
 import shutil
 from collections.abc import Sequence
@@ -24,6 +25,8 @@ from ritocco.backends.sessions import SessionRuntime, refuse_other_dtype
 from ritocco.backends.tensorrt_library import PLUGIN
 from ritocco.errors import BackendError, CheckpointError
 from ritocco.nets.io import GraphName
+
+_log = logging.getLogger(__name__)
 
 _MODEL, _ABOUT, _KEPT = "model.onnx", "about.json", ".context"
 _BINDINGS_ONLY = ("hardware", "version_compatible", "refit", "level", "cuda_graph", "engines")
@@ -53,6 +56,7 @@ def open_provider(artefacts: Artefacts, *, device: str, dtype: str, options: Eng
     store = EngineStore.of(options)
     maker = _Maker(artefacts, plugin, card, options, store)
     sessions = {graph: maker.session(graph) for graph in artefacts.contract}
+    held = refuse_other_dtype(artefacts, dtype, "TensorRT for RTX", sessions)
     if not store.kept:
         maker.notes.append("compiled graphs are not kept, as the cache can't be written: set RITOCCO_CACHE")
     return SessionRuntime(
@@ -162,6 +166,7 @@ class _Maker:
     def _compiled(self, graph: GraphName, key: EngineKey, folder: Path) -> OnnxSession:
         part = folder.with_name(f".{folder.name}.{secrets.token_hex(8)}.part")
         part.mkdir()
+        _log.info("%s: compiling for TensorRT for RTX, once", graph)
         try:
             # Not embedded: a protobuf ends at 2 GB.
             context = {"enable": "1", "file_path": str(part / _MODEL), "embed_mode": "0"}
