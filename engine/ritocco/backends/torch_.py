@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from math import prod
 from typing import TYPE_CHECKING, Any, cast
 
@@ -15,6 +17,7 @@ from ritocco.backends.host_memory import LARGEST_KEPT_BYTES, keep_freed_memory
 from ritocco.backends.runtime import Floats, Lane, LaneState, LatentSize, Tokens, Traits
 from ritocco.backends.torch_group import EagerGroup, Group, Seat, to_device
 from ritocco.checkpoint import Checkpoint, load_network
+from ritocco.errors import BackendError
 from ritocco.nets.text_encoder import TextEncoder
 from ritocco.nets.unet import UNet
 from ritocco.nets.vae import VAE
@@ -22,6 +25,8 @@ from ritocco.parameters import place
 
 if TYPE_CHECKING:
     from ritocco.backends.torch_graph import StepGraphs
+
+_log = logging.getLogger(__name__)
 
 _STEPS_AHEAD = 2  # how many steps the host may queue before it waits for the device
 
@@ -56,6 +61,8 @@ class TorchRuntime:
         later = ("decoder.", "post_quant_conv.") if device.type == "cpu" else ()
         self.vae = cast(VAE, load(checkpoint, "vae", device=device, dtype=dtype, later=later, ops=ops))
         self._decodes = not later
+        # How many lanes of a size fit into the device's memory at once, where it ran out with more.
+        self.fitting: dict[LatentSize, int] = {}
         self.text_encoder = cast(TextEncoder, load(checkpoint, "text_encoder", device=device, dtype=dtype))
         self.traits = Traits(
             device=str(device),
@@ -80,12 +87,12 @@ class TorchRuntime:
 
     def encode_image(self, pixels: Floats) -> Floats:
         """See `Runtime`. One picture at a time: the activations of a picture set the peak."""
-        with self.path.active(self.device):
+        with self.path.active(self.device), _memory_for("encoding a picture", self.device):
             return np.concatenate([_to_host(self._encode_mean(self._image(one))) for one in pixels])
 
     def decode(self, latents: Floats) -> Floats:
         """See `Runtime`. One picture at a time: the activations of a picture set the peak."""
-        with self.path.active(self.device):
+        with self.path.active(self.device), _memory_for("decoding a picture", self.device):
             if not self._decodes:
                 place(self.vae, device=self.device, dtype=self.dtype)
                 self._decodes = True
@@ -111,16 +118,21 @@ class TorchRuntime:
 
 
 class TorchBatch:
-    """Lanes on one torch device; latents, history and the update are float32. See `Batch`."""
+    """Lanes on one torch device; latents, history and the update are float32. See `Batch`.
+
+    Where the device's memory does not hold the work of all lanes at once, half as many move together from
+    then on: a step that failed has changed nothing, and is taken again.
+    """
 
     def __init__(self, runtime: TorchRuntime, size: LatentSize, capacity: int) -> None:
         self._unet, self._graphs, self._path = runtime.unet, runtime.graphs, runtime.path
+        self._fitting = runtime.fitting
         self._device, self._dtype, self._layout = runtime.device, runtime.dtype, runtime.layout
         self._size = size
         self._shape = (runtime.unet.spec.out_channels, size.height, size.width)
         self._capacity = capacity
         self._seats: dict[int, Seat] = {}
-        self._group: Group | None = None
+        self._groups: dict[tuple[int, ...], Group] = {}
         self._events: list[Any] = []
 
     def join(self, slot: int, lane: Lane) -> None:
@@ -147,14 +159,18 @@ class TorchBatch:
             )
 
     def step(self, rows: Mapping[int, int]) -> None:
-        """See `Batch`."""
-        slots = tuple(rows)
+        """See `Batch`. Raises BackendError where memory runs out with a single lane."""
+        slots, first = tuple(rows), 0
         with self._path.active(self._device):
-            if self._group is None or not self._group.held or self._group.slots != slots:
-                self._scatter()
-                self._group = self._gather(slots)
             self._wait()
-            self._group.move(tuple(rows.values()))
+            while first < len(slots):
+                part = slots[first : first + self._fitting.get(self._size, self._capacity)]
+                try:
+                    self._move(part, tuple(rows[slot] for slot in part))
+                except torch.OutOfMemoryError as error:
+                    self._take_fewer(len(part), error)
+                else:
+                    first += len(part)
 
     def leave(self, slot: int) -> LaneState:
         """See `Batch`."""
@@ -197,10 +213,37 @@ class TorchBatch:
             return self._graphs.group(self._size, slots, seats)
         return EagerGroup(self._unet, slots, seats, dtype=self._dtype, layout=self._layout)
 
+    def _move(self, slots: tuple[int, ...], indices: tuple[int, ...]) -> None:
+        group = self._groups.get(slots)
+        if group is None or not group.held:
+            for others in [held for held in self._groups if set(held) & set(slots)]:
+                self._groups.pop(others).scatter()
+            group = self._groups[slots] = self._gather(slots)
+        group.move(indices)
+
+    def _take_fewer(self, count: int, error: torch.OutOfMemoryError) -> None:
+        """After memory ran out with so many lanes."""
+        self._scatter()
+        size = f"{8 * self._size.width} x {8 * self._size.height}"
+        if self._graphs is not None:
+            self._graphs.forget()
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+        if count == 1:
+            raise BackendError(_too_little(f"one picture of {size} pixels", self._device, error)) from error
+        self._fitting[self._size] = count // 2
+        _log.warning(
+            "%s has not the memory for %d pictures of %s at once; from now on %d are computed at a time",
+            self._device,
+            count,
+            size,
+            count // 2,
+        )
+
     def _scatter(self) -> None:
-        """Give the group's state back to its seats."""
-        group, self._group = self._group, None
-        if group is not None:
+        """Give the groups' state back to the seats."""
+        groups, self._groups = self._groups, {}
+        for group in groups.values():
             group.scatter()
 
     def _wait(self) -> None:
@@ -218,6 +261,19 @@ def _largest_weight_bytes(checkpoint: Checkpoint) -> int:
     """Of the UNet, at two bytes a number."""
     variants = checkpoint.weights["unet"].values()
     return max(2 * prod(tensor.shape) for tensors in variants for tensor in tensors.values())
+
+
+@contextmanager
+def _memory_for(what: str, device: torch.device) -> Iterator[None]:
+    """Raises BackendError where the device's memory runs out."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise BackendError(_too_little(what, device, error)) from error
+
+
+def _too_little(what: str, device: torch.device, error: Exception) -> str:
+    return f"{device} has not the memory for {what}: ask for a smaller one ({str(error)[:200]})"
 
 
 def _to_host(tensor: Tensor) -> Floats:

@@ -36,6 +36,13 @@ class StepGraphs:
             self._held.popitem(last=False)
         return GraphGroup(graph, slots, seats)
 
+    def forget(self) -> None:
+        """Let go of all captured steps and their memory; they are captured again when they are needed."""
+        for graph in self._held.values():
+            if graph.holder is not None:
+                graph.holder.scatter()
+        self._held.clear()
+
 
 class StepGraph:
     """One step of N lanes with M rows, and its buffers."""

@@ -115,10 +115,11 @@ class EagerGroup:
         base = output.index_select(0, self._unconditional)
         guided = base + self._guidance * (output.index_select(0, self._conditional) - base)
         noise = self._noise(indices, [bool(one.c) for one in table_rows])
-        self._latents, self._history = advance(row, self._latents, guided, noise, self._history)
-        finite = torch.isfinite(self._latents).flatten(1).all(dim=1)
-        first_break = ~finite & (self._broken < 0)
-        self._broken = torch.where(first_break, self._indices(indices), self._broken)
+        latents, history = advance(row, self._latents, guided, noise, self._history)
+        first_break = ~torch.isfinite(latents).flatten(1).all(dim=1) & (self._broken < 0)
+        broken = torch.where(first_break, self._indices(indices), self._broken)
+        # All at once: a step for which memory ran out on the way was not taken.
+        self._latents, self._history, self._broken = latents, history, broken
 
     def scatter(self) -> None:
         """See `Group`."""
