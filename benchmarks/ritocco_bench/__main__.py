@@ -1,5 +1,8 @@
-"""`python -m ritocco_bench [startup | steps | both | backends | hoisted | make-folder]`: ritocco against
-diffusers, its backends against each other, and plain graphs against hoisted ones.
+"""`python -m ritocco_bench COMMAND`, or `ritocco bench COMMAND`.
+
+startup, steps, both: ritocco against diffusers; backends: ritocco's backends against each other; hoisted:
+plain graphs against hoisted ones; parity: a checkpoint's pictures beside diffusers'; report: Markdown and
+plots of what was measured; make-folder: random weights.
 """
 
 from __future__ import annotations
@@ -18,14 +21,18 @@ from ritocco.loading import load, pocket_model
 from ritocco_bench.cases import Bench, BenchError, backends, execute, hoisted, startup, steps
 from ritocco_bench.environment import Environment, environment
 from ritocco_bench.folder import SIZES, make_folder
-from ritocco_bench.parity import ParityError, gate
+from ritocco_bench.parity import ParityError, compare, gate
+from ritocco_bench.parity_report import parity_report
 from ritocco_bench.report import Row, append_rows, table
-from ritocco_bench.variants import PAIR
+from ritocco_bench.summary import markdown, plots, read
+from ritocco_bench.variants import PAIR, SCHEDULERS
+from ritocco_bench.worker import Job
 
 WORK = Path(".cache/bench")
 RESULTS = Path("benchmarks/results")
-COMMANDS = ("startup", "steps", "both", "backends", "hoisted", "make-folder")
+COMMANDS = ("startup", "steps", "both", "backends", "hoisted", "parity", "report", "make-folder")
 ON_GRAPHS = ("backends", "hoisted")
+LEAST_STEPS = 4
 PEER = ("diffusers", "transformers")
 
 
@@ -41,6 +48,10 @@ def main(argv: Sequence[str] | None = None, *, prog: str = "python -m ritocco_be
     try:
         if arguments.command == "make-folder":
             print(make_folder(arguments.out, arguments.size))
+        elif arguments.command == "parity":
+            return _compare(arguments)
+        elif arguments.command == "report":
+            _report(arguments)
         else:
             _measure(arguments)
     except (ParityError, BenchError, RitoccoError) as error:
@@ -52,9 +63,8 @@ def main(argv: Sequence[str] | None = None, *, prog: str = "python -m ritocco_be
 def _measure(arguments: argparse.Namespace) -> None:
     """The cases asked for: rows into the file, the table last."""
     on_graphs = arguments.command in ON_GRAPHS
-    against = () if on_graphs else PEER
-    if missing := [name for name in against if not installed(name)]:
-        raise BenchError(f"{' and '.join(missing)} not installed: pip install 'ritocco[bench]'")
+    if not on_graphs:
+        _refuse_without_peer()
     choice = choose(arguments.device, arguments.dtype)
     full = arguments.full or arguments.model is not None
     bench = Bench(
@@ -88,6 +98,44 @@ def _measure(arguments: argparse.Namespace) -> None:
     if arguments.command in ("steps", "both"):
         rows += steps(bench, parity, env, run=execute, say=_say)
     _finish(arguments, rows, full=full)
+
+
+def _compare(arguments: argparse.Namespace) -> int:
+    """The report of a checkpoint beside diffusers; 1 where a picture differs."""
+    _refuse_without_peer()
+    steps = arguments.steps or LEAST_STEPS
+    if steps < LEAST_STEPS:
+        rule = f"parity needs at least {LEAST_STEPS}, which diffusers' PNDM takes"
+        raise BenchError(f"--steps is {steps}; {rule}")
+    choice = choose(arguments.device, arguments.dtype)
+    model, dtype = _model(arguments), str(choice.dtype).removeprefix("torch.")
+    version = fingerprint(open_checkpoint(model))
+    job = Job(
+        variant="ritocco",
+        model=str(model),
+        device=str(choice.device),
+        dtype=dtype,
+        size=arguments.size or 256,
+        steps=steps,
+        schedulers=tuple(SCHEDULERS),
+    )
+    found = compare(job, execute)
+    print(parity_report(found, job, environment(job.device), model=model.resolve().name, version=version))
+    return int(any(one.problem is not None for one in found))
+
+
+def _report(arguments: argparse.Namespace) -> None:
+    """What the files hold, as Markdown on standard output; plots beside it."""
+    rows, rungs, kernels = read(arguments.files)
+    print(markdown(rows, rungs, kernels), end="")
+    if arguments.plots is not None:
+        for file in plots(rows, rungs, arguments.plots):
+            _say(str(file))
+
+
+def _refuse_without_peer() -> None:
+    if missing := [name for name in PEER if not installed(name)]:
+        raise BenchError(f"{' and '.join(missing)} not installed: pip install 'ritocco[bench]'")
 
 
 def _finish(arguments: argparse.Namespace, rows: Sequence[Row], *, full: bool) -> None:
@@ -157,11 +205,15 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     made = commands.add_parser("make-folder", help="write a model folder of seeded random weights")
     made.add_argument("--out", type=Path, required=True)
     made.add_argument("--size", choices=tuple(SIZES), default="full")
+    told = commands.add_parser("report", help="Markdown, and plots, of rows that were measured")
+    told.add_argument("files", type=Path, nargs="+", help="JSONL files, as in benchmarks/results/")
+    told.add_argument("--plots", type=Path, help="a folder for a PNG of each run")
     for name, text in (
         ("startup", "fresh process to the first UNet step"),
         ("steps", "seconds of each phase, and peak memory"),
         ("both", "one after the other; the default"),
         ("hoisted", "a picture on plain and on hoisted graphs, on each exported backend"),
+        ("parity", "a checkpoint beside diffusers with every scheduler: a report to paste"),
         ("backends", "fresh process to its first picture: torch, exported graphs, diffusers"),
     ):
         case = commands.add_parser(name, help=text)

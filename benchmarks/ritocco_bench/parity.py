@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ritocco_bench.variants import SCHEDULER
 from ritocco_bench.worker import Job, Result
 
 Execute = Callable[[Job], tuple[Result, float]]
@@ -40,34 +41,71 @@ class Parity:
     psnr_db: float
 
 
-def gate(job: Job, run: Execute) -> Parity:
-    """Both variants on a small picture, in float32 and in the measured dtype.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Comparison:
+    """Both variants' decoded floats with one scheduler.
 
-    Raises ParityError where float32 differs by more than 1e-4, or where ritocco's distance from the float32
-    truth in the measured dtype (root mean square) is more than twice diffusers' own.
+    error: in float32, the largest difference over the largest magnitude. ours_db, theirs_db: PSNR of each in
+    the measured dtype against diffusers in float32. problem: why the two do not paint the same picture, or
+    None.
+    """
+
+    scheduler: str
+    error: float
+    ours_db: float
+    theirs_db: float
+    problem: str | None
+
+
+def compare(job: Job, run: Execute) -> list[Comparison]:
+    """Both variants in float32 and in the job's dtype, with each of its schedulers.
+
+    A problem is a float32 error over 1e-4, and in the job's dtype a distance from the float32 truth (root
+    mean square) that is more than twice diffusers' own.
     """
     with tempfile.TemporaryDirectory() as folder:
 
         def decode(variant: str, dtype: str) -> npt.NDArray[np.float64]:
             file = Path(folder) / f"{variant}-{dtype}.npy"
-            small = replace(job, size=SIZE, steps=STEPS, outputs=1, runs=1, until="end")
-            run(replace(small, variant=variant, dtype=dtype, decoded=str(file)))
+            run(replace(job, variant=variant, dtype=dtype, decoded=str(file), until="end"))
             decoded: npt.NDArray[np.float64] = np.load(file).astype(np.float64)
             return decoded
 
         truth, exact = decode("diffusers", "float32"), decode("ritocco", "float32")
-        error = float(np.abs(exact - truth).max() / np.abs(truth).max())
-        if not error <= LARGEST_ERROR:
-            raise ParityError(f"float32: relative error {error:.2e}; at most {LARGEST_ERROR:.0e} is allowed")
-        if job.dtype == "float32":
-            return Parity(error=error, psnr_db=_psnr(exact, truth))
-        ours, theirs = decode("ritocco", job.dtype), decode("diffusers", job.dtype)
-        if not _rms(ours - truth) <= SLACK * _rms(theirs - truth):
-            raise ParityError(
-                f"{job.dtype}: {_rms(ours - truth):.2e} from the float32 truth, diffusers "
-                f"{_rms(theirs - truth):.2e}; at most {SLACK:g} times that is allowed"
-            )
-        return Parity(error=error, psnr_db=_psnr(ours, truth))
+        wide = job.dtype == "float32"
+        ours, theirs = (exact, truth) if wide else (decode(v, job.dtype) for v in ("ritocco", "diffusers"))
+    return [
+        _judged(job, name, *each)
+        for name, *each in zip(job.schedulers, truth, exact, ours, theirs, strict=True)
+    ]
+
+
+def _judged(job: Job, scheduler: str, *pictures: npt.NDArray[np.float64]) -> Comparison:
+    truth, exact, ours, theirs = pictures
+    error, problem = float(np.abs(exact - truth).max() / np.abs(truth).max()), None
+    if not error <= LARGEST_ERROR:
+        problem = f"float32: relative error {error:.2e}; at most {LARGEST_ERROR:.0e} is allowed"
+    elif job.dtype != "float32" and not _rms(ours - truth) <= SLACK * _rms(theirs - truth):
+        problem = (
+            f"{job.dtype}: {_rms(ours - truth):.2e} from the float32 truth, diffusers "
+            f"{_rms(theirs - truth):.2e}; at most {SLACK:g} times that is allowed"
+        )
+    return Comparison(
+        scheduler=scheduler,
+        error=error,
+        ours_db=_psnr(ours, truth),
+        theirs_db=_psnr(theirs, truth),
+        problem=problem,
+    )
+
+
+def gate(job: Job, run: Execute) -> Parity:
+    """`compare` on a small picture. Raises ParityError for a problem."""
+    small = replace(job, size=SIZE, steps=STEPS, outputs=1, warm=1, schedulers=(SCHEDULER,))
+    (found,) = compare(small, run)
+    if found.problem is not None:
+        raise ParityError(found.problem)
+    return Parity(error=found.error, psnr_db=found.ours_db)
 
 
 def distance(

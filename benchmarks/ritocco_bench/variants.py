@@ -16,6 +16,16 @@ if TYPE_CHECKING:
 
     from ritocco_bench.worker import Job
 
+SCHEDULERS = {
+    "DDIM": "DDIMScheduler",
+    "K_EULER": "EulerDiscreteScheduler",
+    "DPMSolverMultistep": "DPMSolverMultistepScheduler",
+    "K_EULER_ANCESTRAL": "EulerAncestralDiscreteScheduler",
+    "PNDM": "PNDMScheduler",
+    "KLMS": "LMSDiscreteScheduler",
+}
+"""Ours, and diffusers' class of the same steps."""
+
 PHASES = ("text", "encode", "denoise", "decode")
 SCHEDULER = "DPMSolverMultistep"
 PROMPT = "a yellow cat on a park bench, high resolution"
@@ -50,7 +60,7 @@ class Ritocco:
         self._engine = ritocco.load(job.model, device=job.device, dtype=job.dtype, backend=job.backend)
         self.decoded: npt.NDArray[np.float32] | None = None
 
-    def run(self, steps: int, on_step: Callable[[], None]) -> dict[str, float]:
+    def run(self, steps: int, on_step: Callable[[], None], scheduler: str = SCHEDULER) -> dict[str, float]:
         given = Inputs(self._job)
         runtime: Any = self._engine.runtime
         decode = type(runtime).decode
@@ -60,7 +70,7 @@ class Ritocco:
             return self.decoded
 
         runtime.decode = keep
-        request = {"image": given.image, "mask": given.mask, "prompt": PROMPT, "scheduler": SCHEDULER}
+        request = {"image": given.image, "mask": given.mask, "prompt": PROMPT, "scheduler": scheduler}
         request |= {"width": self._job.size, "height": self._job.size, "guidance_scale": GUIDANCE}
         request |= {"num_outputs": self._job.outputs, "num_inference_steps": steps, "seed": self._job.seed}
         request |= {"disable_safety_checker": True}
@@ -75,16 +85,15 @@ class Diffusers:
 
     def __init__(self, job: Job) -> None:
         import torch
-        from diffusers import DPMSolverMultistepScheduler, StableDiffusionInpaintPipeline
+        from diffusers import StableDiffusionInpaintPipeline
 
         read: Any = StableDiffusionInpaintPipeline.from_pretrained
         pipe = read(job.model, torch_dtype=getattr(torch, job.dtype), local_files_only=True).to(job.device)
-        scheduler: Any = DPMSolverMultistepScheduler
-        pipe.scheduler = scheduler.from_config(pipe.scheduler.config)
         pipe.safety_checker = None  # loaded like ritocco's, and like it not run
         pipe.set_progress_bar_config(disable=True)
         torch.backends.cudnn.benchmark = job.device.startswith("cuda")  # as ritocco has it
         self._job, self._pipe = job, pipe
+        self._config = pipe.scheduler.config
         self._seconds: dict[str, float] = {}
         self._denoising = 0.0
         self.decoded: npt.NDArray[np.float32] | None = None
@@ -94,9 +103,16 @@ class Diffusers:
         self._prepare(pipe)
         pipe.unet.register_forward_pre_hook(self._begin)
 
-    def run(self, steps: int, on_step: Callable[[], None]) -> dict[str, float]:
+    def run(self, steps: int, on_step: Callable[[], None], scheduler: str = SCHEDULER) -> dict[str, float]:
+        import diffusers
         import torch
 
+        # What the pipeline's constructor sets in the scheduler that it is given, and not in one set later.
+        fixed = {"DDIM": {"clip_sample": False}, "PNDM": {"skip_prk_steps": True}}.get(scheduler, {})
+        made: Any = getattr(diffusers, SCHEDULERS[scheduler])
+        self._pipe.scheduler = made.from_config(self._config, **fixed)
+        if scheduler == "K_EULER_ANCESTRAL":
+            self._draw_our_noise()
         given = Inputs(self._job)
         self._seconds, self._denoising = {}, 0.0
 
@@ -123,6 +139,26 @@ class Diffusers:
 
     def _prepare(self, pipe: Any) -> None:
         """Make it faster, where the variant does."""
+
+    def _draw_our_noise(self) -> None:
+        """A scheduler that adds noise adds what ritocco adds: a function of seed and draw."""
+        import itertools
+
+        import torch
+        from diffusers.schedulers import scheduling_euler_ancestral_discrete
+
+        from ritocco.noise import normal
+
+        draws = itertools.count(1)
+        shape = (4, self._job.size // 8, self._job.size // 8)
+
+        def draw(wanted: Any, **options: Any) -> Any:
+            number = next(draws)
+            each = [torch.from_numpy(normal(self._job.seed + i, number, shape)) for i in range(wanted[0])]
+            return torch.stack(each).to(options["device"], options["dtype"])
+
+        module: Any = scheduling_euler_ancestral_discrete
+        module.randn_tensor = draw
 
     def _mean(self, image: Any, generator: Any) -> Any:
         posterior = self._pipe.vae.encode(image).latent_dist

@@ -16,8 +16,9 @@ class Job:
     """What one process does.
 
     until: `first_step` of a fresh process; its first `picture`, then `runs` more; or `end`, `runs` times
-    after a warm-up of one step, or of `warm` whole requests where those are more than one.
-    size: height and width in pixels. decoded: where the last run's decoded floats go, as .npy; or empty.
+    after a warm-up of one step, or of `warm` whole requests where those are more than one. schedulers: in
+    place of `runs`, one run with each. size: height and width in pixels. decoded: where the last run's
+    decoded floats go, those of each scheduler, as .npy; or empty.
     """
 
     variant: str
@@ -32,6 +33,7 @@ class Job:
     until: str = "end"
     seed: int = 0
     decoded: str = ""
+    schedulers: tuple[str, ...] = ()
     backend: str = "torch"
 
 
@@ -73,6 +75,15 @@ def perform(job: Job) -> Result:
     for _ in range(job.warm):
         side.run(job.steps if job.until == "picture" or job.warm > 1 else 1, lambda: None)
     result.stepped = time.time()
+    if job.schedulers:
+        import numpy as np
+
+        pictures = []
+        for scheduler in job.schedulers:
+            result.seconds.append(side.run(job.steps, lambda: None, scheduler))
+            pictures.append(side.decoded)
+        np.save(job.decoded, np.stack(pictures))
+        return result
     result.seconds = [side.run(job.steps, lambda: None) for _ in range(job.runs)]
     result.peak_bytes = peak_bytes(job.device)
     if job.decoded:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import time
-import warnings
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from made_rows import in_process, row
 from ritocco.checkpoint import load_tokenizer, open_checkpoint
 from ritocco.errors import CheckpointError
 from ritocco.parameters import build
@@ -26,14 +25,6 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder.make_folder(tmp_path_factory.mktemp("bench") / "tiny", "tiny")
 
 
-def in_process(job: worker.Job) -> tuple[worker.Result, float]:
-    """`cases.execute` without the process: quick, as the imports are shared."""
-    started = time.time()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return worker.perform(job), started
-
-
 def bench(model: Path, *, dtype: str = "float32", pairs: int = 1) -> cases.Bench:
     """A bench that is quick on any machine."""
     return cases.Bench(model=model, device="cpu", dtype=dtype, pairs=pairs, size=64, steps=2)
@@ -41,27 +32,6 @@ def bench(model: Path, *, dtype: str = "float32", pairs: int = 1) -> cases.Bench
 
 def quiet(line: str) -> None:
     """Progress that nobody reads."""
-
-
-def row(variant: str, phase: str = "total", each: tuple[float, ...] = (10.0, 20.0, 40.0)) -> report.Row:
-    """A row of made-up times."""
-    return report.Row(
-        case="64x64",
-        model="tiny",
-        device="cpu",
-        dtype="float32",
-        variant=variant,
-        phase=phase,
-        p20_ms=min(each),
-        p50_ms=each[1],
-        p80_ms=max(each),
-        samples=len(each),
-        each_ms=each,
-        peak_bytes=3 << 20 if phase == "total" else None,
-        parity_error=1e-6,
-        parity_psnr_db=90.0,
-        environment=environment.environment("cpu"),
-    )
 
 
 def test_folder_is_the_same_every_time_and_complete(tiny: Path, tmp_path: Path) -> None:

@@ -1,0 +1,182 @@
+"""`ritocco bench report`: Markdown and plots from the rows that benchmarks wrote."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ritocco_bench.cases import BenchError
+from ritocco_bench.report import Row, ratios
+
+Held = Mapping[str, Any]
+
+
+def read(files: Iterable[Path]) -> tuple[list[Row], list[Held], list[Held]]:
+    """Rows of phases, rungs of the ladder, and kernels, whichever a file holds.
+
+    Raises BenchError that names the file and line of anything else.
+    """
+    rows: list[Row] = []
+    rungs: list[Held] = []
+    kernels: list[Held] = []
+    for file in files:
+        try:
+            lines = file.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise BenchError(f"{file}: can't be read ({error})") from error
+        for number, line in enumerate(lines, 1):
+            try:
+                held = json.loads(line)
+                if not isinstance(held, dict):
+                    raise TypeError("not an object")
+                if "rung" in held:
+                    rungs.append(held)
+                elif "op" in held:
+                    kernels.append(held)
+                else:
+                    rows.append(Row.from_json(line))
+            except (ValueError, TypeError, AttributeError, KeyError) as error:
+                raise BenchError(f"{file}, line {number}: no row of a benchmark ({error})") from error
+    return rows, rungs, kernels
+
+
+def markdown(rows: Sequence[Row], rungs: Sequence[Held], kernels: Sequence[Held]) -> str:
+    """A section for each run: rows of one case, model, machine and time."""
+    parts = [_section(group) for group in _runs(rows).values()]
+    parts += [_ladder(group) for group in _grouped(rungs, "case").values()]
+    if kernels:
+        parts.append(_kernels(kernels))
+    return "\n\n".join(parts) + "\n"
+
+
+def plots(rows: Sequence[Row], rungs: Sequence[Held], folder: Path) -> list[Path]:
+    """A picture for each run: bars of its variants' phases, or of the ladder's rungs. Returns the files.
+
+    Raises BenchError where matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise BenchError("plots need matplotlib; pip install 'ritocco[bench]'") from error
+    folder.mkdir(parents=True, exist_ok=True)
+    drawn = [(key[0], key[-1], _bars_of(group)) for key, group in _runs(rows).items()]
+    for case, group in _grouped(rungs, "case").items():
+        bars = {str(one["rung"]): {"step": float(one["p50_ms"])} for one in group}
+        drawn.append((case, str(group[0]["environment"]["utc"]), bars))
+    files = []
+    for case, when, bars in drawn:
+        figure = Figure(figsize=(8, 1.2 + 0.5 * len(bars)), layout="constrained")
+        axes = figure.subplots()
+        left = dict.fromkeys(bars, 0.0)
+        for phase in dict.fromkeys(phase for each in bars.values() for phase in each):
+            widths = [each.get(phase, 0.0) for each in bars.values()]
+            axes.barh(list(bars), widths, left=list(left.values()), label=phase)
+            left = {name: left[name] + width for name, width in zip(bars, widths, strict=True)}
+        axes.invert_yaxis()
+        axes.set_xlabel("milliseconds, median")
+        axes.set_title(case)
+        axes.legend(fontsize="small")
+        safe = "".join(letter if letter.isalnum() or letter in "-." else "_" for letter in f"{case}-{when}")
+        files.append(folder / f"{safe}.png")
+        figure.savefig(files[-1], dpi=100)
+    return files
+
+
+def _runs(rows: Sequence[Row]) -> dict[tuple[str, ...], list[Row]]:
+    groups: dict[tuple[str, ...], list[Row]] = {}
+    for row in rows:
+        key = (row.case, row.model, row.device, row.environment.machine, row.environment.utc)
+        groups.setdefault(key, []).append(row)
+    return groups
+
+
+def _grouped(held: Sequence[Held], key: str) -> dict[str, list[Held]]:
+    groups: dict[str, list[Held]] = {}
+    for one in held:
+        groups.setdefault(str(one[key]), []).append(one)
+    return groups
+
+
+def _bars_of(group: Sequence[Row]) -> dict[str, dict[str, float]]:
+    """Variant -> phase -> milliseconds, phases side by side where they add up to the total."""
+    phases = {row.phase for row in group}
+    wanted = phases - {"total"} if "denoise" in phases and len(phases) > 2 else phases & {"total"} or phases
+    if "first_picture" in phases:
+        wanted = {"first_picture"}
+    bars: dict[str, dict[str, float]] = {}
+    for row in group:
+        if row.phase in wanted:
+            bars.setdefault(row.variant, {})[row.phase] = row.p50_ms
+    return bars
+
+
+def _section(group: Sequence[Row]) -> str:
+    first = group[0]
+    env = first.environment
+    ours = {row.phase: row for row in group if row.variant == "ritocco"}
+    lines = [
+        f"### {first.case}, `{first.model}`, {first.device}, {first.dtype}",
+        "",
+        f"{env.machine}, {env.cores} cores; torch {env.versions.get('torch', '')}; sources "
+        f"{env.git_sha[:12]}{env.git_sha[40:]}; {env.utc}. Gate: {first.parity_psnr_db:.1f} dB.",
+        "",
+        "| variant | phase | median | 20 to 80 % | n | over ritocco | at most |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in group:
+        base = ours.get(row.phase)
+        over = ""
+        if base is not None and base is not row and len(base.each_ms) == len(row.each_ms):
+            over = f"{statistics.median(ratios(base, row)):.2f}"
+        peak = "" if row.peak_bytes is None else f"{row.peak_bytes / 2**20:.0f} MiB"
+        spread = f"{_time(row.p20_ms)} to {_time(row.p80_ms)}"
+        cells = (row.variant, row.phase, _time(row.p50_ms), spread, str(row.samples), over, peak)
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _ladder(group: Sequence[Held]) -> str:
+    env = group[0]["environment"]
+    lines = [
+        f"### {group[0]['case']}",
+        "",
+        f"{env['machine']}; torch {env['versions'].get('torch', '')}; {env['utc']}. Each rung has the "
+        "flags of those above it.",
+        "",
+        "| rung | a step | least to most | at most |",
+        "|---|---|---|---|",
+    ]
+    for one in group:
+        each = one["each_ms"]
+        peak = f"{one['peak_bytes'] / 2**20:.0f} MiB"
+        lines.append(
+            f"| {one['rung']} | {_time(one['p50_ms'])} | {_time(min(each))} to {_time(max(each))} | {peak} |"
+        )
+    return "\n".join(lines)
+
+
+def _kernels(held: Sequence[Held]) -> str:
+    env = held[0]["environment"]
+    lines = [
+        "### Kernels",
+        "",
+        f"{env['machine']}; {env['utc']}.",
+        "",
+        "| operation | shape | dtype | kernel | reference | bytes |",
+        "|---|---|---|---|---|---|",
+    ]
+    for one in held:
+        shape = " × ".join(map(str, one["shape"]))
+        kernel, reference = (statistics.median(one[key]) for key in ("each_ms", "reference_each_ms"))
+        cells = (one["op"], shape, one["dtype"], _time(kernel), _time(reference), f"{one['bytes']:,}")
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _time(milliseconds: float) -> str:
+    if milliseconds >= 1000:
+        return f"{milliseconds / 1000:.2f} s"
+    return f"{milliseconds:.3g} ms" if milliseconds >= 1 else f"{1000 * milliseconds:.3g} µs"
