@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -54,12 +55,12 @@ class Figures:
         match held:
             case {"error": None, "psnr_db": None, "arithmetic": ""}:
                 return cls.not_run()
-            case {"error": int() | float() as error, "psnr_db": None, "arithmetic": str() as arithmetic}:
-                return cls(error=error, psnr_db=math.inf, arithmetic=arithmetic)
             case {
                 "error": int() | float() as error,
-                "psnr_db": int() | float() as psnr,
+                "psnr_db": int() | float() | None as psnr,
                 "arithmetic": str() as arithmetic,
             }:
-                return cls(error=error, psnr_db=psnr, arithmetic=arithmetic)
+                with suppress(OverflowError):  # a whole number that no float holds
+                    psnr = math.inf if psnr is None else float(psnr)
+                    return cls(error=float(error), psnr_db=psnr, arithmetic=arithmetic)
         return None

@@ -264,6 +264,8 @@ def test_figures_are_json(figures: Figures) -> None:
     text = json.dumps(figures.as_json(), allow_nan=False)
     assert repr(Figures.from_json(json.loads(text))) == repr(figures)
     assert Figures.from_json({"error": "small"}) is None
+    assert Figures.from_json({"error": 10**400, "psnr_db": 90.0, "arithmetic": "float32"}) is None
+    assert Figures.from_json({"error": 1, "psnr_db": 10**400, "arithmetic": "float32"}) is None
     assert Figures.from_json(None) is None
 
 
