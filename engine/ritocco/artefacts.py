@@ -234,6 +234,7 @@ def written_whole(out: Path, *, replace: bool = False) -> Iterator[Path]:
     An older export of ours in its place is replaced; of two writers one's stays, whole. Raises
     CheckpointError where `out` holds anything else. replace: whatever folder lies there, as in the cache.
     """
+    out = out.resolve()  # `.` has a name then, and a link's folder is written where it is
     if out.exists() and not replace:
         _refuse_strangers(out)
     # What a process that was killed left behind.

@@ -62,5 +62,6 @@ class Figures:
             }:
                 with suppress(OverflowError):  # a whole number that no float holds
                     psnr = math.inf if psnr is None else float(psnr)
-                    return cls(error=float(error), psnr_db=psnr, arithmetic=arithmetic)
+                    if arithmetic == "float32" and 0 <= error < math.inf and not isinstance(error, bool):
+                        return cls(error=float(error), psnr_db=psnr, arithmetic=arithmetic)
         return None

@@ -83,9 +83,11 @@ def _of_parity(figures: Figures | None, name: str, dtype: str) -> list[Finding]:
     """Of what the gate measured, and wrote into the manifest; `name` is a graph's, or `picture`."""
     if figures is None:
         return [Finding(level="error", rule="parity", subject=name, message="was not measured")]
-    if not figures.arithmetic:
+    if not figures.arithmetic and dtype == "bfloat16":
         return [Finding(level="note", rule="parity", subject=name, message=figures.line())]
     least = LEAST_PICTURE_PSNR_DB if name == "picture" else LEAST_PSNR_DB
+    if not figures.arithmetic:
+        return [Finding(level="error", rule="parity", subject=name, message="was not measured")]
     within = name == "picture" or figures.error <= LARGEST_ERROR[dtype]
     if within and figures.psnr_db >= least[dtype]:
         return []

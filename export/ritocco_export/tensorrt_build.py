@@ -113,6 +113,8 @@ def build_all(
             raise BackendError(f"--target is {shown(target)}; {rule}. TensorRT builds for the GPU at hand")
     version = tensorrt(library).__version__
     store = EngineStore(folder)
+    if not store.kept:
+        raise BackendError("the cache can't be written: name --out, or set RITOCCO_CACHE to another folder")
     files = []
     for target in targets or [_present(library, options)]:
         for graph in artefacts.contract:

@@ -7,6 +7,7 @@ take more. It is a second opinion: the parser itself is the first, where one is 
 from __future__ import annotations
 
 import csv
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -90,7 +91,28 @@ def check_graph(file: Path, io: NetworkIO) -> list[Finding]:
         first = str(error).strip().splitlines()
         return [Finding(level="error", rule="valid", subject=file.name, message=first[0] if first else "")]
     model = onnx.load(str(file), load_external_data=False)
-    return check_model(model, io)
+    return [*_external(model, file.parent), *check_model(model, io)]
+
+
+def _external(model: onnx.ModelProto, folder: Path) -> Iterator[Finding]:
+    """Weights in another file: whether they lie in it, as many bytes as there have to be."""
+    for graph in graphs_of(model.graph):
+        for tensor in graph.initializer:
+            if not onnx.external_data_helper.uses_external_data(tensor):
+                continue
+            held = {entry.key: entry.value for entry in tensor.external_data}
+            try:
+                size = (folder / held["location"]).stat().st_size
+                offset = int(held.get("offset", 0))
+                length = int(held.get("length", size - offset))
+            except (KeyError, ValueError, OSError) as error:
+                yield _error("weights", tensor.name, f"lie nowhere that can be read ({error})")
+                continue
+            each = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
+            needed = math.prod(tensor.dims) * each
+            if offset < 0 or offset + length > size or length != needed:
+                message = f"{length} bytes from {offset} on; {needed} are needed, the file has {size}"
+                yield _error("weights", tensor.name, message)
 
 
 def check_model(model: onnx.ModelProto, io: NetworkIO) -> list[Finding]:

@@ -226,6 +226,15 @@ def test_the_identity_is_of_every_file(folder: Path) -> None:
     assert open_artefacts(folder).identity == open_artefacts(folder).version
 
 
+def test_a_link_is_written_where_it_leads(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(folder)
+    with written_whole(tmp_path / "link", replace=True) as part:
+        (part / "unet").mkdir()
+    assert (tmp_path / "link").is_symlink()
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(["link", folder.name])
+    assert [path.name for path in folder.iterdir()] == ["unet"]
+
+
 def test_what_a_killed_export_left_is_cleared(folder: Path) -> None:
     kept = [folder.with_name(name) for name in (f".{folder.name}.1.part", ".other.1.part")]
     gone = [folder.with_name(f".{folder.name}.{end}") for end in ("2.part", "3.old")]

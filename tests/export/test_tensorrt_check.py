@@ -80,7 +80,9 @@ def test_the_command_says_whether_a_folder_is_in_order(tiny_graphs: Path, tmp_pa
         (None, "was not measured"),
         ({"error": 0.9, "psnr_db": 9.0, "arithmetic": "float32"}, "more than float32 graphs are allowed"),
         ({"error": "none"}, "was not measured"),
-        ({"error": None, "psnr_db": None, "arithmetic": ""}, "not run"),
+        ({"error": -1.0, "psnr_db": None, "arithmetic": "float32"}, "was not measured"),
+        ({"error": True, "psnr_db": None, "arithmetic": "float32"}, "was not measured"),
+        ({"error": None, "psnr_db": None, "arithmetic": ""}, "was not measured"),
     ],
 )
 def test_it_holds_the_gates_figures_to_its_limits(
@@ -115,6 +117,16 @@ def test_it_reads_every_byte_of_large_files(
     status, text = run("--check", str(folder))
     assert status == 1
     assert "unet/model.onnx.data: changed since it was exported" in text
+
+
+def test_weights_that_are_cut_are_found(tiny_optimum_graphs: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny_optimum_graphs, tmp_path / "theirs")
+    (folder / "ritocco.json").unlink()
+    with (folder / "unet" / "model.onnx.data").open("r+b") as stream:
+        stream.truncate(100_000)
+    status, text = run("--check", str(folder))
+    assert status == 1
+    assert "are needed, the file has 100000" in text
 
 
 def test_a_folder_without_manifest_is_noted(tiny_optimum_graphs: Path, tmp_path: Path) -> None:
