@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ritocco.artefacts import Artefacts, open_artefacts, sha256_of
 from ritocco.errors import CheckpointError
+from ritocco.shown import plain
 from ritocco_export.figures import LARGEST_ERROR, LEAST_PICTURE_PSNR_DB, LEAST_PSNR_DB, Figures
 from ritocco_export.tensorrt_check import Finding, check_graph
 
@@ -39,7 +40,7 @@ def report(folder: Path, *, as_json: bool) -> tuple[bool, str]:
         }
         return passed, json.dumps(told, indent=2, allow_nan=False)
     lines = [
-        f"{finding.level:<5}  {name:<12}  {finding.rule:<14}  {finding.subject}: {finding.message}"
+        _safe(f"{finding.level:<5}  {name:<12}  {finding.rule:<14}  {finding.subject}: {finding.message}")
         for name, findings in found.items()
         for finding in findings
     ]
@@ -50,6 +51,11 @@ def report(folder: Path, *, as_json: bool) -> tuple[bool, str]:
     ]
     lines.append("passed" if passed else "failed")
     return passed, "\n".join(lines)
+
+
+def _safe(text: str) -> str:
+    """A graph's own words without what a terminal would obey."""
+    return "".join(letter if letter.isprintable() else plain(letter) for letter in text)
 
 
 def _of_folder(artefacts: Artefacts) -> list[Finding]:

@@ -65,7 +65,7 @@ class EngineOptions:
                 raise BackendError(f"backend_options has {shown(name)}; known are {', '.join(sorted(known))}")
             kinds, rule = _RULES[name]
             allowed = value in kinds if isinstance(kinds, tuple) else type(value) in kinds
-            if not allowed or (name == "workspace_bytes" and value is not None and value < 1):
+            if not allowed or (name == "workspace_bytes" and value is not None and not 0 < value < 1 << 63):
                 raise BackendError(f"backend_options[{name!r}] is {shown(value)}; it must be {rule}")
         return cls(**given)
 
@@ -95,7 +95,7 @@ _RULES: Mapping[str, tuple[tuple[object, ...] | set[type], str]] = {
     "version_compatible": ({bool}, "True or False"),
     "refit": ({bool}, "True or False"),
     "level": ((None, 0, 1, 2, 3, 4, 5), "0 to 5, or None"),
-    "workspace_bytes": ({int, type(None)}, "a number of bytes from 1 on, or None"),
+    "workspace_bytes": ({int, type(None)}, "a number of bytes from 1 on and below 2**63, or None"),
     "cuda_graph": ({bool}, "True or False"),
     "engines": ({str, type(None)}, "the name of a folder, or None"),
     "via": (("auto", "bindings", "onnxruntime"), "auto, bindings or onnxruntime"),
