@@ -25,7 +25,7 @@ from ritocco_bench.parity import ParityError, compare, gate
 from ritocco_bench.parity_report import parity_report
 from ritocco_bench.report import Row, append_rows, table
 from ritocco_bench.summary import markdown, plots, read
-from ritocco_bench.variants import PAIR, SCHEDULERS
+from ritocco_bench.variants import DIFFUSERS_CLASSES, PAIR
 from ritocco_bench.worker import Job
 
 WORK = Path(".cache/bench")
@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None, *, prog: str = "python -m ritocco_be
             _report(arguments)
         else:
             _measure(arguments)
-    except (ParityError, BenchError, RitoccoError) as error:
+    except (ParityError, BenchError, RitoccoError, OSError) as error:
         print(f"{type(error).__name__}: {error}\nNothing is reported.", file=sys.stderr)
         return 1
     return 0
@@ -117,7 +117,7 @@ def _compare(arguments: argparse.Namespace) -> int:
         dtype=dtype,
         size=arguments.size or 256,
         steps=steps,
-        schedulers=tuple(SCHEDULERS),
+        schedulers=tuple(DIFFUSERS_CLASSES),
     )
     found = compare(job, execute)
     print(parity_report(found, job, environment(job.device), model=model.resolve().name, version=version))

@@ -10,6 +10,7 @@ from typing import Any
 
 from ritocco_bench.cases import BenchError
 from ritocco_bench.report import Row, ratios
+from ritocco_bench.variants import PHASES
 
 Held = Mapping[str, Any]
 
@@ -47,8 +48,7 @@ def markdown(rows: Sequence[Row], rungs: Sequence[Held], kernels: Sequence[Held]
     """A section for each run: rows of one case, model, machine and time."""
     parts = [_section(group) for group in _runs(rows).values()]
     parts += [_ladder(group) for group in _grouped(rungs, "case").values()]
-    if kernels:
-        parts.append(_kernels(kernels))
+    parts += [_kernels(group) for group in _grouped(kernels).values()]
     return "\n\n".join(parts) + "\n"
 
 
@@ -63,9 +63,9 @@ def plots(rows: Sequence[Row], rungs: Sequence[Held], folder: Path) -> list[Path
         raise BenchError("plots need matplotlib; pip install 'ritocco[bench]'") from error
     folder.mkdir(parents=True, exist_ok=True)
     drawn = [(key[0], key[-1], _bars_of(group)) for key, group in _runs(rows).items()]
-    for case, group in _grouped(rungs, "case").items():
+    for (when, case), group in _grouped(rungs, "case").items():
         bars = {str(one["rung"]): {"step": float(one["p50_ms"])} for one in group}
-        drawn.append((case, str(group[0]["environment"]["utc"]), bars))
+        drawn.append((case, when, bars))
     files = []
     for case, when, bars in drawn:
         figure = Figure(figsize=(8, 1.2 + 0.5 * len(bars)), layout="constrained")
@@ -93,19 +93,24 @@ def _runs(rows: Sequence[Row]) -> dict[tuple[str, ...], list[Row]]:
     return groups
 
 
-def _grouped(held: Sequence[Held], key: str) -> dict[str, list[Held]]:
-    groups: dict[str, list[Held]] = {}
+def _grouped(held: Sequence[Held], *keys: str) -> dict[tuple[str, ...], list[Held]]:
+    """By the time of their run, then by what else is named."""
+    groups: dict[tuple[str, ...], list[Held]] = {}
     for one in held:
-        groups.setdefault(str(one[key]), []).append(one)
+        group = (str(one["environment"]["utc"]), *(str(one[key]) for key in keys))
+        groups.setdefault(group, []).append(one)
     return groups
 
 
 def _bars_of(group: Sequence[Row]) -> dict[str, dict[str, float]]:
     """Variant -> phase -> milliseconds, phases side by side where they add up to the total."""
     phases = {row.phase for row in group}
-    wanted = phases - {"total"} if "denoise" in phases and len(phases) > 2 else phases & {"total"} or phases
     if "first_picture" in phases:
         wanted = {"first_picture"}
+    elif set(PHASES) <= phases:
+        wanted = set(PHASES)
+    else:
+        wanted = phases & {"total"} or phases
     bars: dict[str, dict[str, float]] = {}
     for row in group:
         if row.phase in wanted:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from ritocco_bench.worker import Job
 
-SCHEDULERS = {
+DIFFUSERS_CLASSES = {
     "DDIM": "DDIMScheduler",
     "K_EULER": "EulerDiscreteScheduler",
     "DPMSolverMultistep": "DPMSolverMultistepScheduler",
@@ -24,7 +24,7 @@ SCHEDULERS = {
     "PNDM": "PNDMScheduler",
     "KLMS": "LMSDiscreteScheduler",
 }
-"""Ours, and diffusers' class of the same steps."""
+"""Our schedulers, and diffusers' class of the same steps."""
 
 PHASES = ("text", "encode", "denoise", "decode")
 SCHEDULER = "DPMSolverMultistep"
@@ -109,7 +109,7 @@ class Diffusers:
 
         # What the pipeline's constructor sets in the scheduler that it is given, and not in one set later.
         fixed = {"DDIM": {"clip_sample": False}, "PNDM": {"skip_prk_steps": True}}.get(scheduler, {})
-        made: Any = getattr(diffusers, SCHEDULERS[scheduler])
+        made: Any = getattr(diffusers, DIFFUSERS_CLASSES[scheduler])
         self._pipe.scheduler = made.from_config(self._config, **fixed)
         if scheduler == "K_EULER_ANCESTRAL":
             self._draw_our_noise()

@@ -234,12 +234,14 @@ def written_whole(out: Path, *, replace: bool = False) -> Iterator[Path]:
     An older export of ours in its place is replaced; of two writers one's stays, whole. Raises
     CheckpointError where `out` holds anything else. replace: whatever folder lies there, as in the cache.
     """
-    out = out.resolve()  # `.` has a name then, and a link's folder is written where it is
+    out = out.resolve()  # a link's folder is written where it is
+    if Path.cwd().is_relative_to(out):
+        raise CheckpointError(f"{out}: is the folder that you are in, or holds it; name another one")
     if out.exists() and not replace:
         _refuse_strangers(out)
     # What a process that was killed left behind.
     for end in ("part", "old") if out.exists() else ("part",):
-        sweep(out.parent, f".{glob.escape(out.name)}.*.{end}", days=1)
+        sweep(out.parent, f".{glob.escape(out.name)}.{'[0-9a-f]' * 16}.{end}", days=1)
     part, old = (out.with_name(f".{out.name}.{secrets.token_hex(8)}.{end}") for end in ("part", "old"))
     part.mkdir(parents=True)
     try:

@@ -39,7 +39,7 @@ def job(model: Path, **changes: Any) -> worker.Job:
         dtype="bfloat16",
         size=64,
         steps=4,
-        schedulers=tuple(variants.SCHEDULERS),
+        schedulers=tuple(variants.DIFFUSERS_CLASSES),
     )
     return replace(made, **changes)
 
@@ -56,7 +56,7 @@ def test_ritocco_bench_is_the_harness() -> None:
 def test_every_scheduler_is_held_beside_diffusers(tmp_path: Path) -> None:
     model = folder.make_folder(tmp_path / "tiny", "tiny")
     found = parity.compare(job(model), in_process)
-    assert [one.scheduler for one in found] == list(variants.SCHEDULERS)
+    assert [one.scheduler for one in found] == list(variants.DIFFUSERS_CLASSES)
     assert all(one.problem is None and one.error < 1e-4 and one.ours_db > 20 for one in found), found
     text = parity_report(found, job(model), ENVIRONMENT, model="tiny", version="b" * 64)
     assert text.count("the same picture") == 6
@@ -105,6 +105,9 @@ def test_a_report_has_every_row_and_their_ratios(tmp_path: Path) -> None:
     assert "| ritocco | total | 20 ms | 10 ms to 40 ms | 3 |  | 3 MiB |" in text
     assert "| diffusers | total | 60 ms | 30 ms to 80 ms | 3 | 3.00 | 3 MiB |" in text
     assert "| plain | 2 ms | 1 ms to 3 ms | 1 MiB |" in text
+    later = {**RUNG, "environment": {**RUNG["environment"], "utc": "later"}}
+    again = summary.markdown(held[0], [RUNG, later], held[2])
+    assert again.count("### ladder-8x8") == 2, "a section for each run"
     assert "| geglu | 2 × 8 | float16 | 12.5 µs | 500 µs | 1,024 |" in text
 
 

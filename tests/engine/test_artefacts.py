@@ -226,6 +226,16 @@ def test_the_identity_is_of_every_file(folder: Path) -> None:
     assert open_artefacts(folder).identity == open_artefacts(folder).version
 
 
+@pytest.mark.parametrize("inside", ["", "unet"])
+def test_the_folder_that_one_is_in_is_not_replaced(
+    folder: Path, inside: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(folder / inside)
+    with pytest.raises(CheckpointError, match="is the folder that you are in"), written_whole(Path()):
+        pass
+    open_artefacts(folder)
+
+
 def test_a_link_is_written_where_it_leads(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(folder)
     with written_whole(tmp_path / "link", replace=True) as part:
@@ -236,8 +246,10 @@ def test_a_link_is_written_where_it_leads(folder: Path, tmp_path: Path) -> None:
 
 
 def test_what_a_killed_export_left_is_cleared(folder: Path) -> None:
-    kept = [folder.with_name(name) for name in (f".{folder.name}.1.part", ".other.1.part")]
-    gone = [folder.with_name(f".{folder.name}.{end}") for end in ("2.part", "3.old")]
+    token = "0123456789abcdef"
+    names = (f".{folder.name}.{token}.part", f".other.{token}.part", f".{folder.name}.tar.part")
+    kept = [folder.with_name(name) for name in names]
+    gone = [folder.with_name(f".{folder.name}.{token[::-1]}.{end}") for end in ("part", "old")]
     for path in (*kept, *gone):
         path.mkdir()
         (path / "model.onnx").write_text("x", encoding="utf-8")
@@ -246,7 +258,7 @@ def test_what_a_killed_export_left_is_cleared(folder: Path) -> None:
                 os.utime(one, (0, 0))
     with written_whole(folder, replace=True) as part:
         (part / "unet").mkdir()
-    assert [path.exists() for path in (*kept, *gone)] == [True, True, False, False]
+    assert [path.exists() for path in (*kept, *gone)] == [True, True, True, False, False]
 
 
 @pytest.mark.parametrize("name", ["unet/notes.txt", "thesis.txt", "photos/cat.png"])

@@ -25,19 +25,12 @@ from ritocco import Engine
 from ritocco.backends.runtime import Floats
 from ritocco.noise import normal
 from ritocco.schedules import SCHEDULERS
+from ritocco_bench.variants import DIFFUSERS_CLASSES
 
 # Decoded floats, about [-1, 1], float32 on both sides. Measured on the tiny model: at most 1e-5.
 TOLERANCE = 1e-4
 SEED = 7
 NEGATIVE = "a park bench"
-REFERENCES = {
-    "DDIM": "DDIMScheduler",
-    "K_EULER": "EulerDiscreteScheduler",
-    "DPMSolverMultistep": "DPMSolverMultistepScheduler",
-    "K_EULER_ANCESTRAL": "EulerAncestralDiscreteScheduler",
-    "PNDM": "PNDMScheduler",
-    "KLMS": "LMSDiscreteScheduler",
-}
 Ask = Callable[..., dict[str, Any]]
 
 
@@ -109,7 +102,9 @@ def theirs(pipe: Any, given: dict[str, Any], scheduler: str, *, strength: float 
             warnings.simplefilter("ignore")
             # The pipeline's constructor switches clipping off, which a scheduler set later would still do.
             fixed = {"clip_sample": False} if scheduler == "DDIM" else {}
-            made = getattr(diffusers, REFERENCES[scheduler]).from_config(pipe.scheduler.config, **fixed)
+            made = getattr(diffusers, DIFFUSERS_CLASSES[scheduler]).from_config(
+                pipe.scheduler.config, **fixed
+            )
             patch.setattr(pipe, "scheduler", made)
             pipe(
                 prompt=given["prompt"],

@@ -24,16 +24,9 @@ import torch
 from ritocco.errors import CheckpointError, RequestError
 from ritocco.scheduler_config import settings
 from ritocco.schedules import NO_HISTORY, SCHEDULERS, StepTable, advance, build
+from ritocco_bench.variants import DIFFUSERS_CLASSES
 
 F64 = npt.NDArray[np.float64]
-CLASSES = {
-    "DDIM": "DDIMScheduler",
-    "K_EULER": "EulerDiscreteScheduler",
-    "DPMSolverMultistep": "DPMSolverMultistepScheduler",
-    "K_EULER_ANCESTRAL": "EulerAncestralDiscreteScheduler",
-    "PNDM": "PNDMScheduler",
-    "KLMS": "LMSDiscreteScheduler",
-}
 DOWNCASTING = ("euler_discrete", "euler_ancestral_discrete", "dpmsolver_multistep")
 STABLE_DIFFUSION = {
     "num_train_timesteps": 1000,
@@ -119,7 +112,7 @@ def reference(scheduler: str, config: dict[str, Any], steps: int) -> Any:
         patch.setattr(torch.Tensor, "sqrt", correct_sqrt)
         patch.setattr(torch.Tensor, "__pow__", correct_power)
         warnings.simplefilter("ignore")
-        made = getattr(diffusers, CLASSES[scheduler]).from_config(config)
+        made = getattr(diffusers, DIFFUSERS_CLASSES[scheduler]).from_config(config)
         made.set_timesteps(steps)
     return made
 
@@ -359,7 +352,7 @@ def random_config(rng: random.Random, scheduler: str) -> dict[str, Any]:
         "lower_order_final": [False, True],
         "euler_at_final": [False, True],
         "timestep_type": ["discrete", "continuous"],
-        "_class_name": list(CLASSES.values()),
+        "_class_name": list(DIFFUSERS_CLASSES.values()),
     }
     if scheduler in ("K_EULER", "DPMSolverMultistep"):
         optional |= {"sigma_min": [None, 0.05], "sigma_max": [None, 10.0], "lambda_min_clipped": [-5.1]}

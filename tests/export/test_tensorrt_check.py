@@ -8,6 +8,7 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import onnx
 import pytest
 from typer.testing import CliRunner
 
@@ -117,6 +118,21 @@ def test_it_reads_every_byte_of_large_files(
     status, text = run("--check", str(folder))
     assert status == 1
     assert "unet/model.onnx.data: changed since it was exported" in text
+
+
+def test_what_a_graph_calls_its_nodes_does_not_steer_a_terminal(tiny_graphs: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny_graphs, tmp_path / "graphs")
+    model = onnx.load(folder / "vae_decoder" / "model.onnx", load_external_data=False)
+    model.graph.node[0].name, model.graph.node[0].op_type = "x\x1b[2J\npassed", "NotThere"
+    model.graph.node[0].domain = "somebody"
+    model.opset_import.append(onnx.helper.make_opsetid("somebody", 1))
+    (folder / "vae_decoder" / "model.onnx").write_bytes(model.SerializeToString())
+    write_manifest(folder, replace(read_manifest(folder), files=files_of(folder)))
+    status, text = run("--check", str(folder))
+    assert status == 1
+    assert "somebody.NotThere" in text
+    assert "\x1b" not in text
+    assert "passed" not in text.splitlines()
 
 
 def test_weights_that_are_cut_are_found(tiny_optimum_graphs: Path, tmp_path: Path) -> None:

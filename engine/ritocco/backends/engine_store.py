@@ -191,7 +191,8 @@ class EngineStore:
             wanted.mkdir(parents=True, exist_ok=True)
             if not os.access(wanted, os.W_OK):
                 raise PermissionError(f"{wanted} can't be written")
-            sweep(wanted, ".*.part", days=1)  # of processes that were killed
+            if folder is None:  # the cache is ours alone
+                sweep(wanted, ".*.part", days=1)  # of processes that were killed
         except OSError:
             if folder is not None:
                 raise
