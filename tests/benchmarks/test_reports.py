@@ -105,7 +105,7 @@ def test_a_report_has_every_row_and_their_ratios(tmp_path: Path) -> None:
     assert "| ritocco | total | 20 ms | 10 ms to 40 ms | 3 |  | 3 MiB |" in text
     assert "| diffusers | total | 60 ms | 30 ms to 80 ms | 3 | 3.00 | 3 MiB |" in text
     assert "| plain | 2 ms | 1 ms to 3 ms | 1 MiB |" in text
-    later = {**RUNG, "environment": {**RUNG["environment"], "utc": "later"}}
+    later = json.loads(json.dumps(RUNG).replace('"now"', '"later"'))
     again = summary.markdown(held[0], [RUNG, later], held[2])
     assert again.count("### ladder-8x8") == 2, "a section for each run"
     assert "| geglu | 2 × 8 | float16 | 12.5 µs | 500 µs | 1,024 |" in text

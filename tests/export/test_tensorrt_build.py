@@ -193,3 +193,19 @@ def test_hoisted_graphs_get_engines_too(tiny_hoisted_graphs: Path, tmp_path: Pat
         "latents": 2,
         "time": 2,
     }
+
+
+def test_engines_are_not_built_where_they_would_not_be_kept(
+    tiny_graphs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("x", encoding="utf-8")
+    monkeypatch.setenv("RITOCCO_CACHE", str(tmp_path / "file" / "below"))
+    with pytest.raises(BackendError, match="the cache can't be written: name --out"):
+        build_all(
+            open_artefacts(tiny_graphs),
+            library="tensorrt-rtx",
+            options=EngineOptions(),
+            targets=["sm89"],
+            folder=None,
+            say=print,
+        )
