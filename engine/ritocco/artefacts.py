@@ -24,6 +24,7 @@ from ritocco.errors import CheckpointError
 from ritocco.nets.io import (
     GRAPHS,
     HOISTED_GRAPHS,
+    LARGEST,
     Contract,
     GraphName,
     Layout,
@@ -334,11 +335,16 @@ def _check(path: Path, manifest: Manifest, contract: Contract, version: str | No
             if set(ranges[graph]) != set(io.ranges):
                 needed = ", ".join(sorted(io.ranges))
                 raise CheckpointError(f"{path / MANIFEST}: sizes of {graph} must be those of {needed}")
-            for symbol, (least, _, most) in ranges[graph].items():
+            for symbol, (least, best, most) in ranges[graph].items():
                 first, _, last = manifest.ranges[graph][symbol]
                 if not first <= least <= most <= last:
                     rule = f"a profile of {graph} has {symbol} from {least} to {most}"
                     raise CheckpointError(f"{path / MANIFEST}: {rule}; the graph takes {first} to {last}")
+                multiple = io.multiples.get(symbol, 1)
+                if most > LARGEST[symbol] or least % multiple or best % multiple or most % multiple:
+                    rule = f"multiples of {multiple} up to {LARGEST[symbol]}"
+                    found_here = f"{graph} has {symbol} from {least} to {most}"
+                    raise CheckpointError(f"{path / MANIFEST}: {found_here}; sizes must be {rule}")
     found = {file.relative_to(path).as_posix(): file for file in _files(path)}
     for name in sorted(manifest.files.keys() ^ found.keys()):
         file = f"{path}: {plain(name)}"

@@ -7,14 +7,15 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from ritocco.errors import RequestError
-from ritocco.nets.io import PROMPTS, TABLE_ROWS, GraphName, Range
+from ritocco.nets.io import MOST_IMAGES, PROMPTS, TABLE_ROWS, GraphName, Range
 from ritocco.shown import shown
 
 CELL = 8
 _LEAST, _MOST, _STEP = 64, 1024, 64  # pixels, as the request has them
-_MOST_IMAGES = 16
 _PATTERN = re.compile(
-    r"(?P<a>\d+)(?:\.\.(?P<b>\d+))?(?:x(?P<c>\d+)(?:\.\.(?P<d>\d+))?)?(?:@(?P<e>\d+)(?:\.\.(?P<f>\d+))?)?"
+    r"(?P<a>N)(?:\.\.(?P<b>N))?(?:x(?P<c>N)(?:\.\.(?P<d>N))?)?(?:@(?P<e>N)(?:\.\.(?P<f>N))?)?".replace(
+        "N", "[0-9]{1,9}"
+    )
 )
 
 
@@ -54,8 +55,8 @@ class Profile:
                 raise RequestError(
                     f"--profile is {shown(text)}; its {name}s must be {rule}", field="--profile"
                 )
-        if not 1 <= self.images[0] <= self.images[1] <= _MOST_IMAGES:
-            rule = f"from 1 to {_MOST_IMAGES}, the smaller first"
+        if not 1 <= self.images[0] <= self.images[1] <= MOST_IMAGES:
+            rule = f"from 1 to {MOST_IMAGES}, the smaller first"
             raise RequestError(f"--profile is {shown(text)}; its pictures must be {rule}", field="--profile")
 
 

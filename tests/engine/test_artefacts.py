@@ -58,6 +58,11 @@ def no_ranges(folder: Path, graph: str) -> None:
     edit(folder, ranges=held["ranges"] | {graph: {}})
 
 
+def all_ranges(folder: Path, sizes: list[int]) -> None:
+    held = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    edit(folder, ranges={graph: dict.fromkeys(ranges, sizes) for graph, ranges in held["ranges"].items()})
+
+
 def one_profile(folder: Path, graph: str, ranges: object) -> None:
     held = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     edit(folder, profiles=[held["ranges"] | {graph: ranges}])
@@ -100,6 +105,14 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "a profile outside": (
         lambda f: one_profile(f, "unet", {"M": [1, 2, 4], "H": [8, 8, 33], "W": [8, 8, 8]}),
         "a profile of unet has H from 8 to 33; the graph takes 8 to 32",
+    ),
+    "ranges without end": (
+        lambda f: all_ranges(f, [1, 64, 10**9]),
+        "has N from 1 to 1000000000; sizes must be multiples of 1 up to 16",
+    ),
+    "a profile of odd sizes": (
+        lambda f: one_profile(f, "unet", {"M": [1, 2, 4], "H": [8, 8, 9], "W": [8, 8, 8]}),
+        "unet has H from 8 to 9; sizes must be multiples of 2 up to 128",
     ),
     "a profile's symbols": (lambda f: one_profile(f, "unet", {}), "sizes of unet must be those of H, M, W"),
     "text symbols": (lambda f: no_ranges(f, "text_encoder"), "sizes of text_encoder must be those of N"),

@@ -122,6 +122,8 @@ def test_static_graphs_have_one_size(tiny_checkpoint: Path, tmp_path: Path) -> N
         ("512@0", "pictures must be from 1 to 16"),
         ("512@1..99", "from 1 to 16"),
         ("\x1b[2J", "--profile is"),
+        ("9" * 5000 + "@1", "--profile is"),
+        ("\u0665\u0661\u0662@1", "--profile is"),
     ],
 )
 def test_profiles_that_make_no_sense(text: str, said: str) -> None:

@@ -59,6 +59,19 @@ TABLE_ROWS: Range = (1, 50, 512)
 """Rows of a lane's step table; PNDM has one more than steps."""
 
 
+MOST_IMAGES = 16
+"""Pictures side by side that graphs can be exported for."""
+
+LARGEST: Mapping[str, int] = {
+    "N": MOST_IMAGES,
+    "M": 2 * MOST_IMAGES,
+    "R": TABLE_ROWS[2],
+    "H": CELLS[2],
+    "W": CELLS[2],
+}
+"""Of each symbol, in any export."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Port:
     """One input or output.
