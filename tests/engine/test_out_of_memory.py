@@ -27,7 +27,8 @@ PLAIN = FastPath(kernels=False, packed=False, graphs=False, search=False)
 PATHS = {"eager": PLAIN, "captured": FastPath(kernels=True, packed=True, graphs=True, search=False)}
 
 
-@pytest.fixture(params=PATHS)
+# The interpreter takes minutes for the captured one.
+@pytest.fixture(params=["eager", pytest.param("captured", marks=pytest.mark.slow)])
 def runtime(request: pytest.FixtureRequest, tiny_checkpoint: Path) -> TorchRuntime:
     if request.param == "captured":
         pytest.importorskip("triton")
