@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
-from ritocco.disk import sweep
+from ritocco.disk import is_utf8, sweep
 from ritocco.errors import CheckpointError
 from ritocco.nets.io import (
     GRAPHS,
@@ -40,6 +40,7 @@ from ritocco.weight_files import inside, read_json
 MANIFEST = "ritocco.json"
 FORMAT = 1
 GRAPH_FILE = "model.onnx"
+INDEX = "model_index.json"
 CONFIGS = {
     "unet": "unet/config.json",
     "vae": "vae_encoder/config.json",
@@ -130,7 +131,7 @@ def is_artefacts(path: Path) -> bool:
     """Whether a folder holds exported graphs, ours or Optimum's; false where it can't be looked at."""
     try:
         # A diffusers folder may hold a graph or two beside its weights.
-        return (path / MANIFEST).is_file() or all((path / name / GRAPH_FILE).is_file() for name in GRAPHS)
+        return (path / MANIFEST).exists() or all((path / name / GRAPH_FILE).is_file() for name in GRAPHS)
     except (OSError, ValueError):  # a name that no file can have, a folder that may not be entered
         return False
 
@@ -151,10 +152,12 @@ def open_artefacts(path: Path, *, version: str | None = None) -> Artefacts:
 
 
 def _open(path: Path, version: str | None) -> Artefacts:
+    if not is_utf8(path.absolute()):
+        raise CheckpointError(f"{shown(str(path))}: no UTF-8, so runtimes can't open it; rename the folder")
     configs = {name: read_json(inside(path / file, path)) for name, file in CONFIGS.items()}
     unet, vae = UNetSpec.from_config(configs["unet"]), VAESpec.from_config(configs["vae"])
     text = TextSpec.from_config(configs["text_encoder"])
-    manifest = read_manifest(path) if (path / MANIFEST).is_file() else None
+    manifest = read_manifest(path) if (path / MANIFEST).exists() else None
     hoisted = manifest is not None and manifest.hoisted
     for name in HOISTED_GRAPHS if hoisted else GRAPHS:
         if not inside(path / name / GRAPH_FILE, path).is_file():
@@ -183,8 +186,11 @@ def _open(path: Path, version: str | None) -> Artefacts:
 def read_manifest(path: Path) -> Manifest:
     """The manifest of a folder. Raises CheckpointError where it makes no sense or is of another format."""
     file = path / MANIFEST
-    held = read_json(file)
-    if held.get("format") != FORMAT:
+    try:
+        held = read_json(file)
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}. Export the checkpoint again") from error
+    if type(held.get("format")) is not int or held["format"] != FORMAT:
         raise CheckpointError(
             f"{file}: format is {shown(held.get('format'))}; this version of ritocco reads format {FORMAT}. "
             "Export the checkpoint again"
@@ -207,6 +213,8 @@ def read_manifest(path: Path) -> Manifest:
             pass
         case _:
             raise CheckpointError(f"{file}: no manifest of an export; export the checkpoint again")
+    if isinstance(held["opset"], bool) or held["opset"] < 1:
+        raise CheckpointError(f"{file}: opset is {shown(held['opset'])}; export the checkpoint again")
     if not files or not all(isinstance(digest, str) for digest in files.values()):
         raise CheckpointError(f"{file}: names no files; export the checkpoint again")
     graphs = HOISTED_GRAPHS if hoisted else GRAPHS
@@ -270,9 +278,8 @@ def _refuse_strangers(out: Path) -> None:
     if not (out / MANIFEST).is_file():
         raise CheckpointError(f"{out}: exists and is no export; name another folder")
     named = read_json(out / MANIFEST).get("files")
-    known = {MANIFEST, "model_index.json", *(named if isinstance(named, dict) else ())}
-    found = {file.relative_to(out).as_posix() for file in out.rglob("*") if not file.is_dir()}
-    if strangers := sorted(found - known):
+    known = {MANIFEST, *(named if isinstance(named, dict) else ())}
+    if strangers := sorted(set(entries_of(out)) - known):
         raise CheckpointError(
             f"{out}: holds {plain(strangers[0])}, which no export wrote; name another folder"
         )
@@ -307,16 +314,30 @@ def sha256_of(path: Path) -> dict[str, str]:
     return found
 
 
+def entries_of(path: Path) -> dict[str, Path]:
+    """Everything in a folder but folders that hold something: relative name -> file, link, pipe or empty
+    folder. What lies behind a link is not looked at.
+    """
+    found = []
+    for place, folders, names in os.walk(path):
+        links = [name for name in folders if Path(place, name).is_symlink()]
+        found += [Path(place, name) for name in (*names, *links)]
+        if not folders and not names:
+            found.append(Path(place))
+    return {entry.relative_to(path).as_posix(): entry for entry in sorted(found)}
+
+
+def strangers_of(artefacts: Artefacts) -> list[str]:
+    """What lies beside the folders of an export of ours and is none of it, which opening it allows."""
+    named = artefacts.manifest.files if artefacts.manifest else {}
+    beside = (name for name in entries_of(artefacts.path) if "/" not in name)
+    return sorted(name for name in beside if name != MANIFEST and name not in named)
+
+
 def _files(path: Path) -> list[Path]:
-    """Of the folders of an export; what lies behind a link to a folder is none of it."""
-    folders = [folder for folder in path.iterdir() if folder.is_dir() and not folder.is_symlink()]
-    return sorted(
-        Path(place, name)
-        for folder in folders
-        for place, _, names in os.walk(folder)
-        for name in names
-        if Path(place, name).is_file()
-    )
+    """What belongs to an export: the index, and every file in its folders."""
+    found = entries_of(path).items()
+    return [entry for name, entry in found if entry.is_file() and ("/" in name or name == INDEX)]
 
 
 def _check(path: Path, manifest: Manifest, contract: Contract, version: str | None) -> None:
@@ -338,24 +359,29 @@ def _check(path: Path, manifest: Manifest, contract: Contract, version: str | No
             for symbol, (least, best, most) in ranges[graph].items():
                 first, _, last = manifest.ranges[graph][symbol]
                 if not first <= least <= most <= last:
-                    rule = f"a profile of {graph} has {symbol} from {least} to {most}"
-                    raise CheckpointError(f"{path / MANIFEST}: {rule}; the graph takes {first} to {last}")
+                    rule = f"a profile of {graph} has {symbol} {_span(least, most)}"
+                    raise CheckpointError(f"{path / MANIFEST}: {rule}; the graph takes {_span(first, last)}")
                 multiple = io.multiples.get(symbol, 1)
                 if most > LARGEST[symbol] or least % multiple or best % multiple or most % multiple:
                     rule = f"multiples of {multiple} up to {LARGEST[symbol]}"
-                    found_here = f"{graph} has {symbol} from {least} to {most}"
+                    found_here = f"{graph} has {symbol} {_span(least, most)}"
                     raise CheckpointError(f"{path / MANIFEST}: {found_here}; sizes must be {rule}")
-    found = {file.relative_to(path).as_posix(): file for file in _files(path)}
+    # Beside the folders may lie what people and desktops put there.
+    found = {name: one for name, one in entries_of(path).items() if "/" in name or name in manifest.files}
     for name in sorted(manifest.files.keys() ^ found.keys()):
         file = f"{path}: {plain(name)}"
         if name not in found:
             raise CheckpointError(f"{file} is missing; export the checkpoint again")
         raise CheckpointError(f"{file} does not belong to the export; take it away, or export again")
     for name, digest in sorted(manifest.files.items()):
-        if file_digest(inside(found[name], path)) != digest:
+        if not found[name].is_file() or file_digest(inside(found[name], path)) != digest:
             raise CheckpointError(
                 f"{path}: {plain(name)} changed since it was exported; export the checkpoint again"
             )
+
+
+def _span(least: int, most: int) -> str:
+    return str(least) if least == most else f"{least} to {most}"
 
 
 def _graph_ranges_of(file: Path, graphs: Sequence[GraphName], held: object) -> dict[str, dict[str, Range]]:
@@ -370,7 +396,9 @@ def _ranges_of(file: Path, graph: str, held: object) -> dict[str, Range]:
     out: dict[str, Range] = {}
     for symbol, sizes in held.items():
         match sizes:
-            case [int(least), int(best), int(most)] if 0 < least <= best <= most:
+            case [int(least), int(best), int(most)] if 0 < least <= best <= most and bool not in map(
+                type, sizes
+            ):
                 out[symbol] = (least, best, most)
             case _:
                 raise CheckpointError(f"{file}: sizes of {graph}.{shown(symbol)} are {shown(sizes)}")

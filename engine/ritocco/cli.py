@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
+from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,6 +18,7 @@ import typer
 from tqdm import tqdm
 
 from ritocco.errors import RequestError, RitoccoError
+from ritocco.shown import printable
 
 if TYPE_CHECKING:
     from ritocco.engine import Engine
@@ -77,7 +79,7 @@ class _Terminal(logging.Handler):
     """Whatever stderr is at the time."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        typer.echo(record.getMessage(), err=True)
+        typer.echo(printable(record.getMessage()), err=True)
 
 
 @app.command()
@@ -227,7 +229,8 @@ def _disk(out: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        typer.echo(f"error: --out is {str(out)!r}, and nothing can be written there: {error}", err=True)
+        message = f"error: --out is {str(out)!r}, and nothing can be written there: {error}"
+        typer.echo(printable(message), err=True)
         raise typer.Exit(1) from error
 
 
@@ -284,12 +287,11 @@ def _add_plugins() -> None:
 
 def main() -> None:
     """Entry point. Exit status 2 for a bad request, 1 for any other failure of ours."""
+    if isinstance(sys.stdout, TextIOWrapper):  # a file's name may be no UTF-8
+        sys.stdout.reconfigure(errors="surrogateescape")
     try:
         _add_plugins()
         app()
-    except RequestError as error:
-        typer.echo(f"error: {error}", err=True)
-        raise SystemExit(2) from None
     except RitoccoError as error:
-        typer.echo(f"error: {error}", err=True)
-        raise SystemExit(1) from None
+        typer.echo(printable(f"error: {error}"), err=True)
+        raise SystemExit(2 if isinstance(error, RequestError) else 1) from None

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ritocco.backends import SESSION_BACKENDS
-from ritocco.errors import BackendError
+from ritocco.errors import BackendError, RequestError
+from ritocco.shown import shown
 
 if TYPE_CHECKING:
     import torch
 
 DTYPES = ("float32", "float16", "bfloat16")
 BACKENDS = ("torch",)
+_ALL_BACKENDS = ("auto", *BACKENDS, *SESSION_BACKENDS)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -25,18 +28,28 @@ class Choice:
     reasons: tuple[str, ...]
 
 
+def check_names(device: str, dtype: str, backend: str) -> None:
+    """Raises RequestError for a device, dtype or backend that no machine has."""
+    for name, value, pattern, rule in (
+        ("device", device, r"auto|(cpu|cuda|tensorrt)(:[0-9]{1,9})?", "auto, cpu, cuda or cuda:N"),
+        ("dtype", dtype, "|".join(("auto", *DTYPES)), ", ".join(("auto", *DTYPES))),
+        ("backend", backend, "|".join(_ALL_BACKENDS), ", ".join(_ALL_BACKENDS)),
+    ):
+        if not isinstance(value, str) or not re.fullmatch(pattern, value):
+            raise RequestError(f"{name} is {shown(value)}; it must be {rule}", field=name)
+
+
 def choose(device: str = "auto", dtype: str = "auto", backend: str = "auto") -> Choice:
     """Resolve what was asked for on this machine.
 
     device: `auto` (the first CUDA device, else the CPU), `cpu`, `cuda`, `cuda:1`.
     dtype: `auto` (float16 on CUDA; on a CPU bfloat16 where the processor computes it natively, else float32),
     `float32`, `float16`, `bfloat16`. backend: `auto` or `torch`.
-    Raises BackendError with the reason where this machine can't.
+    Raises RequestError for a name that no machine knows, BackendError with the reason where this one can't.
     """
-
+    check_names(device, dtype, backend)
     if backend not in ("auto", *BACKENDS):
-        known = ", ".join((*BACKENDS, *SESSION_BACKENDS))
-        raise BackendError(f"backend is {backend!r}; this version has {known}")
+        raise BackendError(f"backend is {backend!r}, which runs exported graphs; torch runs checkpoints")
     chosen = _device(device)
     number, reason = _dtype(chosen, dtype)
     return Choice(device=chosen, dtype=number, backend="torch", reasons=(f"torch on {chosen}", reason))
@@ -59,20 +72,17 @@ def _device(name: str) -> torch.device:
     cuda = torch.cuda.is_available()
     if name == "auto":
         return torch.device("cuda:0" if cuda else "cpu")
-    try:
-        device = torch.device(name)
-    except (RuntimeError, TypeError) as error:
-        raise BackendError(f"device is {name!r}; it must be auto, cpu, cuda or cuda:N") from error
-    if device.type not in ("cpu", "cuda"):
-        raise BackendError(f"device is {name!r}; ritocco runs on cpu and cuda devices")
-    if device.type == "cpu":
+    kind, _, number = name.partition(":")
+    if kind == "tensorrt":
+        raise BackendError(f"device is {name!r}, which is onnxruntime's alone; torch runs on cpu and cuda")
+    if kind == "cpu":
         return torch.device("cpu")
     if not cuda:
         built = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "a CPU build"
         raise BackendError(
             f"device is {name!r}; torch {torch.__version__} ({built}) sees no CUDA device here"
         )
-    index, count = device.index or 0, torch.cuda.device_count()
+    index, count = int(number or 0), torch.cuda.device_count()
     if index >= count:
         raise BackendError(
             f"device is {name!r}; this machine has {count} CUDA devices, cuda:0 to cuda:{count - 1}"
@@ -89,8 +99,6 @@ def _dtype(device: torch.device, name: str) -> tuple[torch.dtype, str]:
         if native_bfloat16():
             return torch.bfloat16, "bfloat16: this processor computes it natively"
         return torch.float32, "float32: this processor has no native bfloat16"
-    if name not in DTYPES:
-        raise BackendError(f"dtype is {name!r}; it must be auto, {', '.join(DTYPES)}")
     if name == "float16" and device.type == "cpu":
         raise BackendError(
             "dtype is 'float16' on a CPU; torch computes it there hundreds of times slower than float32. "

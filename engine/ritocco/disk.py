@@ -10,11 +10,35 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
+from ritocco.errors import BackendError
+from ritocco.shown import shown
+
 _DAY = 24 * 60 * 60
 
 
 def cache_root() -> Path:
-    """Where what can be made again is kept: RITOCCO_CACHE, else the platform's folder for caches."""
+    """Where what can be made again is kept: RITOCCO_CACHE, else the platform's folder for caches.
+
+    Raises BackendError for a name that the runtimes, which put files there, can't open.
+    """
+    root = _cache_root()
+    if not is_utf8(root):
+        raise BackendError(
+            f"{shown(str(root))}: no UTF-8, so runtimes can't open it; set RITOCCO_CACHE to another folder"
+        )
+    return root
+
+
+def is_utf8(path: Path) -> bool:
+    """Whether a name can be told to libraries in C++, which take UTF-8 alone."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _cache_root() -> Path:
     if named := os.environ.get("RITOCCO_CACHE"):
         return Path(named)
     if sys.platform == "win32":

@@ -1,7 +1,7 @@
 """Every error that ritocco raises on purpose.
 
 * RitoccoError
-  + RequestError        (your input: a field of the request, an image, a URL)   CLI exit 2, HTTP 422
+  + RequestError        (your input: a field, an option, an image, a URL)   CLI exit 2, HTTP 422
     - InputError        (the twelve fields and our options; lists every violation; in schema.py)
     - FetchError        (a URL that could not or may not be fetched)
   + CheckpointError     (a model folder or file: missing, damaged, not an inpainting model, not trusted)

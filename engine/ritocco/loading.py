@@ -19,6 +19,8 @@ from ritocco.backends import (
     refuse_absent,
     refuse_elsewhere,
 )
+from ritocco.backends.engine_store import check_options
+from ritocco.device import check_names
 from ritocco.disk import cache_root
 from ritocco.engine import Engine
 from ritocco.errors import BackendError, CheckpointError
@@ -54,8 +56,11 @@ def load(
     checkpoint lie in the cache. variant: `fp16` and such, where a folder holds several. tokenizer: folder of
     vocab.json and merges.txt, for single files. backend_options: of TensorRT, see `EngineOptions`.
     fetcher: opens the URLs of requests; None makes one from the environment.
-    Raises CheckpointError, BackendError, and RequestError where RITOCCO_ALLOW_NETWORKS can't be read.
+    Raises CheckpointError, BackendError, and RequestError for an option that no machine knows, or where
+    RITOCCO_ALLOW_NETWORKS can't be read.
     """
+    check_names(device, dtype, backend)
+    check_options(backend_options)
     path = model_path(model)
     if is_artefacts(path):
         if variant is not None or tokenizer is not None:

@@ -133,7 +133,9 @@ def _check_size(fields: PredictionInput, traits: Traits) -> None:
             rule = f"this checkpoint takes multiples of {multiple}"
             raise RequestError(f"input.{name} is {side}; {rule}", field=f"input.{name}")
         if cells is not None and not cells[0] <= side // CELL <= cells[1]:
-            rule = f"these graphs take {CELL * cells[0]} to {CELL * cells[1]}; export others with --profile"
+            least, most = (CELL * one for one in cells)
+            taken = f"{least} to {most}" if least < most else f"{least} alone"
+            rule = f"these graphs take {taken}; export others with --profile"
             raise RequestError(f"input.{name} is {side}; {rule}", field=f"input.{name}")
     height, width = fields.height // CELL, fields.width // CELL
     if traits.areas and not any(

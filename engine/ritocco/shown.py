@@ -22,5 +22,21 @@ def shown(value: object) -> str:
 
 def plain(text: str, most: int = 80) -> str:
     """A name without quotes: what is not printable ASCII escaped, at most `most` characters."""
-    safe = ascii(text[:most])[1:-1]
+    safe = "".join(
+        letter if letter.isascii() and letter.isprintable() else letter.encode("unicode_escape").decode()
+        for letter in text[:most]
+    )
     return safe if len(text) <= most else f"{safe[: most - 3]}..."
+
+
+def printable(text: str) -> str:
+    """As it is, but what a terminal would obey, line ends too, and names that are no UTF-8 escaped."""
+    return "".join(letter if letter.isprintable() else plain(letter) for letter in text)
+
+
+def said(error: Exception, most: int = 600) -> str:
+    """A library's own words on one line; of long ones the middle goes, since the reason tends to be last."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    if len(text) > most:
+        text = f"{text[: most // 3]} ... {text[-(most - most // 3 - 5) :]}"
+    return printable(text)

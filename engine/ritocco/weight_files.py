@@ -96,7 +96,7 @@ def _parse_object(text: str, file: Path) -> dict[str, Any]:
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{file}: not valid JSON ({error}); download the file again") from error
+        raise CheckpointError(f"{file}: not valid JSON ({error}); get the file again") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{file}: holds a JSON {type(value).__name__}; an object {{...}} is needed")
     return value

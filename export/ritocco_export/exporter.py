@@ -17,6 +17,7 @@ import torch
 from ritocco.artefacts import (
     CONFIGS,
     GRAPH_FILE,
+    INDEX,
     Manifest,
     files_of,
     sha256_of,
@@ -25,6 +26,7 @@ from ritocco.artefacts import (
 )
 from ritocco.checkpoint import TOKENIZER_FILES, Checkpoint, fingerprint
 from ritocco.device import DTYPES
+from ritocco.disk import is_utf8
 from ritocco.errors import CheckpointError, RequestError
 from ritocco.nets.io import (
     Contract,
@@ -37,6 +39,7 @@ from ritocco.nets.io import (
     contract_of,
 )
 from ritocco.nets.specs import TextSpec, UNetSpec, VAESpec
+from ritocco.shown import said, shown
 from ritocco_export.figures import Figures
 from ritocco_export.gate import compare, compare_hoisted
 from ritocco_export.graphs import OPSETS, graph_module, write_graph
@@ -81,6 +84,8 @@ def export_checkpoint(
     contract = contract_for(
         checkpoint, dtype=dtype, layout=layout, profiles=profiles, static=static, hoisted=hoisted
     )
+    if not is_utf8(out.absolute()):  # the checker's rule, and the runtimes'
+        raise RequestError(f"--out is {shown(str(out))}; it must be UTF-8", field="--out")
     with written_whole(out, replace=replace) as part:
         _write_configs(checkpoint, part)
         parity: dict[str, Figures] = {}
@@ -159,9 +164,7 @@ def _check(graph: GraphName, file: Path) -> None:
     try:
         onnx.checker.check_model(str(file), full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
-        raise CheckpointError(
-            f"{graph}: torch's exporter wrote no valid ONNX ({str(error)[:300]})"
-        ) from error
+        raise CheckpointError(f"{graph}: torch's exporter wrote no valid ONNX ({said(error)})") from error
 
 
 def _held(ranges: Ranges, *, static: bool) -> dict[str, Range]:
@@ -188,7 +191,7 @@ def _write_configs(checkpoint: Checkpoint, part: Path) -> None:
         "unet": ["optimum.onnxruntime.modeling_diffusion", "ORTUnet"],
         "vae": ["optimum.onnxruntime.modeling_diffusion", "ORTVae"],
     }
-    _write_json(part / "model_index.json", index)
+    _write_json(part / INDEX, index)
     if not isinstance(checkpoint.tokenizer, Path):
         raise CheckpointError(
             f"{checkpoint.source}: a pipeline in memory has no tokenizer files; save it with save_pretrained "

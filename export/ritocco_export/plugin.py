@@ -13,7 +13,7 @@ import typer
 from ritocco.artefacts import is_artefacts
 from ritocco.backends import distributed, installed
 from ritocco.errors import BackendError, RequestError
-from ritocco.shown import shown
+from ritocco.shown import printable, shown
 
 if TYPE_CHECKING:
     from ritocco.artefacts import Artefacts
@@ -28,21 +28,50 @@ DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 DTYPES |= {name: name for name in DTYPES.values()}
 
 
+# What each use of the command takes beside the options that make it that use.
+_TAKES = {
+    ("out",): {"model", "dtype", "profile", "static", "layout", "hoisted", "variant", "tokenizer"},
+    ("check",): {"as_json"},
+    ("trtexec",): set[str](),
+    ("engines",): {"library", "target", "refit", "backend_options"},
+    ("out", "engines"): {"library", "target", "refit", "backend_options"},
+}
+
+
+def _folder(text: str) -> Path:
+    if not text:
+        raise typer.BadParameter("'' names no folder")
+    return Path(text)
+
+
 def command(
+    context: typer.Context,
     out: Annotated[
-        Path | None, typer.Option(help="Folder of the graphs; an older export there is replaced.")
+        Path | None,
+        typer.Option(
+            parser=_folder, metavar="FOLDER", help="Folder of the graphs; an older export there is replaced."
+        ),
     ] = None,
     check: Annotated[
-        Path | None, typer.Option(help="Check this folder of graphs, and write nothing.")
+        Path | None,
+        typer.Option(
+            parser=_folder, metavar="FOLDER", help="Check this folder of graphs, and write nothing."
+        ),
     ] = None,
     trtexec: Annotated[
         Path | None,
-        typer.Option(help="Print trtexec's and polygraphy's commands for this folder of graphs."),
+        typer.Option(
+            parser=_folder,
+            metavar="FOLDER",
+            help="Print trtexec's and polygraphy's commands for this folder of graphs.",
+        ),
     ] = None,
     engines: Annotated[
         Path | None,
         typer.Option(
-            help="Build TensorRT engines of this folder of graphs; --out, or the cache, takes them."
+            parser=_folder,
+            metavar="FOLDER",
+            help="Build TensorRT engines of this folder of graphs; --out, or the cache, takes them.",
         ),
     ] = None,
     library: Annotated[
@@ -84,12 +113,13 @@ def command(
 
     folders = {"out": out, "check": check, "trtexec": trtexec, "engines": engines}
     named = [name for name, folder in folders.items() if folder is not None]
-    if named not in (["out"], ["check"], ["trtexec"], ["engines"], ["out", "engines"]):
+    if tuple(named) not in _TAKES:
         raise RequestError(
             "name one of --out, where to write graphs, --check, which graphs to check, --trtexec, which to "
             "print commands for, and --engines, which to build engines of",
             field="--out",
         )
+    _refuse_idle(context, tuple(named))
     if trtexec is not None:
         from ritocco.artefacts import open_artefacts
         from ritocco_export.trtexec import commands
@@ -119,6 +149,20 @@ def command(
         tokenizer=tokenizer,
     )
     typer.echo(out)
+
+
+def _refuse_idle(context: typer.Context, named: tuple[str, ...]) -> None:
+    """Raises RequestError for options that this use of the command would not look at."""
+    for option in context.command.params:
+        source = context.get_parameter_source(option.name or "")
+        if option.name in (*named, *_TAKES[named]) or source is None or source.name == "DEFAULT":
+            continue
+        use = " ".join(f"--{name}" for name in named)
+        takes = ", ".join(sorted(name.replace("as_json", "json").replace("_", "-") for name in _TAKES[named]))
+        raise RequestError(
+            f"{option.opts[0]} does nothing with {use}, which takes {takes or 'no other option'}",
+            field=option.opts[0],
+        )
 
 
 def _write(
@@ -157,7 +201,7 @@ def _write(
             say=lambda line: typer.echo(line, err=True),
         )
     except OSError as error:
-        typer.echo(f"error: {out}: {error}; nothing was kept", err=True)
+        typer.echo(printable(f"error: {out}: {error}; nothing was kept"), err=True)
         raise typer.Exit(1) from error
     _say_memory(out)
 
@@ -178,6 +222,10 @@ def _build(
     from ritocco.backends.engine_store import EngineOptions, options_in
     from ritocco_export.tensorrt_build import build_all
 
+    if out is not None and out.resolve().is_relative_to(graphs.resolve()):
+        rule = "in which engines would be strangers that its manifest refuses; name another folder"
+        raise RequestError(f"--out lies in the export {shown(str(graphs))}, {rule}", field="--out")
+
     if library not in ("tensorrt", "tensorrt-rtx"):
         raise RequestError(
             f"--library is {shown(library)}; it must be tensorrt or tensorrt-rtx", field="--library"
@@ -194,7 +242,8 @@ def _build(
         ):
             typer.echo(file)
     except OSError as error:
-        typer.echo(f"error: {out or 'the cache'}: {error}; what was built before is kept", err=True)
+        message = f"error: {out or 'the cache'}: {error}; what was built before is kept"
+        typer.echo(printable(message), err=True)
         raise typer.Exit(1) from error
 
 

@@ -6,9 +6,11 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
-from ritocco.artefacts import Artefacts, open_artefacts, sha256_of
-from ritocco.errors import CheckpointError
-from ritocco.shown import plain
+from ritocco.artefacts import Artefacts, open_artefacts, sha256_of, strangers_of
+from ritocco.errors import CheckpointError, RitoccoError
+from ritocco.prompt import Tokenizer
+from ritocco.scheduler_config import check_scheduler, from_pipeline
+from ritocco.shown import printable
 from ritocco_export.figures import LARGEST_ERROR, LEAST_PICTURE_PSNR_DB, LEAST_PSNR_DB, Figures
 from ritocco_export.tensorrt_check import Finding, check_graph
 
@@ -25,8 +27,12 @@ def report(folder: Path, *, as_json: bool) -> tuple[bool, str]:
         found = {"folder": [broken]}
         parity: dict[str, Figures] = {}
     else:
-        found = {name: check_graph(artefacts.graph(name), io) for name, io in artefacts.contract.items()}
-        found["folder"] = _of_folder(artefacts)
+        opset = artefacts.manifest.opset if artefacts.manifest else None
+        found = {
+            name: check_graph(artefacts.graph(name), io, opset=opset)
+            for name, io in artefacts.contract.items()
+        }
+        found["folder"] = [*_of_folder(artefacts), *_of_configs(artefacts)]
         parity = _read_parity(artefacts)
         dtype = artefacts.manifest.dtype if artefacts.manifest else ""
         for name in _gated(artefacts):
@@ -40,7 +46,7 @@ def report(folder: Path, *, as_json: bool) -> tuple[bool, str]:
         }
         return passed, json.dumps(told, indent=2, allow_nan=False)
     lines = [
-        _safe(f"{finding.level:<5}  {name:<12}  {finding.rule:<14}  {finding.subject}: {finding.message}")
+        printable(f"{finding.level:<5}  {name:<12}  {finding.rule:<14}  {finding.subject}: {finding.message}")
         for name, findings in found.items()
         for finding in findings
     ]
@@ -53,22 +59,37 @@ def report(folder: Path, *, as_json: bool) -> tuple[bool, str]:
     return passed, "\n".join(lines)
 
 
-def _safe(text: str) -> str:
-    """A graph's own words without what a terminal would obey."""
-    return "".join(letter if letter.isprintable() else plain(letter) for letter in text)
-
-
 def _of_folder(artefacts: Artefacts) -> list[Finding]:
     """Of what opening leaves out for speed, too: every byte of large files."""
     if artefacts.manifest is not None:
         found = sha256_of(artefacts.path) if artefacts.manifest.sha256 else {}
-        return [
+        changed = [
             Finding(level="error", rule="manifest", subject=name, message="changed since it was exported")
             for name, digest in artefacts.manifest.sha256.items()
             if found.get(name) != digest
         ]
+        left = "not of the export, which would not be replaced while this lies in it"
+        strangers = strangers_of(artefacts)
+        return changed + [
+            Finding(level="note", rule="manifest", subject=name, message=left) for name in strangers
+        ]
     message = "no manifest: somebody else's export, whose parity nobody measured"
     return [Finding(level="note", rule="manifest", subject=str(artefacts.path), message=message)]
+
+
+def _of_configs(artefacts: Artefacts) -> list[Finding]:
+    """What is read at load beside the graphs: the tokenizer's files and the scheduler's config."""
+    found = []
+    try:
+        for problem in check_scheduler(from_pipeline(artefacts.scheduler)):
+            found.append(Finding(level="note", rule="scheduler", subject="scheduler", message=problem))
+    except RitoccoError as error:
+        found.append(Finding(level="error", rule="scheduler", subject="scheduler", message=str(error)))
+    try:
+        Tokenizer.from_folder(artefacts.path / "tokenizer")
+    except RitoccoError as error:
+        found.append(Finding(level="error", rule="tokenizer", subject="tokenizer", message=str(error)))
+    return found
 
 
 def _gated(artefacts: Artefacts) -> list[str]:

@@ -23,7 +23,7 @@ from ritocco.backends.engine_store import (
 )
 from ritocco.backends.tensorrt_library import Library, Log, progress_monitor, tensorrt
 from ritocco.disk import write_whole
-from ritocco.errors import BackendError, CheckpointError
+from ritocco.errors import BackendError, CheckpointError, RequestError
 from ritocco.nets.io import GraphName
 from ritocco.shown import plain, shown
 
@@ -50,6 +50,7 @@ def build_engine(
     and warning.
     Raises CheckpointError for a graph that the parser does not take, BackendError for whatever else fails.
     """
+    refuse_foreign(library, options)
     trt = tensorrt(library)
     log = Log(trt)
     try:
@@ -105,12 +106,14 @@ def build_all(
     """Build the engines of all graphs for all targets into a folder (None: the cache), but those it has.
 
     targets: compute capabilities for TensorRT for RTX; none stands for the GPU at hand. Raises as
-    `build_engine`, and BackendError for a target that the library does not build for.
+    `build_engine`, and RequestError for a target or an option that the library does not build for.
     """
     for target in targets:
         if library != "tensorrt-rtx" or target not in TARGETS:
             rule = f"it must be {', '.join(TARGETS)}, with tensorrt-rtx"
-            raise BackendError(f"--target is {shown(target)}; {rule}. TensorRT builds for the GPU at hand")
+            message = f"--target is {shown(target)}; {rule}. TensorRT builds for the GPU at hand"
+            raise RequestError(message, field="--target")
+    refuse_foreign(library, options)
     version = tensorrt(library).__version__
     store = EngineStore(folder)
     if not store.kept:
@@ -149,6 +152,15 @@ def build_all(
     return files
 
 
+def refuse_foreign(library: Library, options: EngineOptions) -> None:
+    """Raises RequestError for options that a library does not have."""
+    if library == "tensorrt-rtx" and (options.hardware != "gpu" or options.version_compatible):
+        raise RequestError(
+            "backend_options: hardware and version_compatible are of TensorRT, not of tensorrt-rtx",
+            field="backend_options",
+        )
+
+
 def structure(file: Path) -> str:
     """A digest of a graph without its weights: the same for every checkpoint of one shape.
 
@@ -178,7 +190,12 @@ def structure(file: Path) -> str:
 
 def _present(library: Library, options: EngineOptions) -> str:
     """The target of the GPU at hand."""
-    return target_of(library, options, Cuda("auto").gpu)
+    try:
+        return target_of(library, options, Cuda("auto").gpu)
+    except BackendError as error:
+        if library != "tensorrt-rtx":
+            raise
+        raise BackendError(f"{error}; without a GPU, name one to build for, as in --target sm89") from error
 
 
 def _configure(trt: Any, config: Any, library: Library, options: EngineOptions, target: str) -> None:
@@ -191,8 +208,6 @@ def _configure(trt: Any, config: Any, library: Library, options: EngineOptions, 
     if options.workspace_bytes is not None:
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options.workspace_bytes)
     if library == "tensorrt-rtx":
-        if options.hardware != "gpu" or options.version_compatible:
-            raise BackendError("hardware and version_compatible are options of TensorRT, not of tensorrt-rtx")
         config.num_compute_capabilities = 1
         capability = getattr(trt.ComputeCapability, target.upper() or "CURRENT")
         if not config.set_compute_capability(capability, 0):

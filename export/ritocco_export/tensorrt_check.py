@@ -16,6 +16,7 @@ from pathlib import Path
 
 import onnx
 
+from ritocco.artefacts import MANIFEST
 from ritocco.nets.io import NetworkIO, Port
 from ritocco_export.tensorrt_restrictions import SEEDED, Known, graphs_of, known_of, restricted
 
@@ -80,10 +81,11 @@ def matrix() -> Mapping[str, Operator]:
     }
 
 
-def check_graph(file: Path, io: NetworkIO) -> list[Finding]:
+def check_graph(file: Path, io: NetworkIO, *, opset: int | None = None) -> list[Finding]:
     """Everything that TensorRT's parser would object to in a graph; empty where it is clean.
 
     io: the graph's contract, whose ranges become the optimisation profile.
+    opset: that of the manifest, if any.
     """
     try:
         onnx.checker.check_model(str(file), full_check=True)
@@ -91,7 +93,16 @@ def check_graph(file: Path, io: NetworkIO) -> list[Finding]:
         first = str(error).strip().splitlines()
         return [Finding(level="error", rule="valid", subject=file.name, message=first[0] if first else "")]
     model = onnx.load(str(file), load_external_data=False)
-    return [*_external(model, file.parent), *check_model(model, io)]
+    return [*_told(model, opset), *_external(model, file.parent), *check_model(model, io)]
+
+
+def _told(model: onnx.ModelProto, opset: int | None) -> Iterator[Finding]:
+    """Of the opset that the manifest names."""
+    held = [entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")]
+    if opset is not None and held != [opset]:
+        yield _error(
+            "opset", MANIFEST, f"says {opset}; the graph imports {', '.join(map(str, held)) or 'none'}"
+        )
 
 
 def _external(model: onnx.ModelProto, folder: Path) -> Iterator[Finding]:
@@ -138,6 +149,8 @@ def _opset(model: onnx.ModelProto) -> Iterator[Finding]:
         elif entry.version not in OPSETS:
             rule = f"opset {entry.version}; TensorRT 10.1 reads {OPSETS[0]} to {OPSETS[-1]}"
             yield _error("opset", entry.domain or "ai.onnx", rule)
+    if sum(entry.domain in ("", "ai.onnx") for entry in model.opset_import) > 1:
+        yield _error("opset", "ai.onnx", "imported more than once; which opset counts is left to the reader")
 
 
 def _ports(graph: onnx.GraphProto, io: NetworkIO) -> Iterator[Finding]:

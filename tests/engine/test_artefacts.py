@@ -81,13 +81,35 @@ def swap_tokens(folder: Path) -> None:
     file.write_text(json.dumps(held | {first: held[second], second: held[first]}), encoding="utf-8")
 
 
+def folder_for_a_manifest(folder: Path) -> None:
+    (folder / MANIFEST).unlink()
+    (folder / MANIFEST).mkdir()
+
+
+def pipe_for_a_config(folder: Path) -> None:
+    (folder / "tokenizer" / "vocab.json").unlink()
+    os.mkfifo(folder / "tokenizer" / "vocab.json")
+
+
 DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "a byte": (flip_a_byte, "changed since it was exported"),
     "cut": (cut, "vae_decoder.*changed since it was exported"),
     "a graph": (lambda f: (f / "vae_encoder" / "model.onnx").unlink(), "vae_encoder.*missing"),
     "a config": (lambda f: (f / "unet" / "config.json").unlink(), r"unet.config\.json: missing"),
-    "json": (lambda f: (f / MANIFEST).write_text("{", encoding="utf-8"), "not valid JSON"),
+    "json": (lambda f: (f / MANIFEST).write_text("{", encoding="utf-8"), "not valid JSON.*Export the check"),
+    "a folder for a manifest": (folder_for_a_manifest, r"ritocco\.json.*Export the checkpoint again"),
     "format": (lambda f: edit(f, format=99), "format is 99"),
+    "true": (lambda f: edit(f, format=True), "format is True"),
+    "opset": (lambda f: edit(f, opset=True), "opset is True"),
+    "no opset": (lambda f: edit(f, opset=-1), "opset is -1"),
+    "sizes from true on": (lambda f: all_ranges(f, [True, 8, 8]), r"are \[True, 8, 8\]"),
+    "the index": (lambda f: (f / "model_index.json").write_bytes(b"{}"), "model_index.json changed"),
+    "no index": (lambda f: (f / "model_index.json").unlink(), "model_index.json is missing"),
+    "an empty folder": (lambda f: (f / "unet" / "x").mkdir(), "unet/x does not belong"),
+    "a link to nowhere": (lambda f: (f / "unet" / "x").symlink_to("nowhere"), "unet/x does not belong"),
+    "a link to a folder": (lambda f: (f / "unet" / "x").symlink_to(f.parent), "unet/x does not belong"),
+    "a pipe": (lambda f: os.mkfifo(f / "unet" / "x"), "unet/x does not belong"),
+    "a pipe for a graph": (pipe_for_a_config, "vocab.json changed since"),
     "contract": (lambda f: edit(f, contract="0" * 64), "other inputs and outputs"),
     "a key": (lambda f: edit(f, more=1), "no manifest of an export"),
     "ranges": (lambda f: edit(f, ranges={}), "says nothing of the sizes"),
@@ -104,19 +126,25 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "a profile": (lambda f: edit(f, profiles=[7]), "a profile is 7"),
     "a profile outside": (
         lambda f: one_profile(f, "unet", {"M": [1, 2, 4], "H": [8, 8, 33], "W": [8, 8, 8]}),
-        "a profile of unet has H from 8 to 33; the graph takes 8 to 32",
+        "a profile of unet has H 8 to 33; the graph takes 8 to 32",
     ),
     "ranges without end": (
         lambda f: all_ranges(f, [1, 64, 10**9]),
-        "has N from 1 to 1000000000; sizes must be multiples of 1 up to 16",
+        "has N 1 to 1000000000; sizes must be multiples of 1 up to 16",
     ),
     "a profile of odd sizes": (
         lambda f: one_profile(f, "unet", {"M": [1, 2, 4], "H": [8, 8, 9], "W": [8, 8, 8]}),
-        "unet has H from 8 to 9; sizes must be multiples of 2 up to 128",
+        "unet has H 8 to 9; sizes must be multiples of 2 up to 128",
     ),
     "a profile's symbols": (lambda f: one_profile(f, "unet", {}), "sizes of unet must be those of H, M, W"),
     "text symbols": (lambda f: no_ranges(f, "text_encoder"), "sizes of text_encoder must be those of N"),
 }
+
+
+def test_a_name_that_runtimes_could_not_open(folder: Path) -> None:
+    renamed = folder.rename(folder.with_name("\udcff"))
+    with pytest.raises(CheckpointError, match="no UTF-8, so runtimes can't open it; rename the folder"):
+        open_artefacts(renamed)
 
 
 @pytest.mark.parametrize("damage", DAMAGES)

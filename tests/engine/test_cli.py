@@ -155,6 +155,10 @@ def test_json_alone_is_on_stdout(predict: Run, tmp_path: Path) -> None:
         (("--prompt", "half a pair: \udc80"), "input.prompt"),
         (("--backend-options", "[1]"), "--backend-options is '[1]'; it must be a JSON object"),
         (("--backend-options", "{level: 5}"), "it must be a JSON object"),
+        (("--backend-options", '{"level": 99}'), "backend_options['level'] is 99"),
+        (("--backend", "tpu"), "backend is 'tpu'; it must be auto, torch"),
+        (("--dtype", "fp32"), "dtype is 'fp32'; it must be auto, float32"),
+        (("--device", "gpu"), "device is 'gpu'; it must be auto, cpu"),
     ],
     ids=lambda value: str(value[0]) if isinstance(value, tuple) else "",
 )
@@ -183,9 +187,9 @@ def test_a_missing_image_option_is_exit_status_two(run: Run) -> None:
     ("args", "words"),
     [
         (("--model", "no/such/model"), "no such file or folder"),
+        (("--model", "no\n\x1b[2J/model"), "no\\n\\x1b[2J"),
         (("--device", "cuda:99"), "cuda:99"),
         (("--dtype", "float16", "--device", "cpu"), "float16"),
-        (("--backend", "tpu"), "this version has torch"),
         (("--backend", "torch", "--backend-options", '{"level": 5}'), "backend_options are for TensorRT"),
     ],
 )

@@ -10,7 +10,7 @@ import torch
 
 from ritocco.backends import installed
 from ritocco.device import choose, native_bfloat16
-from ritocco.errors import BackendError
+from ritocco.errors import BackendError, RequestError
 
 Machine = Callable[..., None]
 
@@ -100,27 +100,39 @@ def test_a_gpu_that_is_not_there(machine: Machine) -> None:
 
 
 @pytest.mark.parametrize(
-    "device", ["mps", "meta", "xpu:0", "gpu", "", " cpu", "CUDA", "cuda:x", "cuda:-1", "cuda:0:1", "a" * 99]
+    "device",
+    ["mps", "meta", "xpu:0", "gpu", "", " cpu", "CUDA", "cuda:x", "cuda:-1", "cuda:0:1", "a" * 40, 3, None],
 )
-def test_other_devices_are_refused_by_name(machine: Machine, device: str) -> None:
+def test_other_devices_are_refused_by_name(machine: Machine, device: Any) -> None:
     machine(gpus=2)
-    with pytest.raises(BackendError) as caught:
+    with pytest.raises(RequestError) as caught:
         choose(device)
-    assert str(caught.value).startswith(f"device is {device!r}; ")
+    assert str(caught.value) == f"device is {device!r}; it must be auto, cpu, cuda or cuda:N"
+
+
+def test_onnxruntimes_own_device_is_none_of_torchs() -> None:
+    with pytest.raises(BackendError, match="device is 'tensorrt:0', which is onnxruntime's alone"):
+        choose("tensorrt:0")
 
 
 @pytest.mark.parametrize("dtype", ["float64", "fp16", "int8", "", "torch.float32", "Float32"])
 def test_other_dtypes_are_refused_by_name(dtype: str) -> None:
-    with pytest.raises(BackendError, match="it must be auto, float32, float16, bfloat16") as caught:
+    with pytest.raises(RequestError, match="it must be auto, float32, float16, bfloat16") as caught:
         choose("cpu", dtype)
     assert repr(dtype) in str(caught.value)
 
 
-@pytest.mark.parametrize("backend", ["onnxruntime", "tensorrt", "openvino", "", "Torch"])
+@pytest.mark.parametrize("backend", ["", "Torch", "tpu"])
 def test_other_backends_are_refused_by_name(backend: str) -> None:
-    with pytest.raises(BackendError, match="this version has torch") as caught:
+    with pytest.raises(RequestError, match="must be auto, torch, openvino, onnxruntime") as caught:
         choose("cpu", "float32", backend)
     assert repr(backend) in str(caught.value)
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime", "tensorrt", "openvino"])
+def test_backends_of_graphs_run_no_checkpoint(backend: str) -> None:
+    with pytest.raises(BackendError, match=f"backend is '{backend}', which runs exported graphs"):
+        choose("cpu", "float32", backend)
 
 
 def test_older_builds_of_torch_have_another_probe(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 import time
 from pathlib import Path
 
 import pytest
 
 from ritocco.disk import cache_root, sweep, write_whole
+from ritocco.errors import BackendError
 
 
 def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -21,6 +23,13 @@ def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     monkeypatch.setattr("sys.platform", "win32")
     monkeypatch.setenv("LOCALAPPDATA", str(tmp_path / "local"))
     assert cache_root() == tmp_path / "local" / "ritocco"
+
+
+def test_a_cache_that_runtimes_could_not_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RITOCCO_CACHE", "/x/\udcff")
+    said = r"'/x/\udcff': no UTF-8, so runtimes can't open it; set RITOCCO_CACHE"
+    with pytest.raises(BackendError, match=re.escape(said)):
+        cache_root()
 
 
 def test_a_file_is_written_whole_or_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

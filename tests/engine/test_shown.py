@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from ritocco.shown import plain, shown
+from ritocco.shown import plain, printable, said, shown
 
 
 class Rude:
@@ -49,3 +49,18 @@ def test_ordinary_values_read_as_python_writes_them() -> None:
     assert plain("unet/conv_in.weight") == "unet/conv_in.weight"
     assert plain("a\nb") == "a\\nb"
     assert len(plain("x" * 200)) == 80
+
+
+def test_letters_stay_and_what_steers_a_terminal_does_not() -> None:
+    assert printable("caf\u00e9 \u732b\n\x1b[2J\udcff") == "caf\u00e9 \u732b\\n\\x1b[2J\\udcff"
+
+
+def test_of_a_librarys_words_the_end_stays() -> None:
+    assert (
+        said(ValueError("at a.cpp:1\n  at b.cpp:2\n\nno such node\n")) == "at a.cpp:1 at b.cpp:2 no such node"
+    )
+    text = said(ValueError("begin " + "x" * 5000 + " end"))
+    assert text.startswith("begin x")
+    assert text.endswith("x end")
+    assert len(text) == 600
+    assert said(KeyError()) == "KeyError"

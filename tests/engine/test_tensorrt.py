@@ -396,6 +396,9 @@ def test_options_reach_the_builder(tiny_graphs: Path, stand_in: Any, cache: Path
     ("options", "said"),
     [
         ({"fast": True}, r"backend_options has 'fast'; known are cuda_graph"),
+        ({"level": True}, r"backend_options\['level'\] is True; it must be 0 to 5"),
+        ({"level": 2.0}, r"backend_options\['level'\] is 2\.0; it must be 0 to 5"),
+        ([1], r"backend_options is \[1\]; it must be a dict"),
         ({"level": 9}, r"backend_options\['level'\] is 9; it must be 0 to 5"),
         ({"refit": "yes"}, r"backend_options\['refit'\] is 'yes'; it must be True or False"),
         ({"workspace_bytes": True}, "must be a number of bytes"),
@@ -403,9 +406,11 @@ def test_options_reach_the_builder(tiny_graphs: Path, stand_in: Any, cache: Path
         ({"hardware": "any"}, "must be gpu, capability, ampere"),
     ],
 )
-def test_options_that_make_no_sense(options: dict[str, Any], said: str) -> None:
-    with pytest.raises(BackendError, match=said):
+def test_options_that_make_no_sense(options: Any, said: str) -> None:
+    with pytest.raises(RequestError, match=said):
         EngineOptions.parse(options)
+    with pytest.raises(RequestError, match=said):
+        ritocco.load("no/such/model", backend_options=options)
 
 
 @pytest.mark.parametrize("backend", ["openvino", "onnxruntime"])

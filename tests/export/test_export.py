@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -28,6 +29,14 @@ from ritocco_export.gate import difference
 from ritocco_export.profiles import Profile, ranges_of
 
 
+def export(*words: object) -> None:
+    """Run the command; what it raises is raised."""
+    _add_plugins()
+    done = CliRunner().invoke(app, ["export", *map(str, words)])
+    if done.exception is not None:
+        raise done.exception
+
+
 def graph_of(folder: Path, name: str) -> onnx.ModelProto:
     return onnx.load(folder / name / GRAPH_FILE, load_external_data=False)
 
@@ -50,7 +59,12 @@ def test_the_manifest_says_what_was_written(tiny_graphs: Path, tiny_checkpoint: 
     assert (manifest.layout, manifest.dtype, manifest.opset) == ("ritocco", "float32", 20)
     assert opened.contract["unet"].ranges == {"M": (1, 2, 4), "H": (8, 32, 32), "W": (8, 32, 32)}
     assert all(manifest.parity[name]["error"] < 1e-4 for name in GRAPHS)
-    assert {Path(file).parts[0] for file in manifest.files} == {*GRAPHS, "scheduler", "tokenizer"}
+    assert {Path(file).parts[0] for file in manifest.files} == {
+        *GRAPHS,
+        "scheduler",
+        "tokenizer",
+        "model_index.json",
+    }
 
 
 def test_graphs_have_the_ports_of_the_contract(tiny_graphs: Path) -> None:
@@ -282,14 +296,51 @@ def test_a_folder_of_something_else_stays(tiny_checkpoint: Path, tmp_path: Path)
 def test_what_is_missing_names_its_extra(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(plugin, "installed", lambda name: name != "onnxscript")
     with pytest.raises(BackendError, match=r'export needs onnxscript; pip install "ritocco\[onnx\]"'):
-        plugin.command(out=tmp_path / "out")
+        export("--out", tmp_path / "out")
     with pytest.raises(RequestError, match="one of --out, where to write graphs, --check"):
-        plugin.command()
+        export()
     monkeypatch.setattr(plugin, "distributed", lambda name: name == "onnxruntime-gpu")
     with pytest.raises(BackendError, match=r'pip install "ritocco\[gpu\]"'):
-        plugin.command(out=tmp_path / "out")
+        export("--out", tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--check", "x", "--dtype", "fp32"), "--dtype does nothing with --check, which takes json"),
+        (("--check", "x", "--model", "m"), "--model does nothing with --check"),
+        (("--trtexec", "x", "--json"), "--json does nothing with --trtexec, which takes no other option"),
+        (("--out", "x", "--target", "sm89"), "--target does nothing with --out, which takes dtype, hoisted"),
+        (("--out", "x", "--refit"), "--refit does nothing with --out"),
+        (("--engines", "x", "--layout", "optimum"), "--layout does nothing with --engines"),
+        (("--engines", "x", "--out", "y", "--profile", "512"), "--profile does nothing with --out --engines"),
+        (("--engines", "x", "--out", "x/engines"), "--out lies in the export 'x', in which engines"),
+        (("--engines", "x", "--out", "y/../x"), "--out lies in the export 'x', in which engines"),
+    ],
+)
+def test_options_that_would_do_nothing(
+    words: tuple[str, ...], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(RequestError, match=re.escape(said)):
+        export(*words)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("option", ["--out", "--check", "--trtexec", "--engines"])
+def test_an_empty_name_is_no_folder(option: str) -> None:
+    _add_plugins()
+    done = CliRunner().invoke(app, ["export", option, ""])
+    assert done.exit_code == 2
+    assert "'' names no folder" in done.stderr
+
+
+def test_a_name_that_is_no_utf8_is_refused_before_the_work(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    with pytest.raises(RequestError, match=r"--out is '.*\\udcff'; it must be UTF-8"):
+        export_checkpoint(open_checkpoint(tiny_checkpoint), tmp_path / "\udcff")
+    assert not list(tmp_path.iterdir())
 
 
 def test_graphs_are_not_exported_again(tiny_graphs: Path, tmp_path: Path) -> None:
     with pytest.raises(RequestError, match="holds exported graphs already"):
-        plugin.command(out=tmp_path / "out", model=str(tiny_graphs))
+        export("--out", tmp_path / "out", "--model", tiny_graphs)

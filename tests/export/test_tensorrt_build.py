@@ -57,7 +57,7 @@ def test_a_build_says_where_it_is_and_what_it_was_warned_of(
 def test_rtx_builds_for_cards_by_name(tiny_graphs: Path, tmp_path: Path, stand_in: Any) -> None:
     build(tiny_graphs, tmp_path / "x", library="tensorrt-rtx", target="sm120")
     assert stand_in.BUILT[0]["set"] == {"num_compute_capabilities": 1, "capability": "SM120"}
-    with pytest.raises(BackendError, match="options of TensorRT, not of tensorrt-rtx"):
+    with pytest.raises(RequestError, match="are of TensorRT, not of tensorrt-rtx"):
         build(tiny_graphs, tmp_path / "y", library="tensorrt-rtx", options=EngineOptions(hardware="ampere+"))
     assert not (tmp_path / "y").exists()
 
@@ -107,7 +107,7 @@ def test_the_command_line_builds_what_is_not_there(tiny_graphs: Path, tmp_path: 
 def test_targets_that_nothing_builds_for(
     tiny_graphs: Path, tmp_path: Path, library: Any, target: str
 ) -> None:
-    with pytest.raises(BackendError, match=f"--target is '{target}'; it must be sm75"):
+    with pytest.raises(RequestError, match=f"--target is '{target}'; it must be sm75"):
         build_all(
             open_artefacts(tiny_graphs),
             library=library,

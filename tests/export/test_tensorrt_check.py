@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import onnx
 import pytest
@@ -151,3 +153,48 @@ def test_a_folder_without_manifest_is_noted(tiny_optimum_graphs: Path, tmp_path:
     status, text = run("--check", str(folder))
     assert status == 0
     assert "somebody else's export" in text
+
+
+def edited(folder: Path, **changes: Any) -> None:
+    """The manifest of what lies there now."""
+    write_manifest(folder, replace(read_manifest(folder), files=files_of(folder), **changes))
+
+
+def no_merges(folder: Path) -> None:
+    (folder / "tokenizer" / "merges.txt").unlink()
+    edited(folder)
+
+
+def odd_scheduler(folder: Path) -> None:
+    file = folder / "scheduler" / "scheduler_config.json"
+    held = json.loads(file.read_text(encoding="utf-8"))
+    file.write_text(json.dumps(held | {"beta_schedule": "zigzag"}), encoding="utf-8")
+    edited(folder)
+
+
+def two_opsets(folder: Path) -> None:
+    model = onnx.load(folder / "unet" / "model.onnx", load_external_data=False)
+    model.opset_import.append(onnx.helper.make_opsetid("ai.onnx", 12))
+    (folder / "unet" / "model.onnx").write_bytes(model.SerializeToString())
+    edited(folder)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said", "status"),
+    [
+        (no_merges, r"error +folder +tokenizer .*merges\.txt", 1),
+        (odd_scheduler, r"error +folder +scheduler .*zigzag", 1),
+        (lambda folder: edited(folder, opset=17), "error +unet +opset .* says 17; the graph imports 20", 1),
+        (two_opsets, "error +unet ", 1),
+        (lambda folder: (folder / "README").write_text("x"), "note +folder +manifest +README: not of the", 0),
+    ],
+    ids=["tokenizer", "scheduler", "opset", "two opsets", "a stranger"],
+)
+def test_it_looks_beside_the_graphs(
+    tiny_graphs: Path, tmp_path: Path, spoil: Callable[[Path], None], said: str, status: int
+) -> None:
+    folder = shutil.copytree(tiny_graphs, tmp_path / "graphs")
+    spoil(folder)
+    found, text = run("--check", str(folder))
+    assert re.search(said, text), text
+    assert found == status

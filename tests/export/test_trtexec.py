@@ -13,7 +13,6 @@ from typer.testing import CliRunner
 from ritocco.artefacts import MANIFEST, open_artefacts
 from ritocco.cli import _add_plugins, app
 from ritocco.errors import RequestError
-from ritocco_export import plugin
 from ritocco_export.trtexec import commands
 
 
@@ -89,5 +88,5 @@ def test_the_command_line_prints_them(graphs: Path) -> None:
     assert done.exit_code == 0
     assert done.stdout == commands(open_artefacts(graphs))
     assert done.stdout.count("# ") == 4
-    with pytest.raises(RequestError, match="--trtexec"):
-        plugin.command(trtexec=graphs, check=graphs)
+    both = CliRunner().invoke(app, ["export", "--trtexec", str(graphs), "--check", str(graphs)])
+    assert isinstance(both.exception, RequestError)

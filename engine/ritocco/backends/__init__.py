@@ -169,7 +169,7 @@ def _open(
 ) -> tuple[SessionRuntime, tuple[str, ...]]:
     refuse_absent(backend)
     if options and backend == "openvino":
-        raise BackendError(f"backend_options are for TensorRT; the backend {backend} has none")
+        raise BackendError(f"backend_options are for TensorRT; {backend}, which runs here, has none")
     parsed = None
     if options:
         from ritocco.backends.engine_store import EngineOptions

@@ -16,7 +16,7 @@ import tempfile
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -57,22 +57,34 @@ class EngineOptions:
 
     @classmethod
     def parse(cls, given: Mapping[str, Any] | None) -> EngineOptions:
-        """From what a caller passed. Raises BackendError for a name or value that makes no sense."""
-        given = dict(given or {})
-        known = {field.name: field for field in fields(cls)}
-        for name, value in given.items():
-            if name not in known:
-                raise BackendError(f"backend_options has {shown(name)}; known are {', '.join(sorted(known))}")
-            kinds, rule = _RULES[name]
-            allowed = value in kinds if isinstance(kinds, tuple) else type(value) in kinds
-            if not allowed or (name == "workspace_bytes" and value is not None and not 0 < value < 1 << 63):
-                raise BackendError(f"backend_options[{name!r}] is {shown(value)}; it must be {rule}")
-        return cls(**given)
+        """From what a caller passed. Raises RequestError for a name or value that makes no sense."""
+        check_options(given)
+        return cls(**(given or {}))
 
     def built_in(self) -> dict[str, Any]:
         """Those that a built engine depends on."""
         names = ("hardware", "version_compatible", "refit", "level", "workspace_bytes")
         return {name: getattr(self, name) for name in names}
+
+
+def check_options(given: Mapping[str, Any] | None) -> None:
+    """Raises RequestError for what `EngineOptions` has no name or rule for."""
+    if not isinstance(given, Mapping | None):
+        raise _refused(f"backend_options is {shown(given)}; it must be a dict or None")
+    for name, value in (given or {}).items():
+        if name not in _RULES:
+            raise _refused(f"backend_options has {shown(name)}; known are {', '.join(sorted(_RULES))}")
+        kinds, rule = _RULES[name]
+        if isinstance(kinds, tuple):  # True is 1 to Python
+            allowed = any(type(value) is type(kind) and value == kind for kind in kinds)
+        else:
+            allowed = type(value) in kinds
+        if not allowed or (name == "workspace_bytes" and value is not None and not 0 < value < 1 << 63):
+            raise _refused(f"backend_options[{name!r}] is {shown(value)}; it must be {rule}")
+
+
+def _refused(message: str) -> RequestError:
+    return RequestError(message, field="backend_options")
 
 
 def options_in(text: str | None) -> dict[str, Any] | None:

@@ -10,6 +10,7 @@ from importlib.util import find_spec
 
 import torch
 
+from ritocco.shown import said
 from ritocco_kernels.ops import REFERENCE, Ops
 
 
@@ -108,5 +109,5 @@ def _trouble(device: torch.device) -> str:
         with torch.inference_mode(), torch.cuda.device(device):
             geglu(torch.zeros(1, 32, device=device)).cpu()
     except Exception as error:  # whatever a compiler, a driver or a card has to say
-        return f"Triton fails here ({type(error).__name__}: {str(error)[:200]})"
+        return f"Triton fails here ({type(error).__name__}: {said(error)})"
     return ""

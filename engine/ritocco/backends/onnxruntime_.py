@@ -16,6 +16,7 @@ from ritocco.backends.onnx_binding import DTYPES, DeviceBinding
 from ritocco.backends.sessions import Arrays, SessionRuntime, refuse_other_dtype
 from ritocco.errors import BackendError, CheckpointError
 from ritocco.nets.io import GraphName, NetworkIO
+from ritocco.shown import said
 
 PROVIDERS = {
     "cpu": "CPUExecutionProvider",
@@ -56,7 +57,7 @@ class OnnxSession:
                 str(file), options, providers=providers, enable_fallback=0
             )
         except Exception as error:  # its errors share no base of their own
-            raise CheckpointError(f"{file}: ONNX Runtime can't open it ({_first_line(error)})") from error
+            raise CheckpointError(f"{file}: ONNX Runtime can't open it ({said(error)})") from error
         used = self._session.get_providers()
         taken = _nodes_by_provider(self._session)
         if used[0] != wanted or (taken and wanted not in taken):
@@ -94,7 +95,7 @@ class OnnxSession:
                 return self._binding.run(feeds)
             found: Sequence[npt.NDArray[Any]] = self._session.run(outputs, dict(feeds))
         except Exception as error:  # its errors share no base of their own
-            raise BackendError(f"{self._about}: ONNX Runtime failed ({_first_line(error)})") from error
+            raise BackendError(f"{self._about}: ONNX Runtime failed ({said(error)})") from error
         return found
 
 
@@ -247,7 +248,3 @@ def _nodes_by_provider(session: Any) -> dict[str, int]:
     for part in session.get_provider_graph_assignment_info():
         taken[part.ep_name] += len(part.get_nodes())
     return dict(taken)
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__

@@ -15,6 +15,7 @@ from ritocco.backends.bfloat16 import from_bfloat16, to_bfloat16
 from ritocco.backends.sessions import Arrays, SessionRuntime
 from ritocco.disk import cache_root, sweep
 from ritocco.errors import BackendError, CheckpointError
+from ritocco.shown import said
 
 _KEPT_DAYS = 30
 _PRECISIONS = {"float32": "f32", "bfloat16": "bf16"}
@@ -30,7 +31,7 @@ class OpenVinoSession:
         try:
             compiled = core.compile_model(str(file), "CPU", options)
         except RuntimeError as error:
-            raise CheckpointError(f"{file}: OpenVINO can't compile it ({str(error)[:300]})") from error
+            raise CheckpointError(f"{file}: OpenVINO can't compile it ({said(error)})") from error
         self._request = compiled.create_infer_request()
         self._about = f"{file.parent.name} on CPU"
         types = {port.get_any_name(): port.element_type.get_type_name() for port in compiled.inputs}
@@ -55,7 +56,7 @@ class OpenVinoSession:
         try:
             self._request.infer(given, share_inputs=True)
         except RuntimeError as error:
-            raise BackendError(f"{self._about}: OpenVINO failed ({str(error)[:300]})") from error
+            raise BackendError(f"{self._about}: OpenVINO failed ({said(error)})") from error
 
 
 def _narrowed(array: npt.NDArray[Any]) -> openvino.Tensor:

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from ritocco.artefacts import Artefacts
+from ritocco.artefacts import MANIFEST, Artefacts
 from ritocco.backends.hoisted import HoistedBatch, HoistedUNet
 from ritocco.backends.network import NetworkBatch
 from ritocco.backends.runtime import Floats, LatentSize, Tokens, Traits
@@ -52,7 +52,7 @@ class SessionRuntime:
         self._keep = release  # objects that the sessions need alive
         self.notes = tuple(notes)
         for name, io in artefacts.contract.items():
-            _check_inputs(name, io, self._sessions[name])
+            _check_inputs(name, io, self._sessions[name], ours=artefacts.manifest is not None)
         ranges = artefacts.sizes
         self._scaling = 1.0 if artefacts.layout == "ritocco" else artefacts.vae.scaling_factor
         self.traits = Traits(
@@ -149,10 +149,11 @@ def _ranges_at(size: LatentSize, profiles: Sequence[Ranges], io: NetworkIO) -> R
     return max(fitting, key=lambda one: one["N"][2], default=io.ranges)
 
 
-def _check_inputs(graph: str, io: NetworkIO, session: Session) -> None:
+def _check_inputs(graph: str, io: NetworkIO, session: Session, *, ours: bool) -> None:
     wanted, found = {port.name for port in io.inputs}, set(session.dtypes)
     if wanted != found:
+        why = "" if ours else f" of an Optimum export, which a folder without {MANIFEST} is taken for"
         raise BackendError(
-            f"{graph}: the graph takes {', '.join(sorted(found))}; {', '.join(sorted(wanted))} are needed. "
-            "Export the checkpoint again"
+            f"{graph}: the graph takes {', '.join(sorted(found)) or 'nothing'}; {', '.join(sorted(wanted))} "
+            f"are the inputs{why}. Export the checkpoint again"
         )

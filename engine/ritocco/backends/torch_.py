@@ -22,6 +22,7 @@ from ritocco.nets.text_encoder import TextEncoder
 from ritocco.nets.unet import UNet
 from ritocco.nets.vae import VAE
 from ritocco.parameters import place
+from ritocco.shown import said
 
 if TYPE_CHECKING:
     from ritocco.backends.torch_graph import StepGraphs
@@ -273,7 +274,7 @@ def _memory_for(what: str, device: torch.device) -> Iterator[None]:
 
 
 def _too_little(what: str, device: torch.device, error: Exception) -> str:
-    return f"{device} has not the memory for {what}: ask for a smaller one ({str(error)[:200]})"
+    return f"{device} has not the memory for {what}: ask for a smaller one ({said(error)})"
 
 
 def _to_host(tensor: Tensor) -> Floats:
