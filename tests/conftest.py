@@ -23,6 +23,7 @@ from accelerator import interpret_kernels
 from ritocco import Engine
 from ritocco.backends.runtime import Batch, Floats, LatentSize, Runtime, Tokens
 from ritocco.checkpoint import load_tokenizer, open_checkpoint
+from ritocco.pixels import Kept, Mask, Pixels, from_model, masked_to_model, pasted
 
 interpret_kernels()
 
@@ -279,10 +280,16 @@ class SpiedRuntime:
         self.calls["encode_image"] += len(pixels)
         return self.inner.encode_image(pixels)
 
+    def encode_pixels(self, pixels: Pixels, mask: Mask | None) -> Floats:
+        return self.encode_image(masked_to_model(pixels, mask))
+
     def decode(self, latents: Floats) -> Floats:
         self.calls["decode"] += 1
         self.decoded.append(self.inner.decode(latents))
         return self.decoded[-1]
+
+    def decode_pixels(self, latents: Floats, kept: Kept | None) -> Pixels:
+        return pasted(from_model(self.decode(latents)), kept)
 
     def open(self, size: LatentSize, capacity: int) -> Batch:
         self.calls["open"] += 1

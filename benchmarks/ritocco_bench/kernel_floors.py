@@ -22,6 +22,7 @@ from torch import Tensor
 
 from ritocco.device import choose
 from ritocco_bench.environment import environment
+from ritocco_kernels.model_pixels import from_model_pixels_reference, to_model_pixels_reference
 from ritocco_kernels.ops import REFERENCE, Ops
 
 CASES: tuple[tuple[str, tuple[int, ...]], ...] = (
@@ -40,7 +41,18 @@ CASES: tuple[tuple[str, tuple[int, ...]], ...] = (
     ("geglu", (16, 4096, 2560)),
     ("add_bias", (2, 320, 64, 64)),
     ("add_bias", (16, 320, 64, 64)),
+    ("to_model_pixels", (1, 3, 512, 512)),
+    ("from_model_pixels", (1, 3, 512, 512)),
 )
+MOVED = {
+    "groupnorm_silu": 2.0,
+    "add_layernorm": 4.0,
+    "geglu": 1.5,
+    "add_bias": 3.0,
+    "to_model_pixels": 1.5 + 1 / 6,  # a byte and a third of one for each number of two
+    "from_model_pixels": 2.0 + 1 / 6,  # kept pixels as well
+}
+"""Bytes that have to move, over those of the float16 tensor that a case names."""
 LARGEST_DISTANCE = 4e-3  # four units of float16 in the last place
 _ROTATED_BYTES = 256 << 20
 
@@ -85,9 +97,11 @@ def matmul_rate() -> float:
 
 def make_call(ops: Ops, name: str, tensors: list[tuple[Tensor, ...]]) -> Callable[[int], Any]:
     """One call of an operation on one set of buffers."""
+    if name.endswith("_pixels"):
+        return _pixels_call(ops, name, tensors)
 
     def call(index: int) -> Any:
-        x, other, weight, bias = tensors[index]
+        x, other, weight, bias, *_ = tensors[index]
         match name:
             case "groupnorm_silu":
                 return ops.groupnorm_silu(x, weight, bias, 32, 1e-5)
@@ -101,11 +115,27 @@ def make_call(ops: Ops, name: str, tensors: list[tuple[Tensor, ...]]) -> Callabl
     return call
 
 
+def _pixels_call(ops: Ops, name: str, tensors: list[tuple[Tensor, ...]]) -> Callable[[int], Any]:
+    from ritocco_kernels.fused import model_pixels
+
+    fused = ops is not REFERENCE
+    to_model = model_pixels.to_model_pixels if fused else to_model_pixels_reference
+    from_model = model_pixels.from_model_pixels if fused else from_model_pixels_reference
+
+    def call(index: int) -> Any:
+        x, *_, pixels, mask = tensors[index]
+        if name == "to_model_pixels":
+            return to_model(pixels[None], mask[None], x.dtype)
+        return from_model(x, pixels, mask)[0]
+
+    return call
+
+
 def distance(name: str, tensors: tuple[Tensor, ...]) -> float:
     """Largest difference between kernel and float64 reference, over the largest value."""
     from ritocco_kernels.fused.table import FUSED
 
-    exact = [tuple(one.double() for one in tensors)]
+    exact = [tuple(one.double() if one.is_floating_point() else one for one in tensors)]
     found, wanted = make_call(FUSED, name, [tensors])(0), make_call(REFERENCE, name, exact)(0)
     pairs = zip(found, wanted, strict=True) if isinstance(found, tuple) else [(found, wanted)]
     return max(float((a.double() - b).abs().max() / b.abs().max()) for a, b in pairs)
@@ -134,8 +164,9 @@ def main() -> int:
                 return x.to(memory_format=torch.channels_last) if image else x
 
             vectors = [torch.randn(width, device=device, dtype=torch.float16) for _ in range(2)]
-            tensors = [(made(), made(), *vectors) for _ in range(sets)]
-            moved = size * {"groupnorm_silu": 2, "add_layernorm": 4, "geglu": 1.5, "add_bias": 3}[name]
+            picture = torch.randint(0, 256, (*shape[-2:], 3), device=device, dtype=torch.uint8)
+            tensors = [(made(), made(), *vectors, picture, picture[..., 0] > 99) for _ in range(sets)]
+            moved = size * MOVED[name]
             floor = moved / bandwidth * 1000
             if (apart := distance(name, tensors[0])) > LARGEST_DISTANCE:
                 print(f"{name} {shape}: {apart:.1e} from its reference: no time is reported")

@@ -63,13 +63,14 @@ class Ritocco:
     def run(self, steps: int, on_step: Callable[[], None], scheduler: str = SCHEDULER) -> dict[str, float]:
         given = Inputs(self._job)
         runtime: Any = self._engine.runtime
-        decode = type(runtime).decode
+        decode = type(runtime).decode_pixels
+        last: list[Any] = []
 
-        def keep(latents: Any) -> Any:
-            self.decoded = decode(runtime, latents)
-            return self.decoded
+        def keep(latents: Any, kept: Any) -> Any:
+            last[:] = [latents]
+            return decode(runtime, latents, kept)
 
-        runtime.decode = keep
+        runtime.decode_pixels = keep
         request = {"image": given.image, "mask": given.mask, "prompt": PROMPT, "scheduler": scheduler}
         request |= {"width": self._job.size, "height": self._job.size, "guidance_scale": GUIDANCE}
         request |= {"num_outputs": self._job.outputs, "num_inference_steps": steps, "seed": self._job.seed}
@@ -77,6 +78,8 @@ class Ritocco:
         made = self._engine.predict(
             request, latents=given.latents, paste_back=False, on_step=lambda done, total: on_step()
         )
+        if self._job.decoded:
+            self.decoded = runtime.decode(*last)
         return {phase: made.metrics[phase] for phase in PHASES}
 
 

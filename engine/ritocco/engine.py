@@ -21,16 +21,9 @@ from ritocco.backends.runtime import Floats, Lane, LatentSize, Runtime
 from ritocco.denoise import denoise
 from ritocco.errors import BackendError, NonFiniteError
 from ritocco.fetch import Fetcher
-from ritocco.images import (
-    data_uri,
-    encode,
-    from_model,
-    mask_to_latent,
-    masked_to_model,
-    paste_back,
-    to_model,
-)
+from ritocco.images import data_uri, encode, paste_back
 from ritocco.noise import normal
+from ritocco.pixels import Pixels, mask_to_latent
 from ritocco.prediction import MODEL, Prediction, timestamp
 from ritocco.progress import Log
 from ritocco.request import Request, prepare
@@ -130,11 +123,11 @@ class Engine:
             log.note(f"Ignored unknown input: {_listed(ignored)}")
         with self._on_device():
             self._refuse_closed()
-            decoded = self._paint(request, on_step)
-        if decoded is None:
+            painted = self._paint(request, on_step)
+        if painted is None:
             prediction.status = "canceled"
         else:
-            self._finish(prediction, request, decoded)
+            self._finish(prediction, request, painted)
         prediction.completed_at = timestamp()
         request.seconds["predict_time"] = time.perf_counter() - begun
         prediction.metrics = {name: round(seconds, 4) for name, seconds in request.seconds.items()}
@@ -171,8 +164,8 @@ class Engine:
     def __exit__(self, *exc: object) -> None:
         self.close()
 
-    def _paint(self, request: Request, on_step: OnStep | None) -> Floats | None:
-        """Text, condition, loop, decode: float32 [N,3,H,W], or None where `on_step` cancelled."""
+    def _paint(self, request: Request, on_step: OnStep | None) -> Pixels | None:
+        """Text, condition, loop, decode: uint8 [N,H,W,3], or None where `on_step` cancelled."""
         with request.timed("text"):
             context, unconditional = self._contexts(request)
             _refuse_non_finite("text encoder", context, unconditional)
@@ -197,7 +190,9 @@ class Engine:
         if latents is None:
             return None
         with request.timed("decode"):
-            return self.runtime.decode(latents)
+            whole = request.options.paste_back and not request.options.mask_feather
+            kept = (request.inputs.pixels, request.inputs.mask) if whole else None
+            return self.runtime.decode_pixels(latents, kept)
 
     def _contexts(self, request: Request) -> tuple[Floats, Floats | None]:
         """[77,D] of the prompt, and of the negative prompt where guidance is over 1."""
@@ -207,8 +202,8 @@ class Engine:
     def _condition(self, request: Request) -> Floats:
         """[5,h,w]: the mask, then the latents of the image without the part to repaint."""
         inputs = request.inputs
-        masked = self.runtime.encode_image(masked_to_model(inputs.pixels, inputs.mask))
-        return np.concatenate([mask_to_latent(inputs.mask)[0], masked[0]])
+        masked = self.runtime.encode_pixels(inputs.pixels, inputs.mask)[0]
+        return np.concatenate([mask_to_latent(inputs.mask)[0], masked])
 
     def _starts(self, request: Request) -> list[Floats]:
         """The latents [4,h,w] that each output starts from, in the scheduler's space."""
@@ -220,7 +215,7 @@ class Engine:
         signal, scale = np.float32(table.start_signal[0]), np.float32(table.start_noise[0])
         if not signal:
             return [scale * one for one in noise]
-        image = self.runtime.encode_image(to_model(request.inputs.pixels))[0]
+        image = self.runtime.encode_pixels(request.inputs.pixels, None)[0]
         return [signal * image + scale * one for one in noise]
 
     def _loop(self, request: Request, lanes: Sequence[Lane], on_step: OnStep | None) -> Floats | None:
@@ -239,12 +234,11 @@ class Engine:
                 request.log.note(f"Canceled after {done} of {total} steps")
                 return None
 
-    def _finish(self, prediction: Prediction, request: Request, decoded: Floats) -> None:
-        """Pixels, paste-back, safety, files."""
+    def _finish(self, prediction: Prediction, request: Request, pixels: Pixels) -> None:
+        """Soft seams, safety, files."""
         options, inputs = request.options, request.inputs
         with request.timed("outputs"):
-            pixels = from_model(decoded)
-            if options.paste_back:
+            if options.paste_back and options.mask_feather:
                 pixels = paste_back(pixels, inputs.pixels, inputs.mask, options.mask_feather)
             kept = self._checked(request, pixels)
             prediction.images = [Image.fromarray(pixels[i]) for i in kept]
@@ -254,7 +248,7 @@ class Engine:
         else:
             prediction.status, prediction.output = "succeeded", uris
 
-    def _checked(self, request: Request, pixels: npt.NDArray[np.uint8]) -> list[int]:
+    def _checked(self, request: Request, pixels: Pixels) -> list[int]:
         """Indices of the pictures that the safety checker lets through."""
         everything = list(range(len(pixels)))
         if request.safety is None:

@@ -13,22 +13,17 @@ from __future__ import annotations
 import base64
 import io
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from PIL import Image
 
-from ritocco.errors import NonFiniteError, RequestError
+from ritocco.errors import RequestError
 from ritocco.fetch import MAX_BYTES, Fetcher
+from ritocco.pixels import Floats, Mask, Pixels, mask_to_latent, pasted
 from ritocco.sources import MAX_PIXELS, Loader
 
-Pixels: TypeAlias = npt.NDArray[np.uint8]
-Mask: TypeAlias = npt.NDArray[np.bool_]
-Floats: TypeAlias = npt.NDArray[np.float32]
-
 WHITE, BLACK = (255, 255, 255), (0, 0, 0)
-LATENT_FACTOR = 8
 QUALITY = 95
 MIME_TYPES = {"png": "image/png", "jpg": "image/jpeg", "webp": "image/webp"}
 
@@ -95,41 +90,6 @@ def _mask_notes(mask: Mask) -> tuple[str, ...]:
     return ()
 
 
-def to_model(pixels: Pixels) -> Floats:
-    """uint8 [H,W,3] -> float32 [1,3,H,W] in [-1,1], with the arithmetic of diffusers' image processor."""
-    unit = pixels.astype(np.float32) / np.float32(255.0)
-    return np.ascontiguousarray((np.float32(2.0) * unit - np.float32(1.0)).transpose(2, 0, 1)[None])
-
-
-def masked_to_model(pixels: Pixels, mask: Mask) -> Floats:
-    """As `to_model`, with 0 (mid grey) where the mask is white: what the network may see of the image.
-
-    pixels: uint8 [H,W,3]. mask: bool [H,W]. `masked_image` in diffusers' inpainting pipeline.
-    """
-    return np.where(mask, np.float32(0.0), to_model(pixels))
-
-
-def mask_to_latent(mask: Mask) -> Floats:
-    """bool [H,W] -> float32 [1,1,H/8,W/8], 1 = repaint: the top left pixel of each 8x8 block.
-
-    What nearest interpolation gives in diffusers' `prepare_mask_latents`; H and W are multiples of 8.
-    """
-    return np.ascontiguousarray(mask[::LATENT_FACTOR, ::LATENT_FACTOR].astype(np.float32)[None, None])
-
-
-def from_model(decoded: npt.NDArray[np.floating[Any]]) -> Pixels:
-    """float [N,3,H,W] in [-1,1] -> uint8 [N,H,W,3]; clipped, rounded half to even, as diffusers does.
-
-    Raises NonFiniteError, with step -1 (after the last step), where a value is NaN or infinite.
-    """
-    if not np.isfinite(decoded).all():
-        raise NonFiniteError(
-            "the decoded image holds NaN or infinity; try dtype float32 or bfloat16", step=-1
-        )
-    unit = np.clip(decoded.astype(np.float32) * np.float32(0.5) + np.float32(0.5), 0.0, 1.0)
-    return np.ascontiguousarray(np.rint(unit * np.float32(255.0)).astype(np.uint8).transpose(0, 2, 3, 1))
-
-
 def paste_back(generated: Pixels, pixels: Pixels, mask: Mask, feather: float = 0.0) -> Pixels:
     """Puts the kept pixels over the generated ones; those under the black mask are `pixels`, bit for bit.
 
@@ -138,14 +98,13 @@ def paste_back(generated: Pixels, pixels: Pixels, mask: Mask, feather: float = 0
     before the first white pixel's centre, to 1. The picture's edge is no seam.
     Returns an array of the shape of `generated`.
     """
-    repaint = mask[..., None]
     if feather <= 0:
-        return np.where(repaint, generated, pixels)
+        return pasted(generated, (pixels, mask))
     inside = seam_distance(mask, feather + 1.0) - np.float32(0.5)
     weight = np.clip(inside / np.float32(feather), 0.0, 1.0)[..., None]
     kept = pixels.astype(np.float32)
     blend = np.rint(kept + weight * (generated.astype(np.float32) - kept)).astype(np.uint8)
-    return np.where(repaint, np.where(weight < 1.0, blend, generated), pixels)
+    return pasted(np.where(weight < 1.0, blend, generated), (pixels, mask))
 
 
 def seam_distance(mask: Mask, limit: float) -> Floats:

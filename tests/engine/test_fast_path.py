@@ -20,6 +20,7 @@ from ritocco.backends.fast_path import FastPath, _cudnn
 from ritocco.backends.runtime import Lane, LaneState, LatentSize
 from ritocco.backends.torch_ import TorchBatch, TorchRuntime
 from ritocco.checkpoint import open_checkpoint
+from ritocco.errors import NonFiniteError
 from ritocco.schedules import SCHEDULERS
 
 pytest.importorskip("triton")
@@ -135,6 +136,26 @@ def test_networks_around_the_loop_equal_plain(runtimes: tuple[TorchRuntime, Torc
         for result, one in zip(results, given, strict=True):
             truth = getattr(plain, name)(one)
             assert float(np.abs(result - truth).max()) <= TOLERANCE * float(np.abs(truth).max()), name
+
+
+def test_pictures_that_cross_as_bytes_equal_those_of_the_host(
+    runtimes: tuple[TorchRuntime, TorchRuntime],
+) -> None:
+    plain, fast = runtimes
+    rng = np.random.default_rng(1)
+    pixels, mask = rng.integers(0, 256, (16, 32, 3), np.uint8), rng.random((16, 32)) > 0.5
+    latents = rng.standard_normal((2, 4, 2, 4), dtype=np.float32)
+    for hidden in (None, mask):
+        truth = plain.encode_pixels(pixels, hidden)
+        assert np.abs(fast.encode_pixels(pixels, hidden) - truth).max() <= TOLERANCE * np.abs(truth).max()
+    for kept in (None, (pixels, mask)):
+        wanted, made = (one.decode_pixels(latents, kept).astype(int) for one in (plain, fast))
+        assert np.abs(made - wanted).max() <= 1, "a last digit, where the two round to either side"
+        assert (made == wanted).mean() > 0.99
+    assert (made[:, ~mask] == pixels[~mask]).all()
+    for one in runtimes:
+        with pytest.raises(NonFiniteError, match="the decoded image holds NaN or infinity"):
+            one.decode_pixels(np.where(latents > 2, np.float32(np.nan), latents), None)
 
 
 def test_packed_weights_are_not_held_twice(runtimes: tuple[TorchRuntime, TorchRuntime]) -> None:

@@ -26,14 +26,11 @@ from ritocco.images import (
     Inputs,
     data_uri,
     encode,
-    from_model,
     load_inputs,
-    mask_to_latent,
-    masked_to_model,
     paste_back,
     seam_distance,
-    to_model,
 )
+from ritocco.pixels import from_model, mask_to_latent, masked_to_model, to_model
 from ritocco.sources import Loader
 
 Array = npt.NDArray[Any]

@@ -12,11 +12,13 @@ from torch import Tensor
 
 from accelerator import DEVICE, GPU
 from ritocco.noise import normal as philox_normal
+from ritocco.pixels import from_model, masked_to_model, pasted
 from ritocco_kernels.add_bias import ADD_BIAS
 from ritocco_kernels.add_layernorm import ADD_LAYERNORM
 from ritocco_kernels.geglu import GEGLU
 from ritocco_kernels.groupnorm_silu import GROUPNORM, GROUPNORM_SILU, SHIFTED_GROUPNORM_SILU
 from ritocco_kernels.guided_step import NUMBERS, guided_step_reference
+from ritocco_kernels.model_pixels import from_model_pixels_reference, to_model_pixels_reference
 from ritocco_kernels.ops import REFERENCE, Ops
 
 pytest.importorskip("triton")
@@ -174,6 +176,90 @@ def test_guided_step(dtype: torch.dtype, layout: Callable[[Tensor], Tensor]) -> 
     assert given["broken"].tolist() == [-1, -1, -1]
 
 
+PICTURES = [(1, 5, 7), (2, 24, 48), *([(1, 512, 512), (4, 1024, 768)] if GPU else [])]
+
+
+def pictures(n: int, height: int, width: int) -> tuple[Tensor, Tensor]:
+    """uint8 [N,H,W,3] and bool [N,H,W]."""
+    held = torch.randint(0, 256, (n, height, width, 4), generator=torch.Generator().manual_seed(16))
+    return held[..., :3].to(DEVICE, torch.uint8).contiguous(), held[..., 3].to(DEVICE) > 99
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", PICTURES, ids=str)
+def test_to_model_pixels(dtype: torch.dtype, shape: tuple[int, int, int]) -> None:
+    from ritocco_kernels.fused.model_pixels import to_model_pixels
+
+    pixels, mask = pictures(*shape)
+    for hidden in (None, mask):
+        result = to_model_pixels(pixels, hidden, dtype)
+        assert result.is_contiguous(memory_format=torch.channels_last)
+        wanted = to_model_pixels_reference(pixels, hidden, torch.float32)
+        host = np.stack([
+            masked_to_model(one.cpu().numpy(), None if hidden is None else mask[i].cpu().numpy())[0]
+            for i, one in enumerate(pixels)
+        ])  # fmt: skip
+        np.testing.assert_array_equal(wanted.cpu().numpy(), host)
+        if dtype == torch.bfloat16 and not GPU:  # the interpreter cuts bfloat16 off
+            assert (result.float() - wanted).abs().max() <= torch.finfo(dtype).eps
+        else:
+            assert torch.equal(result, wanted.to(dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", PICTURES, ids=str)
+def test_from_model_pixels(dtype: torch.dtype, shape: tuple[int, int, int]) -> None:
+    """Bit for bit what the host makes: kept pixels, halves and what is out of range too."""
+    from ritocco_kernels.fused.model_pixels import from_model_pixels
+
+    n, height, width = shape
+    decoded = 1.3 * drawn(n, 3, height, width, seed=17)
+    decoded.view(-1)[:9] = torch.tensor(
+        [(2 * k + 1) / 255 - 1 for k in (0, 1, 2, 126, 127, 128, 253, 254, -1)]
+    )
+    decoded = nhwc(decoded.to(dtype))
+    (pixels, *_), (mask, *_) = pictures(*shape)
+    for kept in ((None, None), (pixels, mask)):
+        made, broken = from_model_pixels(decoded, *kept)
+        wanted, finite = from_model_pixels_reference(decoded, *kept)
+        assert torch.equal(made, wanted)
+        assert bool(finite)
+        assert broken.tolist() == [0]
+        host = None if kept[0] is None else (pixels.cpu().numpy(), mask.cpu().numpy())
+        np.testing.assert_array_equal(
+            made.cpu().numpy(), pasted(from_model(decoded.float().cpu().numpy()), host)
+        )
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_from_model_pixels_sees_what_is_not_finite(bad: float) -> None:
+    from ritocco_kernels.fused.model_pixels import from_model_pixels
+
+    decoded = nhwc(drawn(2, 3, 24, 48, seed=18, dtype=torch.float16))
+    decoded[1, 2, 23, 47] = bad
+    assert from_model_pixels(decoded, None, None)[1].tolist() == [1]
+    assert not bool(from_model_pixels_reference(decoded, None, None)[1])
+
+
+@pytest.mark.parametrize("index", range(6))
+def test_pictures_of_other_kinds_are_refused(index: int) -> None:
+    from ritocco_kernels.fused.model_pixels import from_model_pixels, to_model_pixels
+
+    pixels, mask = pictures(2, 4, 6)
+    decoded = nhwc(drawn(2, 3, 4, 6, seed=19))
+    cases: list[tuple[str, Callable[[], object]]] = [
+        ("pixels is torch.float32", lambda: to_model_pixels(pixels.float(), None, torch.float16)),
+        ("pixels is torch.uint8", lambda: to_model_pixels(pixels.transpose(1, 2), None, torch.float16)),
+        ("mask is torch.bool", lambda: to_model_pixels(pixels, mask[:1], torch.float16)),
+        ("decoded of shape", lambda: from_model_pixels(decoded.contiguous(), None, None)),
+        ("pixels and mask go together", lambda: from_model_pixels(decoded, pixels[0], None)),
+        ("mask is torch.uint8", lambda: from_model_pixels(decoded, pixels[0], mask[0].to(torch.uint8))),
+    ]  # fmt: skip
+    words, call = cases[index]
+    with pytest.raises(ValueError, match=words):
+        call()
+
+
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, in the interpreter
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 def test_guided_step_records_the_first_broken_row(bad: float) -> None:
@@ -221,7 +307,10 @@ def test_operations_are_registered_as_torch_takes_them(fused: Ops) -> None:
     from ritocco_kernels.fused.geglu import geglu
     from ritocco_kernels.fused.groupnorm_silu import groupnorm_op
     from ritocco_kernels.fused.guided_step import guided_step
+    from ritocco_kernels.fused.model_pixels import from_model_pixels, to_model_pixels
 
+    pixels, mask = pictures(2, 4, 6)
+    decoded = nhwc(drawn(2, 3, 4, 6, seed=4))
     image, vector, tokens = nhwc(drawn(2, 8, 4, 5, seed=1)), drawn(8, seed=2), drawn(2, 6, 8, seed=3)
     torch.use_deterministic_algorithms(False)
     # The interpreter reads memory, which fake tensors have not.
@@ -233,6 +322,10 @@ def test_operations_are_registered_as_torch_takes_them(fused: Ops) -> None:
         (add_layernorm, (tokens, tokens.clone(), vector, vector, 1e-5)),
         (add_bias, (image, vector, image.clone())),
         (guided_step, tuple(guided_inputs(torch.float32)[0].values())),
+        (to_model_pixels, (pixels, mask, torch.float16)),
+        (to_model_pixels, (pixels, None, torch.float32)),
+        (from_model_pixels, (decoded, pixels[0], mask[0])),
+        (from_model_pixels, (decoded, None, None)),
     ):
         done = torch.library.opcheck(op, arguments, test_utils=checks)
         assert set(done.values()) == {"SUCCESS"}

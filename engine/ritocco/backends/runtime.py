@@ -9,6 +9,7 @@ from typing import Protocol, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from ritocco.pixels import Kept, Mask, Pixels
 from ritocco.steps import StepTable
 
 Floats: TypeAlias = npt.NDArray[np.float32]
@@ -101,8 +102,17 @@ class Runtime(Protocol):
     def encode_image(self, pixels: Floats) -> Floats:
         """float32 [N,3,H,W] in [-1,1] -> float32 [N,4,H/8,W/8]: the posterior's mean, scaled for the UNet."""
 
+    def encode_pixels(self, pixels: Pixels, mask: Mask | None) -> Floats:
+        """A picture uint8 [H,W,3], mid grey where the mask (bool [H,W]) is true -> float32 [1,4,H/8,W/8]."""
+
     def decode(self, latents: Floats) -> Floats:
         """float32 [N,4,h,w] -> float32 [N,3,8h,8w], about [-1,1]."""
+
+    def decode_pixels(self, latents: Floats, kept: Kept | None) -> Pixels:
+        """float32 [N,4,h,w] -> uint8 [N,8h,8w,3], with the kept pixels in their place.
+
+        Raises NonFiniteError, with step -1, where the decoder gives NaN or infinity.
+        """
 
     def open(self, size: LatentSize, capacity: int) -> Batch:
         """A Batch for lanes of one size."""

@@ -14,6 +14,7 @@ from ritocco.backends.network import NetworkBatch
 from ritocco.backends.runtime import Floats, LatentSize, Tokens, Traits
 from ritocco.errors import BackendError
 from ritocco.nets.io import GraphName, NetworkIO, Ranges
+from ritocco.pixels import Kept, Mask, Pixels, from_model, masked_to_model, pasted
 
 Arrays = Mapping[str, npt.NDArray[Any]]
 
@@ -75,6 +76,14 @@ class SessionRuntime:
         latents = np.concatenate([self._call("vae_encoder", one[None]) for one in pixels])
         # Optimum's graph gives mean and log variance; the mean is the first half.
         return latents[:, : self._artefacts.vae.latent_channels] * np.float32(self._scaling)
+
+    def encode_pixels(self, pixels: Pixels, mask: Mask | None) -> Floats:
+        """See `Runtime`."""
+        return self.encode_image(masked_to_model(pixels, mask))
+
+    def decode_pixels(self, latents: Floats, kept: Kept | None) -> Pixels:
+        """See `Runtime`."""
+        return pasted(from_model(self.decode(latents)), kept)
 
     def decode(self, latents: Floats) -> Floats:
         """See `Runtime`. One picture at a time: the activations of a picture set the peak."""

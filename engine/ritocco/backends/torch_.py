@@ -9,6 +9,7 @@ from math import prod
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
@@ -22,6 +23,7 @@ from ritocco.nets.text_encoder import TextEncoder
 from ritocco.nets.unet import UNet
 from ritocco.nets.vae import VAE
 from ritocco.parameters import place
+from ritocco.pixels import Kept, Mask, Pixels, from_model, masked_to_model, not_finite, pasted
 from ritocco.shown import said
 
 if TYPE_CHECKING:
@@ -91,13 +93,34 @@ class TorchRuntime:
         with self.path.active(self.device), _memory_for("encoding a picture", self.device):
             return np.concatenate([_to_host(self._encode_mean(self._image(one))) for one in pixels])
 
+    def encode_pixels(self, pixels: Pixels, mask: Mask | None) -> Floats:
+        """See `Runtime`. Where kernels run, the picture crosses as bytes."""
+        if not self.path.kernels:
+            return self.encode_image(masked_to_model(pixels, mask))
+        from ritocco_kernels.fused.model_pixels import to_model_pixels
+
+        with self.path.active(self.device), _memory_for("encoding a picture", self.device):
+            hidden = None if mask is None else self._bytes(mask[None])
+            model = to_model_pixels(self._bytes(pixels[None]), hidden, self.dtype)
+            return _to_host(self._encode_mean(model))
+
     def decode(self, latents: Floats) -> Floats:
         """See `Runtime`. One picture at a time: the activations of a picture set the peak."""
         with self.path.active(self.device), _memory_for("decoding a picture", self.device):
-            if not self._decodes:
-                place(self.vae, device=self.device, dtype=self.dtype)
-                self._decodes = True
-            return np.concatenate([_to_host(self._decode(self._image(one))) for one in latents])
+            return np.concatenate([_to_host(self._decoded(one)) for one in latents])
+
+    def decode_pixels(self, latents: Floats, kept: Kept | None) -> Pixels:
+        """See `Runtime`. Where kernels run, the pictures cross as bytes."""
+        if not self.path.kernels:
+            return pasted(from_model(self.decode(latents)), kept)
+        from ritocco_kernels.fused.model_pixels import from_model_pixels
+
+        with self.path.active(self.device), _memory_for("decoding a picture", self.device):
+            held = (None, None) if kept is None else tuple(self._bytes(one) for one in kept)
+            made = [from_model_pixels(self._decoded(one), *held) for one in latents]
+            if any(int(broken) for _, broken in made):
+                raise not_finite()
+            return np.concatenate([picture.cpu().numpy() for picture, _ in made])
 
     def open(self, size: LatentSize, capacity: int) -> TorchBatch:
         """See `Runtime`."""
@@ -113,6 +136,16 @@ class TorchRuntime:
         self._encode_text = Replayed(self._encode_text, capture)
         self._encode_mean = Replayed(self._encode_mean, capture)
         self._decode = Replayed(self._decode, capture)
+
+    def _decoded(self, latents: Floats) -> Tensor:
+        """Of one picture: [1,3,H,W]."""
+        if not self._decodes:
+            place(self.vae, device=self.device, dtype=self.dtype)
+            self._decodes = True
+        return self._decode(self._image(latents))
+
+    def _bytes(self, array: npt.NDArray[Any]) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(array)).to(self.device)
 
     def _image(self, array: Floats) -> Tensor:
         return to_device(array[None], self.device, self.dtype).to(memory_format=self.layout)
