@@ -1,20 +1,23 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, in stages that each end within 8 minutes:
-#   benchmarks/gpu_suite.sh [--out FOLDER] [--model FOLDER] STAGE...
-# Stages: tests, kernels, ladder, peers (diffusers eager), compiled (and compiled). Rows go into FOLDER, by default
-# benchmarks/results: of kernels and the ladder at once, of the peers when the stage is done. Needs torch with CUDA
-# and Triton; `peers` and `compiled` also diffusers and transformers.
+#   benchmarks/gpu_suite.sh [--out FOLDER] [--model FOLDER] [--outputs N] STAGE...
+# Stages: tests, kernels, ladder, peers (diffusers eager), compiled (and torch.compile in its default mode), autotuned
+# (and max-autotune). Rows go into FOLDER, by default benchmarks/results: of kernels and the ladder at once, of the
+# peers when the stage is done; --outputs, of the stages after it, is how many pictures a request asks for. Needs torch
+# with CUDA and Triton; the peers also diffusers and transformers.
 # No network; works from the sources.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 export PYTHONPATH="engine:kernels:export:benchmarks:tests${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 out=benchmarks/results
 model=.cache/bench/full
+outputs=1
 status=0
 while [ $# -gt 0 ]; do
     case "$1" in
     --out) out=$2; shift 2 ;;
     --model) model=$2; shift 2 ;;
+    --outputs) outputs=$2; shift 2 ;;
     tests)
         python3 -m pytest -q -m gpu -p no:cacheprovider tests/kernels tests/engine/test_fast_path.py || status=1
         shift ;;
@@ -26,10 +29,12 @@ while [ $# -gt 0 ]; do
             python3 -m ritocco_bench.ladder --model "$model" --out "$out/ladder.jsonl" \
                 --profile "$out/profile.txt" || status=1
         shift ;;
-    peers | compiled)
+    peers | compiled | autotuned)
+        peers=""
+        [ "$1" = peers ] || peers=diffusers-$1
         python3 -m ritocco_bench make-folder --out "$model" &&
             python3 -m ritocco_bench steps --model "$model" --device cuda --steps 25 --pairs 1 --runs 7 --warm 3 \
-                --peers "$([ "$1" = compiled ] && echo compiled)" --out "$out/$1.jsonl" || status=1
+                --outputs "$outputs" --peers "$peers" --out "$out/$1.jsonl" || status=1
         shift ;;
     *) echo "unknown stage: $1" >&2; exit 2 ;;
     esac

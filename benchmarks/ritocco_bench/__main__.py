@@ -18,14 +18,16 @@ from ritocco.checkpoint import fingerprint, open_checkpoint
 from ritocco.device import DTYPES, choose
 from ritocco.errors import RitoccoError
 from ritocco.loading import load, pocket_model
+from ritocco_bench.asked import DIFFUSERS_CLASSES
 from ritocco_bench.cases import Bench, BenchError, backends, execute, hoisted, startup, steps
+from ritocco_bench.ceilings import ceilings
 from ritocco_bench.environment import Environment, environment
 from ritocco_bench.folder import SIZES, make_folder
 from ritocco_bench.parity import ParityError, compare, gate
 from ritocco_bench.parity_report import parity_report
 from ritocco_bench.report import Row, append_rows, table
 from ritocco_bench.summary import markdown, plots, read
-from ritocco_bench.variants import DIFFUSERS_CLASSES, PAIR
+from ritocco_bench.variants import PAIR, VARIANTS
 from ritocco_bench.worker import Job
 
 WORK = Path(".cache/bench")
@@ -33,6 +35,10 @@ RESULTS = Path("benchmarks/results")
 COMMANDS = ("startup", "steps", "both", "backends", "hoisted", "parity", "report", "make-folder")
 ON_GRAPHS = ("backends", "hoisted")
 LEAST_STEPS = 4
+_PEERS = (
+    *(name for name in VARIANTS if name not in PAIR),
+    *(f"ritocco-{name}" for name in SESSION_BACKENDS),
+)
 PEER = ("diffusers", "transformers")
 
 
@@ -80,7 +86,8 @@ def _measure(arguments: argparse.Namespace) -> None:
         outputs=arguments.outputs,
         runs=arguments.runs,
         warm=arguments.warm or (3 if choice.device.type == "cuda" else 1),
-        variants=(*PAIR, *(f"diffusers-{peer}" for peer in arguments.peers.split(",") if peer)),
+        variants=(*PAIR, *_peers(arguments.peers)),
+        backend=arguments.backend,
     )
     env = environment(bench.device)
     _say(f"{bench.model} on {env.machine}, {env.cores} cores; {choice.reasons[-1]}")
@@ -96,7 +103,8 @@ def _measure(arguments: argparse.Namespace) -> None:
     if arguments.command in ("startup", "both"):
         rows += startup(bench, parity, env, run=execute, say=_say)
     if arguments.command in ("steps", "both"):
-        rows += steps(bench, parity, env, run=execute, say=_say)
+        machine = ceilings(bench.device, bench.dtype)
+        rows += steps(bench, env, machine=machine, run=execute, say=_say)
     _finish(arguments, rows, full=full)
 
 
@@ -195,6 +203,18 @@ def _model(arguments: argparse.Namespace) -> Path:
     return embedded if (embedded / "model_index.json").is_file() else make_folder(WORK / "tiny", "tiny")
 
 
+def _peers(text: str) -> tuple[str, ...]:
+    """Raises BenchError for one that is unknown, or whose packages are missing."""
+    names = tuple(dict.fromkeys(filter(None, text.split(","))))
+    for name in names:
+        if name not in _PEERS:
+            raise BenchError(f"--peers has {name!r}; it takes {', '.join(_PEERS)}")
+        needs = VARIANTS[name].needs if name in VARIANTS else ()
+        if missing := [package for package in needs if not installed(package)]:
+            raise BenchError(f"--peers has {name}, and {' and '.join(missing)} is not installed")
+    return names
+
+
 def _say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
@@ -227,7 +247,8 @@ def _parser(prog: str) -> argparse.ArgumentParser:
         case.add_argument("--outputs", type=int, default=1, help="for steps and hoisted; default %(default)s")
         case.add_argument("--runs", type=int, default=1, help="for steps: measured requests of each process")
         case.add_argument("--warm", type=int, help="for steps: requests before them; default 1, on CUDA 3")
-        case.add_argument("--peers", default="", help="for steps: compiled, autotuned, or both with a comma")
+        case.add_argument("--peers", default="", help=f"for steps, with commas: {', '.join(_PEERS)}")
+        case.add_argument("--backend", default="torch", help="for steps: of ritocco; default %(default)s")
         case.add_argument("--out", type=Path, help="JSONL file; default benchmarks/results/, quick .cache/")
     return parser
 

@@ -15,10 +15,15 @@ from pathlib import Path
 
 import numpy as np
 
+from ritocco.backends import SESSION_BACKENDS
+from ritocco.checkpoint import open_checkpoint
+from ritocco_bench.asked import PHASES
+from ritocco_bench.ceilings import Ceilings
 from ritocco_bench.environment import Environment
+from ritocco_bench.flops import flops
 from ritocco_bench.parity import Execute, Parity, distance
 from ritocco_bench.report import Row
-from ritocco_bench.variants import PAIR, PHASES
+from ritocco_bench.variants import PAIR, VARIANTS
 from ritocco_bench.worker import Job, Result
 
 Say = Callable[[str], None]
@@ -36,7 +41,7 @@ class Bench:
     """What is measured, where, how often.
 
     pairs: processes of each variant. runs: measured requests in each, after `warm` others. variants: beside
-    each other, ritocco first.
+    each other, ritocco first: names of VARIANTS, or `ritocco-` and a backend. backend: of `ritocco` itself.
     """
 
     model: Path
@@ -49,15 +54,22 @@ class Bench:
     runs: int = 1
     warm: int = 1
     variants: tuple[str, ...] = PAIR
+    backend: str = "torch"
 
     def __post_init__(self) -> None:
         if self.pairs < 1:
             raise BenchError(f"pairs is {self.pairs}; it must be at least 1")
+        for name in self.variants:
+            if name not in VARIANTS and name.removeprefix("ritocco-") not in SESSION_BACKENDS:
+                known = (*VARIANTS, *(f"ritocco-{backend}" for backend in SESSION_BACKENDS))
+                raise BenchError(f"{name} is no variant; known are {', '.join(known)}")
 
     def job(self, variant: str) -> Job:
         """The measured job of one variant."""
+        backend = variant.removeprefix("ritocco-") if variant not in VARIANTS else self.backend
         return Job(
-            variant=variant,
+            variant=variant if variant in VARIANTS else "ritocco",
+            backend=backend,
             model=str(self.model),
             device=self.device,
             dtype=self.dtype,
@@ -106,29 +118,55 @@ def startup(
 
 
 def steps(
-    bench: Bench, parity: Parity, env: Environment, *, run: Execute = execute, say: Say = print
+    bench: Bench, env: Environment, *, machine: Ceilings, run: Execute = execute, say: Say = print
 ) -> list[Row]:
-    """Seconds of each phase of a request, after the warm-up (see `Job`), and the process's peak.
+    """Every variant on the same weights: start, first picture, seconds and peak of each phase after that.
 
-    The peak includes loading. The processes take turns, ritocco first. parity: of `gate`. Raises BenchError.
+    The processes take turns, ritocco first. Before them diffusers paints the measured request in float32, and
+    what each process paints last must lie within LEAST_PSNR_DB of that. `step` is the loop's mean. machine:
+    what the device can do, for the rows. Raises ParityError and BenchError.
     """
+    work = flops(open_checkpoint(bench.model), size=bench.size, outputs=bench.outputs)
+    work["denoise"] = bench.steps * work["step"]
     taken: dict[tuple[str, str], list[float]] = {}
-    peaks: dict[str, int | None] = {}
-    for pair in range(bench.pairs):
+    peaks: dict[tuple[str, str], int] = {}
+    found: dict[str, Parity] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "decoded.npy"
+        exact = replace(bench.job("diffusers-float32"), until="picture", warm=0, runs=1, decoded=str(file))
+        run(exact)
+        truth = np.load(file)
         for variant in bench.variants:
-            result, _ = run(bench.job(variant))
-            for seconds in result.seconds:
-                for phase in PHASES:
-                    taken.setdefault((variant, phase), []).append(seconds[phase])
-                taken.setdefault((variant, "total"), []).append(math.fsum(seconds[p] for p in PHASES))
-            if result.peak_bytes is not None:
-                peaks[variant] = max(peaks.get(variant) or 0, result.peak_bytes)
-            say(f"steps {pair + 1}/{bench.pairs} {variant}: {taken[variant, 'total'][-1]:.2f} s")
+            if variant not in VARIANTS or not VARIANTS[variant].timed_start:
+                say(f"steps {variant}: its graphs are made, where they are not there")
+                run(replace(bench.job(variant), until="loaded"))
+        for pair in range(bench.pairs):
+            for variant in bench.variants:
+                job = replace(bench.job(variant), until="picture", decoded=str(file), peaks=pair == 0)
+                result, started = run(job)
+                found[variant] = distance(np.load(file), truth, least_db=LEAST_PSNR_DB, name=variant)
+                if variant not in VARIANTS or VARIANTS[variant].timed_start:
+                    taken.setdefault((variant, "load"), []).append(result.loaded - started)
+                    taken.setdefault((variant, "first_picture"), []).append(result.stepped - started)
+                for seconds in result.seconds:
+                    held = {**seconds, "step": seconds["denoise"] / bench.steps}
+                    held["total"] = math.fsum(seconds[phase] for phase in PHASES)
+                    for phase, one in held.items():
+                        taken.setdefault((variant, phase), []).append(one)
+                for phase, most in {**result.peaks, "total": result.peak_bytes or 0}.items():
+                    peaks[variant, phase] = max(peaks.get((variant, phase), 0), most)
+                say(f"steps {pair + 1}/{bench.pairs} {variant}: {taken[variant, 'total'][-1]:.2f} s")
     case = f"{bench.size}x{bench.size}-{bench.steps}steps-{bench.outputs}x"
-    return [
-        _row(case, bench, key, seconds, peaks.get(key[0]) if key[1] == "total" else None, parity, env)
-        for key, seconds in taken.items()
-    ]
+    rows = []
+    for key, each in taken.items():
+        held_dtype = (VARIANTS[key[0]].dtype if key[0] in VARIANTS else "") or bench.dtype
+        row = _row(
+            case, replace(bench, dtype=held_dtype), key, each, peaks.get(key) or None, found[key[0]], env
+        )
+        if key[1] in work:
+            row = replace(row, flop=work[key[1]], matmul_flop_per_s=machine.matmul_flop_per_s)
+        rows.append(replace(row, copy_bytes_per_s=machine.copy_bytes_per_s))
+    return rows
 
 
 def backends(

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ritocco_bench.variants import SCHEDULER
+from ritocco_bench.asked import SCHEDULER
 from ritocco_bench.worker import Job, Result
 
 Execute = Callable[[Job], tuple[Result, float]]

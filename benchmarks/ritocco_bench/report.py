@@ -6,7 +6,7 @@ import json
 import math
 import statistics
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,9 @@ class Row:
 
     each_ms: the raw samples, in the order they were taken: a variant's n-th belongs to its peer's n-th.
     peak_bytes: of the whole process, resident (CUDA: allocated); None where a phase has no peak of its own.
-    parity_error, parity_psnr_db: of the gate that was passed, see `parity.Parity`.
+    parity_error, parity_psnr_db: of the gate that was passed, see `parity.Parity`. flop: what the phase has
+    to compute, as everybody counts it. matmul_flop_per_s, copy_bytes_per_s: what the machine reached in the
+    same run, see `ceilings.Ceilings`; None in phases, and rows, without.
     """
 
     case: str
@@ -37,6 +39,14 @@ class Row:
     parity_error: float
     parity_psnr_db: float
     environment: Environment
+    flop: float | None = None
+    matmul_flop_per_s: float | None = None
+    copy_bytes_per_s: float | None = None
+
+    @property
+    def flop_per_s(self) -> float | None:
+        """What was reached, by the median."""
+        return None if self.flop is None or not self.p50_ms else 1000 * self.flop / self.p50_ms
 
     def to_json(self) -> str:
         """One line of JSON."""
@@ -46,7 +56,9 @@ class Row:
     def from_json(cls, line: str) -> Row:
         """The row that `to_json` wrote. Raises ValueError that names what is missing or unknown."""
         held: dict[str, Any] = json.loads(line)
-        if differing := {field.name for field in fields(cls)} ^ held.keys():
+        needed = {field.name for field in fields(cls) if field.default is MISSING}
+        unknown = held.keys() - {field.name for field in fields(cls)}
+        if differing := (needed - held.keys()) | unknown:
             raise ValueError(f"not a row of this version: {', '.join(sorted(differing))}")
         environment = Environment(**held.pop("environment"))
         return cls(**{**held, "each_ms": tuple(held["each_ms"])}, environment=environment)
@@ -61,12 +73,25 @@ def append_rows(file: Path, rows: Iterable[Row]) -> None:
 
 def table(rows: Sequence[Row]) -> str:
     """Rows as aligned text; below it the ratios of each phase: diffusers over ritocco, plain over hoisted."""
-    head = ("case", "variant", "phase", "p50 s", "p20 s", "p80 s", "min s", "max s", "n", "peak MiB")
+    head = (
+        "case",
+        "variant",
+        "phase",
+        "p50 s",
+        "p20 s",
+        "p80 s",
+        "min s",
+        "max s",
+        "n",
+        "peak MiB",
+        "GFLOP/s",
+    )
     lines: list[tuple[str, ...]] = [head]
     for row in rows:
         seconds = (row.p50_ms, row.p20_ms, row.p80_ms, min(row.each_ms), max(row.each_ms))
         peak = "" if row.peak_bytes is None else f"{row.peak_bytes / 2**20:.0f}"
-        numbers = (*(f"{one / 1000:.3f}" for one in seconds), str(row.samples), peak)
+        rate = "" if row.flop_per_s is None else f"{row.flop_per_s / 1e9:.0f}"
+        numbers = (*(f"{one / 1000:.3f}" for one in seconds), str(row.samples), peak, rate)
         lines.append((row.case, row.variant, row.phase, *numbers))
     widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
     text = [

@@ -8,9 +8,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ritocco_bench.asked import PHASES
 from ritocco_bench.cases import BenchError
 from ritocco_bench.report import Row, ratios
-from ritocco_bench.variants import PHASES
 
 Held = Mapping[str, Any]
 
@@ -128,8 +128,8 @@ def _section(group: Sequence[Row]) -> str:
         f"{env.machine}, {env.cores} cores; torch {env.versions.get('torch', '')}; sources "
         f"{env.git_sha[:12]}{env.git_sha[40:]}; {env.utc}. Gate: {first.parity_psnr_db:.1f} dB.",
         "",
-        "| variant | phase | median | 20 to 80 % | n | over ritocco | at most |",
-        "|---|---|---|---|---|---|---|",
+        "| variant | phase | median | 20 to 80 % | n | over ritocco | at most | FLOP/s | of a product's |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in group:
         base = ours.get(row.phase)
@@ -138,7 +138,8 @@ def _section(group: Sequence[Row]) -> str:
             over = f"{statistics.median(ratios(base, row)):.2f}"
         peak = "" if row.peak_bytes is None else f"{row.peak_bytes / 2**20:.0f} MiB"
         spread = f"{_time(row.p20_ms)} to {_time(row.p80_ms)}"
-        cells = (row.variant, row.phase, _time(row.p50_ms), spread, str(row.samples), over, peak)
+        rate, share = _rate(row)
+        cells = (row.variant, row.phase, _time(row.p50_ms), spread, str(row.samples), over, peak, rate, share)
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -179,6 +180,15 @@ def _kernels(held: Sequence[Held]) -> str:
         cells = (one["op"], shape, one["dtype"], _time(kernel), _time(reference), f"{one['bytes']:,}")
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _rate(row: Row) -> tuple[str, str]:
+    """FLOP per second, and their share of what a large product reached in the same run."""
+    if row.flop_per_s is None:
+        return "", ""
+    rate = row.flop_per_s
+    text = f"{rate / 1e12:.3g} T" if rate >= 1e12 else f"{rate / 1e9:.3g} G"
+    return text, f"{rate / row.matmul_flop_per_s:.0%}" if row.matmul_flop_per_s else ""
 
 
 def _time(milliseconds: float) -> str:

@@ -8,16 +8,19 @@ import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from ritocco_bench.variants import VARIANTS, exact_float32, synchronize
+from ritocco_bench.asked import exact_float32, synchronize
+from ritocco_bench.peaks import Peaks, peak_bytes
+from ritocco_bench.variants import described
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Job:
     """What one process does.
 
-    until: `first_step` of a fresh process; its first `picture`, then `runs` more; or `end`, `runs` times
-    after a warm-up of one step, or of `warm` whole requests where those are more than one. schedulers: in
-    place of `runs`, one run with each. size: height and width in pixels. decoded: where the last run's
+    until: `loaded`; `first_step` of a fresh process; `picture`, its first one, more up to `warm`, then
+    `runs`; or `end`, `runs` times after a warm-up of one step, or of `warm` whole requests where those are
+    more than one. peaks: whether one more run looks at each phase's memory. schedulers: in place of `runs`,
+    one run with each. size: height and width in pixels. decoded: where the last run's
     decoded floats go, those of each scheduler, as .npy; or empty.
     """
 
@@ -35,18 +38,21 @@ class Job:
     decoded: str = ""
     schedulers: tuple[str, ...] = ()
     backend: str = "torch"
+    peaks: bool = False
 
 
 @dataclass(kw_only=True, slots=True)
 class Result:
     """What a process reports. loaded, stepped: `time.time()`; of the first step or picture.
 
-    seconds: a dict of phases for each run."""
+    seconds: a dict of phases for each run. peaks: phase -> most memory in it.
+    """
 
     loaded: float
     stepped: float = 0.0
     seconds: list[dict[str, float]] = field(default_factory=list)
     peak_bytes: int | None = None
+    peaks: dict[str, int] = field(default_factory=dict)
 
 
 class _Reached(Exception):  # noqa: N818 - no error
@@ -55,10 +61,10 @@ class _Reached(Exception):  # noqa: N818 - no error
 
 def perform(job: Job) -> Result:
     """Do a job in this process. Raises ValueError for a variant that is not one of `VARIANTS`."""
-    if job.variant not in VARIANTS:
-        raise ValueError(f"variant is {job.variant!r}; it must be one of {', '.join(VARIANTS)}")
-    side = VARIANTS[job.variant](job)
+    side = described(job.variant).load(job)
     result = Result(loaded=time.time())
+    if job.until == "loaded":
+        return result
     if job.dtype == "float32":
         exact_float32(job.device)
     if job.until == "first_step":
@@ -72,9 +78,10 @@ def perform(job: Job) -> Result:
             side.run(job.steps, reached)
         except _Reached:
             return result
-    for _ in range(job.warm):
+    for index in range(job.warm):
         side.run(job.steps if job.until == "picture" or job.warm > 1 else 1, lambda: None)
-    result.stepped = time.time()
+        if index == 0:
+            result.stepped = time.time()
     if job.schedulers:
         import numpy as np
 
@@ -86,24 +93,15 @@ def perform(job: Job) -> Result:
         return result
     result.seconds = [side.run(job.steps, lambda: None) for _ in range(job.runs)]
     result.peak_bytes = peak_bytes(job.device)
+    if job.peaks:
+        side.peaks = Peaks(job.device)
+        side.run(job.steps, lambda: None)
+        result.peaks = side.peaks.held
     if job.decoded:
         import numpy as np
 
         np.save(job.decoded, side.decoded)
     return result
-
-
-def peak_bytes(device: str) -> int | None:
-    """Most memory of this process so far: allocated on a GPU, else resident; None where unknown (Windows)."""
-    if device.startswith("cuda"):
-        import torch
-
-        return torch.cuda.max_memory_allocated(device)
-    status = Path("/proc/self/status")
-    if status.is_file():  # `ru_maxrss` of a child begins with its parent's
-        lines = status.read_text(encoding="utf-8").splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
-    return None
 
 
 def main() -> None:

@@ -13,10 +13,11 @@ from typer.testing import CliRunner
 from made_rows import in_process, row
 from ritocco.cli import _add_plugins, app
 from ritocco_bench import __main__ as command
-from ritocco_bench import folder, parity, summary, variants, worker
+from ritocco_bench import asked, folder, ours, parity, summary, worker
 from ritocco_bench.cases import BenchError
 from ritocco_bench.environment import Environment
 from ritocco_bench.parity_report import parity_report
+from ritocco_bench.variants import PAIR
 
 ENVIRONMENT = Environment(
     machine="A machine", cores=2, driver="", versions={"torch": "2", "none": ""}, git_sha="a" * 40, utc="now"
@@ -39,7 +40,7 @@ def job(model: Path, **changes: Any) -> worker.Job:
         dtype="bfloat16",
         size=64,
         steps=4,
-        schedulers=tuple(variants.DIFFUSERS_CLASSES),
+        schedulers=tuple(asked.DIFFUSERS_CLASSES),
     )
     return replace(made, **changes)
 
@@ -56,7 +57,7 @@ def test_ritocco_bench_is_the_harness() -> None:
 def test_every_scheduler_is_held_beside_diffusers(tmp_path: Path) -> None:
     model = folder.make_folder(tmp_path / "tiny", "tiny")
     found = parity.compare(job(model), in_process)
-    assert [one.scheduler for one in found] == list(variants.DIFFUSERS_CLASSES)
+    assert [one.scheduler for one in found] == list(asked.DIFFUSERS_CLASSES)
     assert all(one.problem is None and one.error < 1e-4 and one.ours_db > 20 for one in found), found
     text = parity_report(found, job(model), ENVIRONMENT, model="tiny", version="b" * 64)
     assert text.count("the same picture") == 6
@@ -69,15 +70,15 @@ def test_another_picture_turns_the_report_red(
 ) -> None:
     model = folder.make_folder(tmp_path / "tiny", "tiny")
 
-    def broken(self: variants.Ritocco, steps: int, on_step: Any, scheduler: str = "DDIM") -> dict[str, float]:
+    def broken(self: ours.Ritocco, steps: int, on_step: Any, scheduler: str = "DDIM") -> dict[str, float]:
         seconds: dict[str, float] = honest(self, steps, on_step, scheduler)
         if scheduler == "PNDM":
             assert self.decoded is not None
             self.decoded = self.decoded * 1.01
         return seconds
 
-    honest = variants.Ritocco.run
-    monkeypatch.setattr(variants.Ritocco, "run", broken)
+    honest = ours.Ritocco.run
+    monkeypatch.setattr(ours.Ritocco, "run", broken)
     monkeypatch.setattr(command, "execute", in_process)
     asked = ["parity", "--model", str(model), "--size", "64", "--dtype", "float32"]
     assert command.main(asked) == 1
@@ -113,11 +114,11 @@ def test_a_report_has_every_row_and_their_ratios(tmp_path: Path) -> None:
 
 def test_plots_are_pictures_of_each_run(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    rows = [row(name, phase) for name in variants.PAIR for phase in (*variants.PHASES, "total")]
+    rows = [row(name, phase) for name in PAIR for phase in (*asked.PHASES, "total")]
     files = summary.plots(rows, [RUNG], tmp_path / "plots")
     assert len(files) == 2
     assert all(file.read_bytes().startswith(b"\x89PNG") for file in files)
-    assert summary._bars_of(rows)["ritocco"] == dict.fromkeys(variants.PHASES, 20.0)
+    assert summary._bars_of(rows)["ritocco"] == dict.fromkeys(asked.PHASES, 20.0)
 
 
 @pytest.mark.parametrize("line", ["", "[]", "{", '{"case": "x"}', '"rung"', "1"])

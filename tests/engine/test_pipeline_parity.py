@@ -25,7 +25,7 @@ from ritocco import Engine
 from ritocco.backends.runtime import Floats
 from ritocco.noise import normal
 from ritocco.schedules import SCHEDULERS
-from ritocco_bench.variants import DIFFUSERS_CLASSES
+from ritocco_bench.asked import DIFFUSERS_CLASSES
 
 # Decoded floats, about [-1, 1], float32 on both sides. Measured on the tiny model: at most 1e-5.
 TOLERANCE = 1e-4

@@ -24,7 +24,7 @@ import torch
 from ritocco.errors import CheckpointError, RequestError
 from ritocco.scheduler_config import settings
 from ritocco.schedules import NO_HISTORY, SCHEDULERS, StepTable, advance, build
-from ritocco_bench.variants import DIFFUSERS_CLASSES
+from ritocco_bench.asked import DIFFUSERS_CLASSES
 
 F64 = npt.NDArray[np.float64]
 DOWNCASTING = ("euler_discrete", "euler_ancestral_discrete", "dpmsolver_multistep")
