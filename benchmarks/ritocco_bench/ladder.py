@@ -37,7 +37,9 @@ RUNGS: tuple[tuple[str, dict[str, bool]], ...] = (
     ("packed", {"packed": True}),
     ("kernels", {"kernels": True}),
     ("graphs", {"graphs": True}),
+    ("compiled", {"compiled": True}),
 )
+UNASKED = tuple(name for name, flags in RUNGS if "compiled" not in flags)
 STEPS = 25
 CHECKED_STEPS = 3
 # Full size, 64 x 64 cells, guided, every layer for both prompts: as peers count, and 2 to 3 % more than is
@@ -134,7 +136,7 @@ def main() -> int:
     parser.add_argument("--size", type=int, default=512)
     parser.add_argument("--lanes", default="1,2,4,8")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--rungs", default=",".join(name for name, _ in RUNGS))
+    parser.add_argument("--rungs", default=",".join(UNASKED))
     parser.add_argument("--dtype", default="float16")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/ladder.jsonl"))
     parser.add_argument("--profile", type=Path, help="file for the kernels of one step on the last rung")

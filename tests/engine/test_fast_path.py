@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,26 @@ def test_lanes_equal_plain(runtimes: tuple[TorchRuntime, TorchRuntime]) -> None:
     lanes = [make_lane("K_EULER_ANCESTRAL", 2, 2**64 - 1, 4.0), make_lane("DPMSolverMultistep", 1, 2)]
     for ours, theirs in zip(run(fast.open(SIZE, 2), lanes), run(plain.open(SIZE, 2), lanes), strict=True):
         assert_close(ours, theirs)
+
+
+def test_compiled_lanes_equal_plain(
+    runtimes: tuple[TorchRuntime, TorchRuntime], tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A step is one graph to torch's compiler, whatever makes code of it."""
+    made: list[Any] = []
+
+    def compiler(graph: torch.fx.GraphModule, inputs: Sequence[Any]) -> Any:
+        made.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=compiler))
+    path = replace(PLAIN, compiled=True)
+    compiled = TorchRuntime(open_checkpoint(tiny_checkpoint), device=DEVICE, dtype=torch.float32, path=path)
+    lanes = [make_lane("K_EULER_ANCESTRAL", 2, 5, 4.0), make_lane("DPMSolverMultistep", 2, 2)]
+    found, wanted = (run(one.open(SIZE, 2), lanes) for one in (compiled, runtimes[0]))
+    for ours, theirs in zip(found, wanted, strict=True):
+        assert_close(ours, theirs)
+    assert len(made) == 1, "the second step ran what the first had made"
 
 
 @pytest.mark.slow

@@ -20,13 +20,15 @@ class FastPath:
 
     kernels: fused Triton kernels instead of plain operations. packed: one product for projections of the same
     input. graphs: work is captured once and replayed, instead of launched kernel by kernel; it takes both of
-    the others. search: cuDNN times its convolution algorithms when it meets a new shape.
+    the others. search: cuDNN times its convolution algorithms when it meets a new shape. compiled: torch's
+    compiler makes the code of a step, which takes minutes for each new shape; nobody takes it unasked.
     """
 
     kernels: bool
     packed: bool
     graphs: bool
     search: bool
+    compiled: bool = False
 
     def __post_init__(self) -> None:
         if self.graphs and not (self.kernels and self.packed):

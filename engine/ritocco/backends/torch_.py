@@ -76,6 +76,9 @@ class TorchRuntime:
         with self.path.active(device):
             if self.path.packed:
                 self.unet.pack()
+            if self.path.compiled:
+                compiled = torch.compile(self.unet.step, dynamic=False, fullgraph=True)
+                self.unet.step = compiled  # type: ignore[method-assign]
             self.graphs: StepGraphs | None = None
             self._encode_text: Callable[[Tensor], Tensor] = self.text_encoder
             self._encode_mean: Callable[[Tensor], Tensor] = self.vae.encode_mean
