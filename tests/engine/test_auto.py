@@ -48,8 +48,8 @@ def test_torch_runs_where_nothing_is_exported_and_the_log_names_what_is_faster(
     [
         ("openvino", {"device": "cuda"}, "device is 'cuda'; the backend openvino takes auto, cpu"),
         ("openvino", {"dtype": "float16"}, "dtype is 'float16'; the backend openvino takes auto, float32"),
-        ("onnxruntime", {"device": "gpu"}, "device is 'gpu'; the backend onnxruntime takes"),
-        ("onnxruntime", {"dtype": "half"}, "dtype is 'half'; the backend onnxruntime takes"),
+        ("openvino", {"device": "tensorrt"}, "device is 'tensorrt'; the backend openvino takes auto, cpu"),
+        ("tensorrt", {"device": "cpu"}, "not installed"),
     ],
 )
 def test_what_a_backend_never_takes_is_refused_before_the_export(

@@ -9,7 +9,7 @@ import pytest
 
 from ritocco.artefacts import open_artefacts
 from ritocco.backends.engine_store import EngineOptions
-from ritocco.errors import BackendError, CheckpointError
+from ritocco.errors import CheckpointError, RequestError
 from ritocco_export.tensorrt_build import build_all, build_engine
 
 pytestmark = pytest.mark.slow
@@ -47,7 +47,7 @@ def test_it_names_what_it_does_not_take(tiny_graphs: Path, tmp_path: Path) -> No
         build_engine(
             artefacts, "unet", tmp_path / "x", library="tensorrt-rtx", options=EngineOptions(), target="sm89"
         )
-    with pytest.raises(BackendError, match="it must be sm75"):
+    with pytest.raises(RequestError, match="it must be sm75"):
         build_all(
             artefacts,
             library="tensorrt-rtx",
