@@ -419,6 +419,7 @@ def standing_in() -> Iterator[None]:
     before = {name: held for name, held in sys.modules.items() if name.partition(".")[0] in roots}
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(Path(__file__).parent / "stand_ins"))
+        patch.setattr("ritocco.backends.cuda.driver_here", lambda: True)
         for name in before:
             del sys.modules[name]
         yield

@@ -34,6 +34,7 @@ from ritocco.nets.io import (
     contract_of,
 )
 from ritocco.nets.specs import TextSpec, UNetSpec, VAESpec
+from ritocco.prompt import Tokenizer
 from ritocco.shown import plain, shown
 from ritocco.weight_files import inside, read_json
 
@@ -117,6 +118,12 @@ class Artefacts:
         """The ONNX file of a graph."""
         return self.path / name / GRAPH_FILE
 
+    def tokenizer(self) -> Tokenizer:
+        """Raises CheckpointError where it is damaged, or not the text encoder's."""
+        held = Tokenizer.from_folder(self.path / "tokenizer")
+        held.check_fits(vocabulary=self.text.vocabulary, positions=self.text.positions, source=self.path)
+        return held
+
     def profiles(self, name: GraphName) -> tuple[Ranges, ...]:
         """The parts of a graph's ranges that were asked for, without repetitions; at least one."""
         held = self.manifest.profiles if self.manifest else ()
@@ -143,6 +150,7 @@ def open_artefacts(path: Path, *, version: str | None = None) -> Artefacts:
     Raises CheckpointError, by name, for what is missing, half-written, changed since its export, written for
     another contract, or made of other weights.
     """
+    path = Path(path)
     try:
         return _open(path, version)
     except (OSError, ValueError) as error:
@@ -154,6 +162,8 @@ def open_artefacts(path: Path, *, version: str | None = None) -> Artefacts:
 def _open(path: Path, version: str | None) -> Artefacts:
     if not is_utf8(path.absolute()):
         raise CheckpointError(f"{shown(str(path))}: no UTF-8, so runtimes can't open it; rename the folder")
+    if not path.is_dir():
+        raise CheckpointError(f"{path}: no folder of graphs")
     configs = {name: read_json(inside(path / file, path)) for name, file in CONFIGS.items()}
     unet, vae = UNetSpec.from_config(configs["unet"]), VAESpec.from_config(configs["vae"])
     text = TextSpec.from_config(configs["text_encoder"])
@@ -187,7 +197,7 @@ def read_manifest(path: Path) -> Manifest:
     """The manifest of a folder. Raises CheckpointError where it makes no sense or is of another format."""
     file = path / MANIFEST
     try:
-        held = read_json(file)
+        held = read_json(inside(file, path))
     except CheckpointError as error:
         raise CheckpointError(f"{error}. Export the checkpoint again") from error
     if type(held.get("format")) is not int or held["format"] != FORMAT:
@@ -255,6 +265,12 @@ def written_whole(out: Path, *, replace: bool = False) -> Iterator[Path]:
     part.mkdir(parents=True)
     try:
         yield part
+        if out.exists() and not replace:
+            try:
+                _refuse_strangers(out)  # what was put there meanwhile
+            except (CheckpointError, OSError):
+                if out.exists():  # and not on its way, under another writer's hands
+                    raise
         with suppress(FileNotFoundError):
             out.rename(old)
         try:

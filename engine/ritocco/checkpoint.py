@@ -166,12 +166,7 @@ def load_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
     held = checkpoint.tokenizer
     tokenizer = Tokenizer(read_tables(held) if isinstance(held, Path) else held)
     text = TextSpec.from_config(checkpoint.text_encoder)
-    if tokenizer.vocab_size > text.vocabulary or tokenizer.max_length > text.positions:
-        raise CheckpointError(
-            f"{checkpoint.source}: the tokenizer ({tokenizer.vocab_size} tokens, {tokenizer.max_length} a "
-            "prompt) does "
-            f"not belong to the text encoder ({text.vocabulary} tokens, {text.positions} positions)"
-        )
+    tokenizer.check_fits(vocabulary=text.vocabulary, positions=text.positions, source=checkpoint.source)
     return tokenizer
 
 

@@ -20,7 +20,6 @@ from ritocco.checkpoint import (
 )
 from ritocco.errors import CheckpointError
 from ritocco.parameters import NetworkName, build
-from ritocco.prompt import Tokenizer
 from ritocco.safety import ImagePreparation
 from ritocco.scheduler_config import check_scheduler, from_pipeline
 from ritocco.shown import plain
@@ -108,7 +107,7 @@ def _extractor(checkpoint: Checkpoint) -> Finding:
 def _graphs(path: Path) -> list[Finding]:
     try:
         artefacts = open_artefacts(path)
-        tokenizer = Tokenizer.from_folder(path / "tokenizer")
+        tokenizer = artefacts.tokenizer()
     except CheckpointError as error:
         return [Finding(level="error", subject="graphs", message=str(error))]
     ranges = artefacts.sizes

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import re
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -285,10 +286,16 @@ def _add_plugins() -> None:
         plugin.register(app)
 
 
+def _stop(number: int, frame: object) -> None:
+    """Leave as an error does, so that what is half written goes."""
+    raise SystemExit(128 + number)
+
+
 def main() -> None:
     """Entry point. Exit status 2 for a bad request, 1 for any other failure of ours."""
     if isinstance(sys.stdout, TextIOWrapper):  # a file's name may be no UTF-8
         sys.stdout.reconfigure(errors="surrogateescape")
+    signal.signal(signal.SIGTERM, _stop)
     try:
         _add_plugins()
         app()

@@ -28,6 +28,7 @@ from ritocco.fetch import Fetcher
 from ritocco.prediction import Prediction
 from ritocco.safety import SafetyChecker
 from ritocco.schema import PredictionInput
+from ritocco.shown import shown
 
 if TYPE_CHECKING:
     from ritocco.checkpoint import Checkpoint
@@ -71,7 +72,7 @@ def load(
     checkpoint = open_checkpoint(path, variant=variant, tokenizer=tokenizer)
     if backend in SESSION_BACKENDS:
         refuse_absent(backend)  # before minutes go into an export
-        refuse_elsewhere(backend, device, dtype)
+        refuse_elsewhere(backend, device, dtype, backend_options)
         artefacts = _exported(checkpoint, graph_dtype(backend, device, dtype))
         return _from_artefacts(
             artefacts, device, dtype, backend, fetcher, checkpoint, options=backend_options
@@ -90,6 +91,8 @@ def model_path(model: str | Path | None) -> Path:
     """
     if model is None:
         model = os.environ.get("RITOCCO_MODEL") or pocket_model()
+    elif not isinstance(model, str | os.PathLike):
+        raise CheckpointError(f"model is {shown(model)}; it must name a folder or a .safetensors file")
     elif not str(model):
         raise CheckpointError("model is ''; it must name a folder or a .safetensors file")
     return Path(model)
@@ -173,12 +176,12 @@ def _from_artefacts(
     checkpoint: the one that they were exported from, where it is at hand.
     """
     from ritocco.backends import open_sessions
-    from ritocco.prompt import Tokenizer
     from ritocco.scheduler_config import check_scheduler, from_pipeline
 
     fetcher = fetcher or Fetcher.from_environment()
     scheduler = from_pipeline(artefacts.scheduler)
     warnings = [f"Warning: {problem}" for problem in check_scheduler(scheduler)]
+    tokenizer = artefacts.tokenizer()
     runtime, reasons = open_sessions(artefacts, backend=backend, device=device, dtype=dtype, options=options)
     safety, about = None, f"{artefacts.path.name}: exported graphs carry no safety checker, so none is run"
     if checkpoint is not None and checkpoint.safety_checker is not None:
@@ -189,7 +192,7 @@ def _from_artefacts(
         about = "The checkpoint's safety checker runs on torch, on the CPU"
     return Engine(
         runtime,
-        Tokenizer.from_folder(artefacts.path / "tokenizer"),
+        tokenizer,
         scheduler,
         safety=safety,
         version=artefacts.version,

@@ -113,6 +113,14 @@ class Tokenizer:
         """Build from a transformers `CLIPTokenizer` or `CLIPTokenizerFast` in memory; see `tables_of`."""
         return cls(tables_of(tokenizer))
 
+    def check_fits(self, *, vocabulary: int, positions: int, source: object) -> None:
+        """Raises CheckpointError, with the source's name, where a text encoder of that size is another's."""
+        if self.vocab_size > vocabulary or self.max_length > positions:
+            raise CheckpointError(
+                f"{source}: the tokenizer ({self.vocab_size} tokens, {self.max_length} a prompt) does not "
+                f"belong to the text encoder ({vocabulary} tokens, {positions} positions)"
+            )
+
     def encode(self, texts: Sequence[str]) -> tuple[npt.NDArray[np.int64], tuple[str, ...]]:
         """Token ids of prompts.
 

@@ -24,7 +24,7 @@ from ritocco.artefacts import (
     write_manifest,
     written_whole,
 )
-from ritocco.checkpoint import TOKENIZER_FILES, Checkpoint, fingerprint
+from ritocco.checkpoint import TOKENIZER_FILES, Checkpoint, fingerprint, load_tokenizer
 from ritocco.device import DTYPES
 from ritocco.disk import is_utf8
 from ritocco.errors import CheckpointError, RequestError
@@ -39,6 +39,7 @@ from ritocco.nets.io import (
     contract_of,
 )
 from ritocco.nets.specs import TextSpec, UNetSpec, VAESpec
+from ritocco.scheduler_config import check_scheduler, from_pipeline
 from ritocco.shown import said, shown
 from ritocco_export.figures import Figures
 from ritocco_export.gate import compare, compare_hoisted
@@ -76,6 +77,10 @@ def export_checkpoint(
         raise RequestError(f"--dtype is {dtype!r}; it must be fp32, fp16 or bf16", field="--dtype")
     if static and len(profiles) != 1:
         raise RequestError("--static needs exactly one --profile, whose best size it takes", field="--static")
+    if layout not in ("ritocco", "optimum"):
+        raise RequestError(f"--layout is {shown(layout)}; it must be ritocco or optimum", field="--layout")
+    for profile in profiles:
+        profile.check(str(profile))
     if hoisted and layout != "ritocco":
         raise RequestError(
             f"--hoisted with --layout {layout}: that layout has one UNet graph; leave out one of the two",
@@ -84,6 +89,10 @@ def export_checkpoint(
     contract = contract_for(
         checkpoint, dtype=dtype, layout=layout, profiles=profiles, static=static, hoisted=hoisted
     )
+    # What the engine would refuse at load, before minutes go into graphs.
+    load_tokenizer(checkpoint)
+    check_scheduler(from_pipeline(checkpoint.scheduler))
+    out = Path(out)
     if not is_utf8(out.absolute()):  # the checker's rule, and the runtimes'
         raise RequestError(f"--out is {shown(str(out))}; it must be UTF-8", field="--out")
     with written_whole(out, replace=replace) as part:

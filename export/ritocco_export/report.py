@@ -8,7 +8,6 @@ from pathlib import Path
 
 from ritocco.artefacts import Artefacts, open_artefacts, sha256_of, strangers_of
 from ritocco.errors import CheckpointError, RitoccoError
-from ritocco.prompt import Tokenizer
 from ritocco.scheduler_config import check_scheduler, from_pipeline
 from ritocco.shown import printable
 from ritocco_export.figures import LARGEST_ERROR, LEAST_PICTURE_PSNR_DB, LEAST_PSNR_DB, Figures
@@ -62,11 +61,11 @@ def report(folder: Path, *, as_json: bool) -> tuple[bool, str]:
 def _of_folder(artefacts: Artefacts) -> list[Finding]:
     """Of what opening leaves out for speed, too: every byte of large files."""
     if artefacts.manifest is not None:
-        found = sha256_of(artefacts.path) if artefacts.manifest.sha256 else {}
+        found, told = sha256_of(artefacts.path), artefacts.manifest.sha256
         changed = [
             Finding(level="error", rule="manifest", subject=name, message="changed since it was exported")
-            for name, digest in artefacts.manifest.sha256.items()
-            if found.get(name) != digest
+            for name in sorted(found.keys() | told.keys())
+            if found.get(name) != told.get(name)
         ]
         left = "not of the export, which would not be replaced while this lies in it"
         strangers = strangers_of(artefacts)
@@ -86,7 +85,7 @@ def _of_configs(artefacts: Artefacts) -> list[Finding]:
     except RitoccoError as error:
         found.append(Finding(level="error", rule="scheduler", subject="scheduler", message=str(error)))
     try:
-        Tokenizer.from_folder(artefacts.path / "tokenizer")
+        artefacts.tokenizer()
     except RitoccoError as error:
         found.append(Finding(level="error", rule="tokenizer", subject="tokenizer", message=str(error)))
     return found

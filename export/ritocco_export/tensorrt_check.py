@@ -93,7 +93,10 @@ def check_graph(file: Path, io: NetworkIO, *, opset: int | None = None) -> list[
         first = str(error).strip().splitlines()
         return [Finding(level="error", rule="valid", subject=file.name, message=first[0] if first else "")]
     model = onnx.load(str(file), load_external_data=False)
-    return [*_told(model, opset), *_external(model, file.parent), *check_model(model, io)]
+    if model.training_info:
+        found = "training_info: a graph to train, which no runtime here reads"
+        return [Finding(level="error", rule="valid", subject=file.name, message=found)]
+    return [*_told(model, opset), *_external(model, file), *check_model(model, io)]
 
 
 def _told(model: onnx.ModelProto, opset: int | None) -> Iterator[Finding]:
@@ -105,7 +108,7 @@ def _told(model: onnx.ModelProto, opset: int | None) -> Iterator[Finding]:
         )
 
 
-def _external(model: onnx.ModelProto, folder: Path) -> Iterator[Finding]:
+def _external(model: onnx.ModelProto, file: Path) -> Iterator[Finding]:
     """Weights in another file: whether they lie in it, as many bytes as there have to be."""
     for graph in graphs_of(model.graph):
         for tensor in graph.initializer:
@@ -113,7 +116,9 @@ def _external(model: onnx.ModelProto, folder: Path) -> Iterator[Finding]:
                 continue
             held = {entry.key: entry.value for entry in tensor.external_data}
             try:
-                size = (folder / held["location"]).stat().st_size
+                if (file.parent / held["location"]).samefile(file):
+                    raise ValueError("in the graph's own file")
+                size = (file.parent / held["location"]).stat().st_size
                 offset = int(held.get("offset", 0))
                 length = int(held.get("length", size - offset))
             except (KeyError, ValueError, OSError) as error:
@@ -233,6 +238,9 @@ def _types(graphs: Sequence[onnx.GraphProto], nodes: Sequence[onnx.NodeProto]) -
             if tensor.data_type == onnx.TensorProto.DOUBLE:
                 message = "weights in DOUBLE; the parser narrows them without a word"
                 yield _error("type", tensor.name, message)
+            elif tensor.data_type not in _TYPES:
+                kind = onnx.TensorProto.DataType.Name(tensor.data_type)
+                yield _error("type", tensor.name, f"weights in {kind}, which the matrix does not have")
     for node in nodes:
         row = matrix().get(node.op_type)
         if row is None or not row.supported or node.domain not in ("", "ai.onnx"):

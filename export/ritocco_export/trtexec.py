@@ -58,7 +58,9 @@ def polygraphy(artefacts: Artefacts, graph: GraphName) -> list[str]:
             words.append(f"--trt-{kind}-shapes")
             words += [f"{name}:[{','.join(map(str, held[i]))}]" for name, held in shapes.items()]
         profiles.append(_line(words))
-    first = ["polygraphy", "convert", str(artefacts.graph(graph)), "--convert-to", "trt"]
+    file = str(artefacts.graph(graph))
+    file = f"./{file}" if file.startswith("-") else file  # no option
+    first = ["polygraphy", "convert", file, "--convert-to", "trt"]
     return [_line(first), f"--strongly-typed -o {graph}.engine", *profiles]
 
 

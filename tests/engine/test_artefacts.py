@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,6 +20,8 @@ from ritocco.artefacts import (
     files_of,
     is_artefacts,
     open_artefacts,
+    read_manifest,
+    write_manifest,
     written_whole,
 )
 from ritocco.checkpoint_report import verify
@@ -348,7 +352,7 @@ def test_links_out_of_an_export_are_not_followed(folder: Path, tmp_path: Path) -
 @pytest.mark.parametrize("name", ["x" * 300, "a\0b"])
 def test_names_that_no_file_can_have(name: str) -> None:
     assert not is_artefacts(Path(name))
-    with pytest.raises(CheckpointError, match=r"can't be read|missing"):
+    with pytest.raises(CheckpointError, match=r"can't be read|no folder of graphs"):
         open_artefacts(Path(name))
     with pytest.raises(CheckpointError):
         ritocco.load(name)
@@ -366,6 +370,7 @@ def test_two_writers_at_once_leave_one_whole_export(tiny_graphs: Path, tmp_path:
                 (part / "unet" / f"{name}-first").write_bytes(b"")
                 both.wait(30)
                 (part / "unet" / f"{name}-second").write_bytes(b"")
+                write_manifest(part, replace(read_manifest(part), files=files_of(part)))
         except BaseException as error:
             errors.append(error)
 
@@ -378,6 +383,43 @@ def test_two_writers_at_once_leave_one_whole_export(tiny_graphs: Path, tmp_path:
     left = {path.name for path in (out / "unet").iterdir() if "-" in path.name}
     assert left in ({"a-first", "a-second"}, {"b-first", "b-second"})
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("before", ["nothing", "an export"])
+def test_what_is_put_there_meanwhile_is_not_lost(tiny_graphs: Path, tmp_path: Path, before: str) -> None:
+    out = tmp_path / "out"
+    if before == "an export":
+        shutil.copytree(tiny_graphs, out)
+
+    def export(meanwhile: Callable[[], object]) -> None:
+        with written_whole(out):
+            meanwhile()
+
+    def put() -> None:
+        out.mkdir(exist_ok=True)
+        (out / "thesis.txt").write_text("mine", encoding="utf-8")
+
+    with pytest.raises(CheckpointError, match=r"exists and is no export|holds thesis.txt"):
+        export(put)
+    assert (out / "thesis.txt").read_text(encoding="utf-8") == "mine"
+    (out / "thesis.txt").unlink()
+    shutil.rmtree(out)
+    with pytest.raises(CheckpointError, match="exists and is no export"):
+        export(lambda: out.write_text("mine", encoding="utf-8"))
+    assert out.read_text(encoding="utf-8") == "mine"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_tokenizer_of_another_text_encoder(folder: Path) -> None:
+    file = folder / "tokenizer" / "vocab.json"
+    held = json.loads(file.read_text(encoding="utf-8"))
+    file.write_text(json.dumps({word: index + 5000 for word, index in held.items()}), encoding="utf-8")
+    write_manifest(folder, replace(read_manifest(folder), files=files_of(folder)))
+    said = r"the tokenizer \(.* does not belong to the text encoder"
+    with pytest.raises(CheckpointError, match=said):
+        ritocco.load(folder)
+    (finding,) = verify(folder)
+    assert re.search(said, finding.message)
 
 
 def test_doctor_knows_graphs(tiny_graphs: Path, folder: Path) -> None:

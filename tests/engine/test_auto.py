@@ -49,12 +49,31 @@ def test_torch_runs_where_nothing_is_exported_and_the_log_names_what_is_faster(
         ("openvino", {"device": "cuda"}, "device is 'cuda'; the backend openvino takes auto, cpu"),
         ("openvino", {"dtype": "float16"}, "dtype is 'float16'; the backend openvino takes auto, float32"),
         ("openvino", {"device": "tensorrt"}, "device is 'tensorrt'; the backend openvino takes auto, cpu"),
-        ("tensorrt", {"device": "cpu"}, "not installed"),
+        ("openvino", {"backend_options": {"level": 5}}, "the backend openvino has none"),
+        (
+            "onnxruntime",
+            {"dtype": "float16"},
+            "dtype is 'float16'; the backend onnxruntime takes auto, float32",
+        ),
+        (
+            "onnxruntime",
+            {"device": "cuda", "dtype": "bfloat16"},
+            "the backend onnxruntime takes auto, float32, ",
+        ),
+        ("onnxruntime", {"device": "cuda"}, "the installed ONNX Runtime has no CUDAExecutionProvider"),
+        ("onnxruntime", {"backend_options": {"level": 5}}, "name the device tensorrt"),
+        ("tensorrt-rtx", {}, "the backend tensorrt-rtx needs NVIDIA's driver"),
+        ("tensorrt", {}, "not installed"),
     ],
 )
 def test_what_a_backend_never_takes_is_refused_before_the_export(
-    tiny_checkpoint: Path, backend: str, asked: dict[str, Any], words: str
+    tiny_checkpoint: Path,
+    backend: str,
+    asked: dict[str, Any],
+    words: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr("ritocco.backends.cuda.driver_here", lambda: False)
     with pytest.raises(BackendError, match=words):
         ritocco.load(tiny_checkpoint, backend=backend, **asked)
     assert not (cache_root() / "graphs").exists()

@@ -38,6 +38,7 @@ class Counted:
 
     def __init__(self, inner: Session) -> None:
         self.inner, self.dtypes = inner, inner.dtypes
+        self.ranks, self.outputs = inner.ranks, inner.outputs
         self.fed: list[dict[str, tuple[int, ...]]] = []
 
     def run(self, feeds: Arrays) -> Any:
@@ -214,6 +215,8 @@ class Recorded:
     def __init__(self, artefacts: Artefacts, name: Any) -> None:
         self.io = artefacts.contract[name]
         self.dtypes = {port.name: port.dtype for port in self.io.inputs}
+        self.ranks = {port.name: len(port.shape) for port in self.io.inputs}
+        self.outputs = [{port.name} for port in self.io.outputs]
         self.fed: list[Arrays] = []
 
     def run(self, feeds: Arrays) -> Any:

@@ -17,6 +17,7 @@ from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
+import onnx
 import pytest
 
 import ritocco
@@ -27,6 +28,7 @@ from ritocco.backends.runtime import Floats
 from ritocco.backends.sessions import SessionRuntime
 from ritocco.checkpoint import open_checkpoint
 from ritocco.loading import graph_dtype
+from ritocco.nets.io import NetworkIO
 from ritocco.schedules import SCHEDULERS
 from ritocco_export.plugin import Plugin
 
@@ -333,9 +335,84 @@ def test_options_of_checkpoints_are_refused_for_graphs(tiny_graphs: Path) -> Non
         ritocco.load(tiny_graphs, variant="fp16")
 
 
+@pytest.mark.parametrize(
+    ("graph", "spoil", "said"),
+    [
+        ("unet", lambda g: g.output.insert(0, g.input[0]), "unet: its first output is .*; noise is needed"),
+        (
+            "text_encoder",
+            lambda g: _retype(g, "tokens", onnx.TensorProto.DOUBLE),
+            "tokens is .*double.* 2 axes",
+        ),
+        (
+            "unet",
+            lambda g: g.input[1].type.tensor_type.shape.dim.add(dim_value=1),
+            "timestep is .* of 2 axes",
+        ),
+    ],
+    ids=["output", "dtype", "rank"],
+)
+def test_graphs_that_are_fed_or_read_otherwise_are_refused_at_load(
+    graph: str, spoil: Callable[[Any], object], said: str, tiny_graphs: Path
+) -> None:
+    """By what a session of such a graph says of it."""
+    model = onnx.load(tiny_graphs / graph / "model.onnx", load_external_data=False)
+    spoil(model.graph)
+    artefacts = open_artefacts(tiny_graphs)
+    sessions: dict[Any, Any] = {name: Told(artefacts.contract[name]) for name in artefacts.contract}
+    sessions[graph].read(model.graph)
+    with pytest.raises(BackendError, match=said):
+        SessionRuntime(artefacts, sessions, device="cpu", dtype="float32")
+
+
+class Told:
+    """A Session's account of its ports: those of the contract, or of a graph."""
+
+    def __init__(self, io: NetworkIO) -> None:
+        self.dtypes = {port.name: port.dtype for port in io.inputs}
+        self.ranks = {port.name: len(port.shape) for port in io.inputs}
+        self.outputs = [{port.name} for port in io.outputs]
+
+    def read(self, graph: Any) -> None:
+        names = {onnx.TensorProto.DOUBLE: "tensor(double)", onnx.TensorProto.INT64: "int64"}
+        for port in graph.input:
+            held = port.type.tensor_type
+            self.dtypes[port.name] = names.get(held.elem_type, "float32")
+            self.ranks[port.name] = len(held.shape.dim)
+        self.outputs = [{port.name} for port in graph.output]
+
+
+def _retype(graph: Any, name: str, kind: int) -> None:
+    next(port for port in graph.input if port.name == name).type.tensor_type.elem_type = kind
+
+
+@pytest.mark.parametrize("name", ["onnxruntime", "openvino"])
+def test_older_exports_of_optimum_take_a_timestep_in_brackets(
+    name: str, tiny_optimum_graphs: Path, tmp_path: Path, ask: Ask
+) -> None:
+    plain = shutil.copytree(tiny_optimum_graphs, tmp_path / "plain")
+    (plain / "ritocco.json").unlink()
+    older = shutil.copytree(plain, tmp_path / "older")
+    file = older / "unet" / "model.onnx"
+    model = onnx.load(file, load_external_data=False)
+    # timestep [1], which a Squeeze brings to the scalar that the graph goes on with.
+    port = next(one for one in model.graph.input if one.name == "timestep")
+    port.type.tensor_type.shape.dim.add(dim_value=1)
+    for node in model.graph.node:
+        for index, given in enumerate(node.input):
+            if given == "timestep":
+                node.input[index] = "timestep_scalar"
+    model.graph.node.insert(0, onnx.helper.make_node("Squeeze", ["timestep"], ["timestep_scalar"]))
+    onnx.save(model, file)
+    wanted, found = (floats(load(folder, name), ask()) for folder in (plain, older))
+    np.testing.assert_array_equal(found, wanted)
+
+
 def test_a_graph_with_other_inputs_is_refused(tiny_graphs: Path) -> None:
     class Other:
         dtypes = {"x": "float32"}  # noqa: RUF012
+        ranks = {"x": 2}  # noqa: RUF012
+        outputs = ({"y"},)
 
         def run(self, feeds: Any) -> npt.NDArray[Any]:
             raise AssertionError

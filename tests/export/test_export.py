@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -333,6 +334,39 @@ def test_an_empty_name_is_no_folder(option: str) -> None:
     done = CliRunner().invoke(app, ["export", option, ""])
     assert done.exit_code == 2
     assert "'' names no folder" in done.stderr
+
+
+@pytest.mark.parametrize("part", ["tokenizer", "scheduler"])
+def test_what_could_not_be_loaded_is_refused_before_the_work(
+    part: str, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(exporter, "write_graph", lambda *args, **kwargs: pytest.fail("exported first"))
+    folder = shutil.copytree(tiny_checkpoint, tmp_path / "model")
+    if part == "tokenizer":
+        (folder / "tokenizer" / "merges.txt").write_text("no merges", encoding="utf-8")
+    else:
+        file = folder / "scheduler" / "scheduler_config.json"
+        held = json.loads(file.read_text(encoding="utf-8"))
+        file.write_text(json.dumps(held | {"beta_start": "x"}), encoding="utf-8")
+    with pytest.raises(CheckpointError, match=r"merges|beta_start"):
+        export_checkpoint(open_checkpoint(folder), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"layout": "x"}, "--layout is 'x'"),
+        ({"profiles": [Profile(width=(128, 64))]}, "the smaller first"),
+        ({"profiles": [Profile(images=(0, 0))]}, "its pictures must be from 1"),
+        ({"profiles": [Profile(width=(100, 100))]}, "multiples of 64"),
+    ],
+)
+def test_options_of_the_function_are_checked_too(
+    options: dict[str, Any], said: str, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(RequestError, match=said):
+        export_checkpoint(open_checkpoint(tiny_checkpoint), tmp_path / "out", **options)
 
 
 def test_a_name_that_is_no_utf8_is_refused_before_the_work(tiny_checkpoint: Path, tmp_path: Path) -> None:

@@ -340,6 +340,10 @@ class ICudaEngine:
     def get_tensor_dtype(self, name: str) -> DataType:
         return DataType[_DTYPES[next(port.type for port in self._ports if port.name == name)]]
 
+    def get_tensor_shape(self, name: str) -> tuple[int, ...]:
+        shape = next(port.shape for port in self._ports if port.name == name)
+        return tuple(side if isinstance(side, int) else -1 for side in shape)
+
     def create_runtime_config(self) -> IRuntimeConfig:
         return IRuntimeConfig()
 

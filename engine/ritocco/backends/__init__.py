@@ -31,7 +31,10 @@ PACKAGES = {"tensorrt": ("tensorrt",), "tensorrt-rtx": ("onnxruntime_ep_nv_tenso
 # Name -> kinds of device, and dtypes, that it can be asked for at all.
 _KINDS = {"openvino": ("auto", "cpu"), "onnxruntime": ("auto", "cpu", "cuda", "tensorrt")}
 _GPU_KINDS = ("auto", "cuda")
-_DTYPES = {"openvino": ("auto", "float32", "bfloat16")}
+_DTYPES = {
+    "openvino": ("auto", "float32", "bfloat16"),
+    "onnxruntime": ("auto", "float32", "float16"),  # NumPy has no bfloat16
+}
 _ALL_DTYPES = ("auto", "float32", "float16", "bfloat16")
 
 # Kind of device -> backends that were measured faster than torch there (`python -m ritocco_bench backends`).
@@ -56,7 +59,8 @@ def open_sessions(
     """
     if backend not in ("auto", *SESSION_BACKENDS):
         raise BackendError(
-            f"backend is {shown(backend)}; exported graphs run on {' or '.join(SESSION_BACKENDS)}"
+            f"backend is {shown(backend)}; exported graphs run on {' or '.join(SESSION_BACKENDS)}, and "
+            "checkpoints on torch"
         )
     if backend != "auto":
         return _open(artefacts, backend, device, dtype, "as asked", options)
@@ -147,16 +151,35 @@ def refuse_absent(backend: str) -> None:
         raise BackendError(f'backend is {backend!r}, which is not installed; pip install "ritocco[{extra}]"')
 
 
-def refuse_elsewhere(backend: str, device: str, dtype: str) -> None:
-    """Raises BackendError for a device or dtype that a backend of exported graphs never runs on, whatever the
-    graphs: to be found before they are exported.
+def refuse_elsewhere(backend: str, device: str, dtype: str, options: Mapping[str, Any] | None = None) -> None:
+    """Raises BackendError for what a backend of exported graphs does not take here, whatever the graphs.
+
+    To be found before they are exported.
     """
     for name, value, word, allowed in (
         ("device", device, device.partition(":")[0], _KINDS.get(backend, _GPU_KINDS)),
-        ("dtype", dtype, dtype, _DTYPES.get(backend, _ALL_DTYPES)),
+        ("dtype", dtype, dtype, _dtypes(backend, device)),
     ):
         if word not in allowed:
             raise BackendError(f"{name} is {shown(value)}; the backend {backend} takes {', '.join(allowed)}")
+    if options and backend == "openvino":
+        raise BackendError(f"backend_options are for TensorRT; the backend {backend} has none")
+    if backend == "onnxruntime":
+        from ritocco.backends.onnxruntime_ import refuse_device
+
+        refuse_device(device, with_options=bool(options))
+    if backend in _BUILT:
+        from ritocco.backends.cuda import driver_here
+
+        if not driver_here():
+            raise BackendError(f"the backend {backend} needs NVIDIA's driver, which is not on this machine")
+
+
+def _dtypes(backend: str, device: str) -> tuple[str, ...]:
+    """What a backend computes in on a device, of a checkpoint that it exports by itself."""
+    if backend == "onnxruntime" and device in ("auto", "cpu"):  # what `auto` is there, graphs are made for
+        return ("auto", "float32")
+    return _DTYPES.get(backend, _ALL_DTYPES)
 
 
 def _open(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +73,9 @@ class OnnxSession:
         self.dtypes: Mapping[str, str] = {
             port.name: DTYPES.get(port.type, port.type) for port in self._session.get_inputs()
         }
+        self.ranks: Mapping[str, int] = {port.name: len(port.shape) for port in self._session.get_inputs()}
         self._outputs = [port.name for port in self._session.get_outputs()]
+        self.outputs: Sequence[Collection[str]] = [{name} for name in self._outputs]
         self._binding: DeviceBinding | None = None
         self._about = f"{graph} on {wanted}"
 
@@ -118,18 +120,8 @@ def open_onnxruntime(
             runtime = open_onnxruntime(artefacts, device="cpu", dtype=dtype, options=options)
             runtime.notes += (f"not on cuda:0 ({error})",)
             return runtime
+    refuse_device(device, with_options=options is not None)
     kind, _, index = device.partition(":")
-    if kind not in PROVIDERS:
-        raise BackendError(
-            f"device is {device!r}; ONNX Runtime runs here on cpu, cuda and cuda:N, tensorrt and tensorrt:N"
-        )
-    if options is not None and kind != "tensorrt":
-        raise BackendError("backend_options are for TensorRT; name the device tensorrt")
-    if PROVIDERS[kind] not in available:
-        raise BackendError(
-            f"device is {device!r}; the installed ONNX Runtime has no {PROVIDERS[kind]}. Install "
-            '"ritocco[gpu]" in an environment without the package onnxruntime: the two exclude each other'
-        )
     held = refuse_other_dtype(artefacts, dtype, "ONNX Runtime")
     if held == "bfloat16":
         raise BackendError(
@@ -153,6 +145,24 @@ def open_onnxruntime(
         device = f"cuda:{index or 0}"
         notes.insert(0, "ONNX Runtime's TensorRT provider")
     return SessionRuntime(artefacts, sessions, device=device, dtype=held, release=(store,), notes=notes)
+
+
+def refuse_device(device: str, *, with_options: bool) -> None:
+    """Raises BackendError for a device that the installed ONNX Runtime has no provider for, and for options
+    anywhere but on TensorRT's.
+    """
+    kind = device.partition(":")[0]
+    if kind not in ("auto", *PROVIDERS):
+        raise BackendError(
+            f"device is {device!r}; ONNX Runtime runs here on cpu, cuda and cuda:N, tensorrt and tensorrt:N"
+        )
+    if with_options and kind != "tensorrt":
+        raise BackendError("backend_options are for TensorRT; name the device tensorrt")
+    if kind != "auto" and PROVIDERS[kind] not in onnxruntime.get_available_providers():
+        raise BackendError(
+            f"device is {device!r}; the installed ONNX Runtime has no {PROVIDERS[kind]}. Install "
+            '"ritocco[gpu]" in an environment without the package onnxruntime: the two exclude each other'
+        )
 
 
 def _opened(artefacts: Artefacts, graph: GraphName, wanted: str, providers: Sequence[Any]) -> OnnxSession:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,11 @@ class OpenVinoSession:
 
     def __init__(self, core: openvino.Core, file: Path, precision: str) -> None:
         """precision: `f32` or `bf16`. Raises CheckpointError for a graph that can't be compiled."""
+        if any(one.is_symlink() for one in file.parent.iterdir()):
+            raise CheckpointError(
+                f"{file}: OpenVINO does not follow links to weights, as a cache of downloads has them; copy "
+                "the folder with `cp -rL` and name the copy"
+            )
         options = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": precision}
         try:
             compiled = core.compile_model(str(file), "CPU", options)
@@ -38,7 +43,11 @@ class OpenVinoSession:
         # NumPy has no bfloat16: it is made of float32 here.
         self._narrow = {name for name, held in types.items() if held == "bf16"}
         self.dtypes: Mapping[str, str] = {name: _DTYPES.get(held, "float32") for name, held in types.items()}
+        self.ranks: Mapping[str, int] = {
+            port.get_any_name(): port.partial_shape.rank.get_length() for port in compiled.inputs
+        }
         self._outputs = [port.get_any_name() for port in compiled.outputs]
+        self.outputs: Sequence[Collection[str]] = [port.get_names() for port in compiled.outputs]
 
     def run(self, feeds: Arrays) -> npt.NDArray[Any]:
         """See `Session`."""

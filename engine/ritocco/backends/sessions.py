@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -19,11 +19,18 @@ from ritocco.pixels import Kept, Mask, Pixels, from_model, masked_to_model, past
 Arrays = Mapping[str, npt.NDArray[Any]]
 
 
+_FED = ("float32", "float16", "int64", "int32")
+
+
 class Session(Protocol):
     """One graph, ready to run; called by one thread at a time."""
 
     dtypes: Mapping[str, str]
     """What each input is declared as: `float32`, `float16`, `int64`, `int32`."""
+    ranks: Mapping[str, int]
+    """How many axes each input has."""
+    outputs: Sequence[Collection[str]]
+    """The names of each output, of which a runtime may know several."""
 
     def run(self, feeds: Arrays) -> npt.NDArray[Any]:
         """The graph's first output."""
@@ -53,7 +60,7 @@ class SessionRuntime:
         self._keep = release  # objects that the sessions need alive
         self.notes = tuple(notes)
         for name, io in artefacts.contract.items():
-            _check_inputs(name, io, self._sessions[name], ours=artefacts.manifest is not None)
+            _check_ports(name, io, self._sessions[name], ours=artefacts.manifest is not None)
         ranges = artefacts.sizes
         self._scaling = 1.0 if artefacts.layout == "ritocco" else artefacts.vae.scaling_factor
         self.traits = Traits(
@@ -130,6 +137,9 @@ class SessionRuntime:
             port.name: np.asarray(array, dtype=session.dtypes[port.name], order="C")
             for port, array in zip(ports, arrays, strict=True)
         }
+        for name, array in feeds.items():
+            if not array.ndim:  # Optimum's timestep; in brackets in its older exports
+                feeds[name] = array.reshape((1,) * session.ranks[name])
         return session.run(feeds).astype(np.float32, copy=False)
 
 
@@ -158,11 +168,24 @@ def _ranges_at(size: LatentSize, profiles: Sequence[Ranges], io: NetworkIO) -> R
     return max(fitting, key=lambda one: one["N"][2], default=io.ranges)
 
 
-def _check_inputs(graph: str, io: NetworkIO, session: Session, *, ours: bool) -> None:
+def _check_ports(graph: str, io: NetworkIO, session: Session, *, ours: bool) -> None:
     wanted, found = {port.name for port in io.inputs}, set(session.dtypes)
     if wanted != found:
         why = "" if ours else f" of an Optimum export, which a folder without {MANIFEST} is taken for"
         raise BackendError(
             f"{graph}: the graph takes {', '.join(sorted(found)) or 'nothing'}; {', '.join(sorted(wanted))} "
             f"are the inputs{why}. Export the checkpoint again"
+        )
+    for port in io.inputs:
+        ranks = (0, 1) if port.name == "timestep" and not port.shape else (len(port.shape),)
+        if session.dtypes[port.name] not in _FED or session.ranks[port.name] not in ranks:
+            raise BackendError(
+                f"{graph}: {port.name} is {session.dtypes[port.name]} of {session.ranks[port.name]} axes; it "
+                f"must be {', '.join(_FED)} of {len(port.shape)}. Export the checkpoint again"
+            )
+    first = io.outputs[0].name
+    if not session.outputs or first not in session.outputs[0]:
+        found_first = ", ".join(sorted(session.outputs[0])) if session.outputs else "none"
+        raise BackendError(
+            f"{graph}: its first output is {found_first}; {first} is needed. Export the checkpoint again"
         )

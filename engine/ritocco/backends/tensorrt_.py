@@ -6,7 +6,7 @@ import logging
 import math
 import mmap
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -248,6 +248,8 @@ class TensorRtSession:
         self.dtypes: Mapping[str, str] = {
             name: "float32" if self._types[name] == "bfloat16" else self._types[name] for name in inputs
         }
+        self.ranks: Mapping[str, int] = {name: len(tuple(engine.get_tensor_shape(name))) for name in inputs}
+        self.outputs: Sequence[Collection[str]] = [{name} for name in self._outputs]
         self._buffers: dict[str, Buffer] = {}
         self._sources: dict[str, npt.NDArray[Any]] = {}
         self._shapes: dict[str, tuple[int, ...]] = {}
