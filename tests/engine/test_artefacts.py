@@ -410,6 +410,24 @@ def test_what_is_put_there_meanwhile_is_not_lost(tiny_graphs: Path, tmp_path: Pa
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+def test_links_of_a_download_cache_are_no_riddle_on_openvino(folder: Path, tmp_path: Path) -> None:
+    pytest.importorskip("openvino")
+    data = folder / "unet" / "model.onnx.data"
+    data.rename(folder / "unet" / "held")
+    data.symlink_to("held")
+    manifest = read_manifest(folder)
+    write_manifest(folder, replace(manifest, files=files_of(folder)))
+    with pytest.raises(CheckpointError, match=r"OpenVINO does not follow links to weights.*cp -rL"):
+        ritocco.load(folder, backend="openvino")
+
+
+def test_a_manifest_that_leads_outside(folder: Path, tmp_path: Path) -> None:
+    (folder / MANIFEST).rename(tmp_path / "elsewhere.json")
+    (folder / MANIFEST).symlink_to(tmp_path / "elsewhere.json")
+    with pytest.raises(CheckpointError, match="leads outside"):
+        open_artefacts(folder)
+
+
 def test_a_tokenizer_of_another_text_encoder(folder: Path) -> None:
     file = folder / "tokenizer" / "vocab.json"
     held = json.loads(file.read_text(encoding="utf-8"))

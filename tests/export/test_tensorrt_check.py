@@ -179,6 +179,59 @@ def two_opsets(folder: Path) -> None:
     edited(folder)
 
 
+def in_the_graph(folder: Path, change: Callable[[onnx.ModelProto], object]) -> None:
+    file = folder / "vae_decoder" / "model.onnx"
+    model = onnx.load(file, load_external_data=False)
+    change(model)
+    file.write_bytes(model.SerializeToString())
+    edited(folder)
+
+
+def own_bytes(model: onnx.ModelProto) -> None:
+    tensor = onnx.TensorProto(name="own", dims=[4], data_type=onnx.TensorProto.FLOAT)
+    tensor.data_location = onnx.TensorProto.EXTERNAL
+    tensor.external_data.add(key="location", value="model.onnx")
+    model.graph.initializer.append(tensor)
+
+
+def odd_weights(model: onnx.ModelProto) -> None:
+    tensor = onnx.TensorProto(name="odd", dims=[1], data_type=onnx.TensorProto.STRING, string_data=[b"x"])
+    model.graph.initializer.append(tensor)
+
+
+def to_train(model: onnx.ModelProto) -> None:
+    model.training_info.add().algorithm.name = "more"
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (own_bytes, "own: lie nowhere that can be read"),
+        (odd_weights, "odd: weights in STRING"),
+        (to_train, "vae_decoder"),
+    ],
+)
+def test_it_finds_what_hides_in_a_graph(
+    change: Callable[[onnx.ModelProto], object], said: str, tiny_graphs: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(tiny_graphs, tmp_path / "graphs")
+    in_the_graph(folder, change)
+    status, text = run("--check", str(folder))
+    assert status == 1
+    assert said in text
+
+
+def test_a_manifest_may_not_leave_out_large_files(
+    tiny_graphs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ritocco.artefacts._WHOLE_BYTES", 1 << 20)
+    folder = shutil.copytree(tiny_graphs, tmp_path / "graphs")
+    edited(folder, sha256={})
+    status, text = run("--check", str(folder))
+    assert status == 1
+    assert "unet/model.onnx.data: changed since it was exported" in text
+
+
 @pytest.mark.parametrize(
     ("spoil", "said", "status"),
     [
