@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import secrets
 import shutil
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -55,7 +56,7 @@ class _Compiled(nn.Module):
         return self._graph(held)
 
 
-class GraphDiffusers(Diffusers):
+class GraphDiffusers(Diffusers, ABC):
     """The pipeline on graphs. suffix: of their files."""
 
     held = "float32"
@@ -90,9 +91,9 @@ class GraphDiffusers(Diffusers):
     def _export(self, module: nn.Module, inputs: tuple[Tensor, ...], file: Path) -> None:
         torch.onnx.export(module, inputs, file, dynamo=True, external_data=True, verbose=False)
 
+    @abstractmethod
     def _open(self, file: Path) -> Any:
         """A callable: a list of tensors in, a tensor out."""
-        raise NotImplementedError
 
 
 class OpenVinoDiffusers(GraphDiffusers):

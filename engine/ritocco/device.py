@@ -31,7 +31,7 @@ class Choice:
 def check_names(device: str, dtype: str, backend: str) -> None:
     """Raises RequestError for a device, dtype or backend that no machine has."""
     for name, value, pattern, rule in (
-        ("device", device, r"auto|cpu|(cuda|tensorrt)(:[0-9]{1,9})?", "auto, cpu, cuda or cuda:N"),
+        ("device", device, r"auto|cpu(:0)?|(cuda|tensorrt)(:[0-9]{1,9})?", "auto, cpu, cuda or cuda:N"),
         ("dtype", dtype, "|".join(("auto", *DTYPES)), ", ".join(("auto", *DTYPES))),
         ("backend", backend, "|".join(_ALL_BACKENDS), ", ".join(_ALL_BACKENDS)),
     ):

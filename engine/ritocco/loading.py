@@ -62,6 +62,7 @@ def load(
     """
     check_names(device, dtype, backend)
     check_options(backend_options)
+    device = "cpu" if device == "cpu:0" else device  # torch's other name of it
     path = model_path(model)
     if is_artefacts(path):
         if variant is not None or tokenizer is not None:

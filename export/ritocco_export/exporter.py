@@ -22,7 +22,6 @@ from ritocco.artefacts import (
     files_of,
     sha256_of,
     write_manifest,
-    written_whole,
 )
 from ritocco.checkpoint import TOKENIZER_FILES, Checkpoint, fingerprint, load_tokenizer
 from ritocco.device import DTYPES
@@ -46,6 +45,7 @@ from ritocco_export.gate import compare, compare_hoisted
 from ritocco_export.graphs import OPSETS, graph_module, write_graph
 from ritocco_export.picture import compare_picture
 from ritocco_export.profiles import Profile, ranges_of
+from ritocco_export.whole_folder import written_whole
 
 Say = Callable[[str], None]
 

@@ -6,7 +6,7 @@ Light to import: the work is behind the functions.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from ritocco.backends.engine_store import EngineOptions
     from ritocco.backends.tensorrt_library import Library
     from ritocco.checkpoint import Checkpoint
-    from ritocco.nets.io import GraphName
+    from ritocco.nets.io import GraphName, Layout
     from ritocco.plugins import Say
 
 NEEDED = ("onnx", "onnxruntime", "onnxscript")
@@ -179,8 +179,6 @@ def _write(
 ) -> None:
     if dtype not in DTYPES:
         raise RequestError(f"--dtype is {shown(dtype)}; it must be {', '.join(DTYPES)}", field="--dtype")
-    if layout not in ("ritocco", "optimum"):
-        raise RequestError(f"--layout is {shown(layout)}; it must be ritocco or optimum", field="--layout")
     from ritocco.checkpoint import open_checkpoint
     from ritocco_export.exporter import export_checkpoint
     from ritocco_export.profiles import Profile
@@ -194,7 +192,7 @@ def _write(
             checkpoint,
             out,
             dtype=DTYPES[dtype],
-            layout="optimum" if layout == "optimum" else "ritocco",
+            layout=cast("Layout", layout),  # which it looks at
             profiles=sizes,
             static=static,
             hoisted=hoisted,

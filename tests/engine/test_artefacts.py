@@ -22,11 +22,11 @@ from ritocco.artefacts import (
     open_artefacts,
     read_manifest,
     write_manifest,
-    written_whole,
 )
 from ritocco.checkpoint_report import verify
 from ritocco.errors import CheckpointError
 from ritocco.nets.io import contract_digest, contract_of
+from ritocco_export.whole_folder import written_whole
 
 
 @pytest.fixture

@@ -79,7 +79,7 @@ def test_what_a_backend_never_takes_is_refused_before_the_export(
     assert not (cache_root() / "graphs").exists()
 
 
-@pytest.mark.parametrize("device", ["auto", "cpu"])
+@pytest.mark.parametrize("device", ["auto", "cpu", "cpu:0"])
 def test_graphs_in_the_cache_are_taken(tiny_checkpoint: Path, cached: Path, ask: Ask, device: str) -> None:
     with ritocco.load(tiny_checkpoint, device=device) as engine:
         assert isinstance(engine.runtime, SessionRuntime)

@@ -177,7 +177,7 @@ def refuse_elsewhere(backend: str, device: str, dtype: str, options: Mapping[str
 
 def _dtypes(backend: str, device: str) -> tuple[str, ...]:
     """What a backend computes in on a device, of a checkpoint that it exports by itself."""
-    if backend == "onnxruntime" and device in ("auto", "cpu"):  # what `auto` is there, graphs are made for
+    if backend == "onnxruntime" and device in ("auto", "cpu"):  # where graphs are exported in float32
         return ("auto", "float32")
     return _DTYPES.get(backend, _ALL_DTYPES)
 
