@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 from ritocco.artefacts import Artefacts, is_artefacts, open_artefacts
 from ritocco.backends import (
@@ -74,7 +74,7 @@ def load(
     if backend in SESSION_BACKENDS:
         refuse_absent(backend)  # before minutes go into an export
         refuse_elsewhere(backend, device, dtype, backend_options)
-        artefacts = _exported(checkpoint, graph_dtype(backend, device, dtype))
+        artefacts = _exported(checkpoint, **graph_options(backend, device, dtype))
         return _from_artefacts(
             artefacts, device, dtype, backend, fetcher, checkpoint, options=backend_options
         )
@@ -202,19 +202,27 @@ def _from_artefacts(
     )
 
 
-def graph_dtype(backend: str, device: str, dtype: str) -> str:
-    """What a checkpoint is exported in for a backend.
+class GraphOptions(TypedDict):
+    """What a checkpoint's graphs are exported with, into the cache."""
+
+    dtype: str
+    hoisted: bool
+
+
+def graph_options(backend: str, device: str, dtype: str) -> GraphOptions:
+    """What a checkpoint is exported with for a backend.
 
     On GPUs, which compute in the dtype of the graphs, float16 where nothing else is asked for, as torch does
-    there. On CPUs float32, from which OpenVINO goes to bfloat16 by itself.
+    there; in one graph, as no gain of two was measured on one. On CPUs float32, from which OpenVINO goes to
+    bfloat16 by itself, and hoisted, which is faster there: see docs/export.md.
     """
     on_gpu = backend.startswith("tensorrt") or device.partition(":")[0] in ("cuda", "tensorrt")
     if not on_gpu:
-        return "float32"
-    return dtype if dtype in ("float32", "bfloat16") else "float16"
+        return {"dtype": "float32", "hoisted": True}
+    return {"dtype": dtype if dtype in ("float32", "bfloat16") else "float16", "hoisted": False}
 
 
-def _exported(checkpoint: Checkpoint, dtype: str) -> Artefacts:
+def _exported(checkpoint: Checkpoint, *, dtype: str, hoisted: bool) -> Artefacts:
     """The checkpoint's graphs from the cache, exported into it where they are not there.
 
     Raises BackendError where the cache can't be written.
@@ -223,7 +231,7 @@ def _exported(checkpoint: Checkpoint, dtype: str) -> Artefacts:
     from ritocco.plugins import exporter
 
     version = fingerprint(checkpoint)
-    folder = _cached_graphs(version, dtype)
+    folder = _cached_graphs(version, dtype=dtype, hoisted=hoisted)
     with _export_lock:
         try:
             return open_artefacts(folder, version=version)
@@ -231,7 +239,7 @@ def _exported(checkpoint: Checkpoint, dtype: str) -> Artefacts:
             pass
         try:
             _log.info("exporting %s to %s, which takes minutes, once", checkpoint.source, folder)
-            exporter().export(checkpoint, folder, dtype=dtype, say=_log.info)
+            exporter().export(checkpoint, folder, dtype=dtype, hoisted=hoisted, say=_log.info)
         except OSError as error:
             raise BackendError(
                 f"{cache_root()}: the graphs can't be kept there ({error}). Set RITOCCO_CACHE to another "
@@ -249,15 +257,16 @@ def _faster_graphs(checkpoint: Checkpoint, device: str, dtype: str) -> Artefacts
         return None
     version = fingerprint(checkpoint)
     try:
-        return open_artefacts(_cached_graphs(version), version=version)
+        options = graph_options("auto", "cpu", dtype)
+        return open_artefacts(_cached_graphs(version, **options), version=version)
     except CheckpointError:
         return None
 
 
-def _cached_graphs(version: str, dtype: str = "float32") -> Path:
-    """Named by the checkpoint, and by the dtype where that is not float32."""
+def _cached_graphs(version: str, *, dtype: str, hoisted: bool) -> Path:
+    """Named by the checkpoint, and by what is not the plain export in float32."""
     name = version[:32] if dtype == "float32" else f"{version[:32]}-{dtype}"
-    return cache_root() / "graphs" / name
+    return cache_root() / "graphs" / (f"{name}-hoisted" if hoisted else name)
 
 
 _export_lock = threading.Lock()

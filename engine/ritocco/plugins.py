@@ -38,8 +38,11 @@ class Plugin(Protocol):
 class Exporter(Plugin, Protocol):
     """What the plug-in `export` offers."""
 
-    def export(self, checkpoint: Checkpoint, out: Path, *, dtype: str, say: Say) -> None:
-        """Write the checkpoint's graphs to the folder `out`. dtype: `float32`, `float16`, `bfloat16`."""
+    def export(self, checkpoint: Checkpoint, out: Path, *, dtype: str, hoisted: bool, say: Say) -> None:
+        """Write the checkpoint's graphs to the folder `out`.
+
+        dtype: `float32`, `float16`, `bfloat16`. hoisted: the UNet in two graphs, once a request and the step.
+        """
 
     def build_engine(
         self,

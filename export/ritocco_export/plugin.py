@@ -258,12 +258,12 @@ class Plugin:
         """See `ritocco.plugins.Plugin`."""
         app.command("export")(command)
 
-    def export(self, checkpoint: Checkpoint, out: Path, *, dtype: str, say: Say) -> None:
+    def export(self, checkpoint: Checkpoint, out: Path, *, dtype: str, hoisted: bool, say: Say) -> None:
         """Write the checkpoint's graphs to `out`, for every size that a request can have."""
         _refuse_missing()
         from ritocco_export.exporter import export_checkpoint
 
-        export_checkpoint(checkpoint, out, dtype=dtype, replace=True, say=say)
+        export_checkpoint(checkpoint, out, dtype=dtype, hoisted=hoisted, replace=True, say=say)
 
     def build_engine(
         self,

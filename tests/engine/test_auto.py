@@ -26,10 +26,11 @@ def _empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def cached(tiny_checkpoint: Path, tiny_graphs: Path) -> Path:
-    """Graphs of the tiny checkpoint in the cache. Returns their folder."""
-    folder = cache_root() / "graphs" / fingerprint(open_checkpoint(tiny_checkpoint))[:32]
-    shutil.copytree(tiny_graphs, folder)
+def cached(tiny_checkpoint: Path, tiny_hoisted_graphs: Path) -> Path:
+    """Graphs of the tiny checkpoint in the cache, as a CPU has them. Returns their folder."""
+    name = f"{fingerprint(open_checkpoint(tiny_checkpoint))[:32]}-hoisted"
+    folder = cache_root() / "graphs" / name
+    shutil.copytree(tiny_hoisted_graphs, folder)
     return folder
 
 
@@ -95,7 +96,7 @@ def test_torch_as_asked_names_nothing_faster(tiny_checkpoint: Path, cached: Path
 
 
 def test_damaged_graphs_are_left_alone(tiny_checkpoint: Path, cached: Path) -> None:
-    (cached / "unet" / "model.onnx").write_bytes(b"no graph")
+    (cached / "unet_step" / "model.onnx").write_bytes(b"no graph")
     with ritocco.load(tiny_checkpoint, device="cpu") as engine:
         assert isinstance(engine.runtime, TorchRuntime)
 

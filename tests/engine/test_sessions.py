@@ -27,7 +27,7 @@ from ritocco.backends import SESSION_BACKENDS, open_sessions
 from ritocco.backends.runtime import Floats
 from ritocco.backends.sessions import SessionRuntime
 from ritocco.checkpoint import open_checkpoint
-from ritocco.loading import graph_dtype
+from ritocco.loading import graph_options
 from ritocco.nets.io import NetworkIO
 from ritocco.schedules import SCHEDULERS
 from ritocco_export.plugin import Plugin
@@ -199,24 +199,26 @@ def test_bfloat16_graphs_run_on_openvino_alone(
 
 
 @pytest.mark.parametrize(
-    ("name", "device", "dtype", "exported"),
+    ("name", "device", "dtype", "exported", "hoisted"),
     [
-        ("openvino", "auto", "auto", "float32"),
-        ("openvino", "cpu", "bfloat16", "float32"),
-        ("onnxruntime", "auto", "auto", "float32"),
-        ("onnxruntime", "cuda:1", "auto", "float16"),
-        ("onnxruntime", "tensorrt", "float32", "float32"),
-        ("tensorrt", "auto", "auto", "float16"),
-        ("tensorrt-rtx", "cuda", "bfloat16", "bfloat16"),
+        ("openvino", "auto", "auto", "float32", True),
+        ("openvino", "cpu", "bfloat16", "float32", True),
+        ("onnxruntime", "auto", "auto", "float32", True),
+        ("onnxruntime", "cuda:1", "auto", "float16", False),
+        ("onnxruntime", "tensorrt", "float32", "float32", False),
+        ("tensorrt", "auto", "auto", "float16", False),
+        ("tensorrt-rtx", "cuda", "bfloat16", "bfloat16", False),
     ],
 )
-def test_a_checkpoint_is_exported_in_what_its_backend_computes_best_in(
-    name: str, device: str, dtype: str, exported: str
+def test_a_checkpoint_is_exported_as_its_backend_runs_it_best(
+    name: str, device: str, dtype: str, exported: str, hoisted: bool
 ) -> None:
-    assert graph_dtype(name, device, dtype) == exported
+    assert graph_options(name, device, dtype) == {"dtype": exported, "hoisted": hoisted}
 
 
-@pytest.mark.parametrize("graphs", ["tiny_half_graphs", "tiny_half_hoisted_graphs"])
+@pytest.mark.parametrize(
+    "graphs", ["tiny_half_graphs", pytest.param("tiny_half_hoisted_graphs", marks=pytest.mark.slow)]
+)
 def test_half_graphs_on_a_cpu_are_near(
     backend: str, graphs: str, tiny_engine: Engine, ask: Ask, request: pytest.FixtureRequest
 ) -> None:
@@ -262,19 +264,22 @@ def test_a_checkpoint_is_exported_once(
     backend: str,
     tiny_checkpoint: Path,
     tiny_graphs: Path,
+    tiny_hoisted_graphs: Path,
     ask: Ask,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
+    on_cpu = backend in ("openvino", "onnxruntime")
+    graphs = tiny_hoisted_graphs if on_cpu else tiny_graphs
     caplog.set_level("INFO", logger="ritocco.loading")
     exports: list[Path] = []
 
     class Stub(Plugin):
-        def export(self, checkpoint: Any, out: Path, *, dtype: str, say: Any) -> None:
+        def export(self, checkpoint: Any, out: Path, *, dtype: str, hoisted: bool, say: Any) -> None:
             exports.append(out)
             say("unet: exporting")
-            assert dtype == "float32"
-            shutil.copytree(tiny_graphs, out)
+            assert (dtype, hoisted) == ("float32", on_cpu)
+            shutil.copytree(graphs, out)
 
     monkeypatch.setenv("RITOCCO_CACHE", str(Path(os.environ["RITOCCO_CACHE"]) / backend))
     monkeypatch.setattr("ritocco.plugins.exporter", Stub)
@@ -283,7 +288,7 @@ def test_a_checkpoint_is_exported_once(
     said = [record.getMessage() for record in caplog.records if record.name == "ritocco.loading"]
     assert [line.partition(" ")[0] for line in said] == ["exporting", "unet:"]
     assert len(exports) == 1
-    assert first.version == second.version == open_artefacts(tiny_graphs).version
+    assert first.version == second.version == open_artefacts(graphs).version
     assert (floats(first, ask()) == floats(second, ask())).all()
 
 
@@ -472,7 +477,7 @@ def test_a_checkpoint_that_can_not_be_kept_says_why(
     backend: str, tiny_checkpoint: Path, no_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Writer(Plugin):
-        def export(self, checkpoint: Any, out: Path, *, dtype: str, say: Any) -> None:
+        def export(self, checkpoint: Any, out: Path, *, dtype: str, hoisted: bool, say: Any) -> None:
             out.mkdir(parents=True)
 
     monkeypatch.setattr("ritocco.plugins.exporter", Writer)
@@ -488,7 +493,9 @@ def test_a_backend_that_is_not_there_is_named_with_those_that_are(tiny_checkpoin
 def test_a_checkpoints_safety_checker_is_not_lost(
     backend: str, tiny_safety_checkpoint: Path, tiny_graphs: Path, ask: Ask, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ritocco.loading._exported", lambda checkpoint, dtype: open_artefacts(tiny_graphs))
+    monkeypatch.setattr(
+        "ritocco.loading._exported", lambda checkpoint, **options: open_artefacts(tiny_graphs)
+    )
     engine = load(tiny_safety_checkpoint, backend)
     safety = engine._safety
     assert safety is not None

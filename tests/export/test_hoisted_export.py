@@ -174,6 +174,7 @@ def test_bfloat16_is_written_and_gated(tiny_checkpoint: Path, tmp_path: Path) ->
     assert parity["unet"]["error"] < 0.02
 
 
+@pytest.mark.slow
 def test_graphs_that_do_not_fit_together_are_not_kept(
     tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

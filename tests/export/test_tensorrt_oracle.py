@@ -101,6 +101,7 @@ def test_graphs_of_optimums_layout_are_taken(tiny_optimum_graphs: Path) -> None:
     assert_taken(verdicts(questions_of(tiny_optimum_graphs)), tokens="input_ids")
 
 
+@pytest.mark.slow
 def test_several_profiles_are_taken(tiny_checkpoint: Path, tmp_path: Path) -> None:
     questions = write(tmp_path, tiny_checkpoint, "float32", "64@1..4", "128..192@1..2")
     assert [len(one.profiles) for one in questions] == [2, 2, 2, 2]
