@@ -10,7 +10,7 @@ from ritocco_bench import environment, report, worker
 
 
 def in_process(job: worker.Job) -> tuple[worker.Result, float]:
-    """`cases.execute` without the process: quick, as the imports are shared."""
+    """`processes.execute` without the process: quick, as the imports are shared."""
     started = time.time()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

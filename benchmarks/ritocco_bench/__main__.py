@@ -1,8 +1,8 @@
 """`python -m ritocco_bench COMMAND`, or `ritocco bench COMMAND`.
 
-startup, steps, both: ritocco against diffusers; backends: ritocco's backends against each other; hoisted:
-plain graphs against hoisted ones; parity: a checkpoint's pictures beside diffusers'; report: Markdown and
-plots of what was measured; make-folder: random weights.
+startup, steps, both: ritocco against diffusers; turns: ritocco and its peers, request by request; backends:
+ritocco's backends against each other; hoisted: plain graphs against hoisted ones; parity: a checkpoint's
+pictures beside diffusers'; report: Markdown and plots of what was measured; make-folder: random weights.
 """
 
 from __future__ import annotations
@@ -19,24 +19,26 @@ from ritocco.device import DTYPES, choose
 from ritocco.errors import RitoccoError
 from ritocco.loading import load, pocket_model
 from ritocco_bench.asked import DIFFUSERS_CLASSES
-from ritocco_bench.cases import Bench, BenchError, backends, execute, hoisted, startup, steps
+from ritocco_bench.cases import Bench, backends, hoisted, startup, steps
 from ritocco_bench.ceilings import ceilings
 from ritocco_bench.environment import Environment, environment
 from ritocco_bench.folder import SIZES, make_folder
 from ritocco_bench.parity import ParityError, compare, gate
 from ritocco_bench.parity_report import parity_report
+from ritocco_bench.processes import BenchError, execute
 from ritocco_bench.report import Row, append_rows, table
 from ritocco_bench.summary import markdown, plots, read
+from ritocco_bench.turns import turns
 from ritocco_bench.variants import PAIR, VARIANTS
 from ritocco_bench.worker import Job
 
 WORK = Path(".cache/bench")
 RESULTS = Path("benchmarks/results")
-COMMANDS = ("startup", "steps", "both", "backends", "hoisted", "parity", "report", "make-folder")
+COMMANDS = ("startup", "steps", "both", "turns", "backends", "hoisted", "parity", "report", "make-folder")
 ON_GRAPHS = ("backends", "hoisted")
 LEAST_STEPS = 4
 _PEERS = (
-    *(name for name in VARIANTS if name not in PAIR),
+    *(name for name in VARIANTS if name != "ritocco"),
     *(f"ritocco-{name}" for name in SESSION_BACKENDS),
 )
 PEER = ("diffusers", "transformers")
@@ -86,7 +88,7 @@ def _measure(arguments: argparse.Namespace) -> None:
         outputs=arguments.outputs,
         runs=arguments.runs,
         warm=arguments.warm or (3 if choice.device.type == "cuda" else 1),
-        variants=(*PAIR, *_peers(arguments.peers)),
+        variants=_variants(arguments),
         backend=arguments.backend,
     )
     env = environment(bench.device)
@@ -100,6 +102,8 @@ def _measure(arguments: argparse.Namespace) -> None:
     parity = gate(bench.job("ritocco"), execute)
     _say(f"parity: float32 error {parity.error:.1e}; {bench.dtype} {parity.psnr_db:.1f} dB")
     rows = []
+    if arguments.command == "turns":
+        rows += turns(bench, env, say=_say)
     if arguments.command in ("startup", "both"):
         rows += startup(bench, parity, env, run=execute, say=_say)
     if arguments.command in ("steps", "both"):
@@ -203,16 +207,21 @@ def _model(arguments: argparse.Namespace) -> Path:
     return embedded if (embedded / "model_index.json").is_file() else make_folder(WORK / "tiny", "tiny")
 
 
-def _peers(text: str) -> tuple[str, ...]:
-    """Raises BenchError for one that is unknown, or whose packages are missing."""
-    names = tuple(dict.fromkeys(filter(None, text.split(","))))
+def _variants(arguments: argparse.Namespace) -> tuple[str, ...]:
+    """ritocco and its peers; diffusers is always one but in turns, which hold all of them in memory at once.
+
+    Raises BenchError for one that is unknown, or whose packages are missing.
+    """
+    names = tuple(filter(None, arguments.peers.split(",")))
     for name in names:
         if name not in _PEERS:
             raise BenchError(f"--peers has {name!r}; it takes {', '.join(_PEERS)}")
         needs = VARIANTS[name].needs if name in VARIANTS else ()
         if missing := [package for package in needs if not installed(package)]:
             raise BenchError(f"--peers has {name}, and {' and '.join(missing)} is not installed")
-    return names
+    if arguments.command == "turns":
+        return tuple(dict.fromkeys(("ritocco", *(names or ("diffusers",)))))
+    return tuple(dict.fromkeys((*PAIR, *names)))
 
 
 def _say(line: str) -> None:
@@ -232,6 +241,7 @@ def _parser(prog: str) -> argparse.ArgumentParser:
         ("startup", "fresh process to the first UNet step"),
         ("steps", "seconds of each phase, and peak memory"),
         ("both", "one after the other; the default"),
+        ("turns", "a request of ritocco and of each of --peers in turns, --pairs times"),
         ("hoisted", "a picture on plain and on hoisted graphs, on each exported backend"),
         ("parity", "a checkpoint beside diffusers with every scheduler: a report to paste"),
         ("backends", "fresh process to its first picture: torch, exported graphs, diffusers"),
@@ -241,14 +251,14 @@ def _parser(prog: str) -> argparse.ArgumentParser:
         case.add_argument("--full", action="store_true", help="a full-size random folder, made once (2.6 GB)")
         case.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
         case.add_argument("--dtype", default="auto", choices=("auto", *DTYPES))
-        case.add_argument("--pairs", type=int, help="fresh processes of each variant; default 5, quick 3")
+        case.add_argument("--pairs", type=int, help="processes of each variant, or turns; default 5, quick 3")
         case.add_argument("--size", type=int, help="pixels per side; default 512, quick steps 128")
         case.add_argument("--steps", type=int, help="default 4; on graphs 25")
-        case.add_argument("--outputs", type=int, default=1, help="for steps and hoisted; default %(default)s")
+        case.add_argument("--outputs", type=int, default=1, help="pictures of a request; default %(default)s")
         case.add_argument("--runs", type=int, default=1, help="for steps: measured requests of each process")
-        case.add_argument("--warm", type=int, help="for steps: requests before them; default 1, on CUDA 3")
-        case.add_argument("--peers", default="", help=f"for steps, with commas: {', '.join(_PEERS)}")
-        case.add_argument("--backend", default="torch", help="for steps: of ritocco; default %(default)s")
+        case.add_argument("--warm", type=int, help="requests before what is measured; default 1, on CUDA 3")
+        case.add_argument("--peers", default="", help=f"steps, turns; with commas: {', '.join(_PEERS)}")
+        case.add_argument("--backend", default="torch", help="steps, turns: of ritocco; default %(default)s")
         case.add_argument("--out", type=Path, help="JSONL file; default benchmarks/results/, quick .cache/")
     return parser
 

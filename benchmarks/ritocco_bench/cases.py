@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import math
-import os
-import subprocess
-import sys
 import tempfile
-import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -22,18 +17,15 @@ from ritocco_bench.ceilings import Ceilings
 from ritocco_bench.environment import Environment
 from ritocco_bench.flops import flops
 from ritocco_bench.parity import Execute, Parity, distance
+from ritocco_bench.processes import BenchError, execute
 from ritocco_bench.report import Row
 from ritocco_bench.variants import PAIR, VARIANTS
-from ritocco_bench.worker import Job, Result
+from ritocco_bench.worker import Job
 
 Say = Callable[[str], None]
 
 STARTUP_SIZE = 64
 LEAST_PSNR_DB = 25.0  # of decoded floats: bfloat16 beside float32 after a whole schedule
-
-
-class BenchError(RuntimeError):
-    """A benchmark process failed, or a package that it needs is missing; the message ends with its words."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -80,19 +72,9 @@ class Bench:
             warm=self.warm,
         )
 
-
-def execute(job: Job) -> tuple[Result, float]:
-    """Run a job in a fresh process. Raises BenchError with the last lines that it wrote."""
-    variables = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    variables |= {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "PYTHONWARNINGS": "ignore"}
-    with tempfile.TemporaryDirectory() as folder:
-        answer = Path(folder) / "result.json"
-        command = [sys.executable, "-m", "ritocco_bench.worker", json.dumps(asdict(job)), str(answer)]
-        started = time.time()
-        done = subprocess.run(command, env=variables, capture_output=True, text=True, check=False)
-        if done.returncode or not answer.is_file():
-            raise BenchError(f"{job.variant}: exit status {done.returncode}\n{done.stderr[-2000:]}")
-        return Result(**json.loads(answer.read_text(encoding="utf-8"))), started
+    def held(self, variant: str) -> Bench:
+        """With the dtype that a variant computes in."""
+        return replace(self, dtype=(VARIANTS[variant].dtype if variant in VARIANTS else "") or self.dtype)
 
 
 def startup(
@@ -114,7 +96,7 @@ def startup(
             taken.setdefault((variant, "first_step"), []).append(result.stepped - started)
             say(f"startup {pair + 1}/{bench.pairs} {variant}: {result.stepped - started:.2f} s")
     case = f"startup-{small.size}x{small.size}"
-    return [_row(case, small, key, seconds, None, parity, env) for key, seconds in taken.items()]
+    return [row_of(case, small, key, seconds, None, parity, env) for key, seconds in taken.items()]
 
 
 def steps(
@@ -159,10 +141,7 @@ def steps(
     case = f"{bench.size}x{bench.size}-{bench.steps}steps-{bench.outputs}x"
     rows = []
     for key, each in taken.items():
-        held_dtype = (VARIANTS[key[0]].dtype if key[0] in VARIANTS else "") or bench.dtype
-        row = _row(
-            case, replace(bench, dtype=held_dtype), key, each, peaks.get(key) or None, found[key[0]], env
-        )
+        row = row_of(case, bench.held(key[0]), key, each, peaks.get(key) or None, found[key[0]], env)
         if key[1] in work:
             row = replace(row, flop=work[key[1]], matmul_flop_per_s=machine.matmul_flop_per_s)
         rows.append(replace(row, copy_bytes_per_s=machine.copy_bytes_per_s))
@@ -212,7 +191,7 @@ def backends(
     rows = []
     for key, seconds in taken.items():
         held, peak = replace(bench, dtype=jobs[key[0]].dtype), peaks[key[0]] if key[1] == "total" else None
-        rows.append(_row(case, held, key, seconds, peak, found[key[0]], env))
+        rows.append(row_of(case, held, key, seconds, peak, found[key[0]], env))
     return rows
 
 
@@ -253,7 +232,7 @@ def hoisted(
                     say(f"hoisted {pair + 1}/{bench.pairs} {variant}: denoise {seconds['denoise']:.2f} s")
     case = f"hoisted-{bench.size}x{bench.size}-{bench.steps}steps-{bench.outputs}x"
     return [
-        _row(case, bench, key, seconds, peaks[key[0]] if key[1] == "total" else None, found[key[0]], env)
+        row_of(case, bench, key, seconds, peaks[key[0]] if key[1] == "total" else None, found[key[0]], env)
         for key, seconds in taken.items()
     ]
 
@@ -266,7 +245,7 @@ def warm_page_cache(folder: Path) -> None:
                 pass
 
 
-def _row(
+def row_of(
     case: str,
     bench: Bench,
     key: tuple[str, str],
@@ -275,6 +254,7 @@ def _row(
     parity: Parity,
     env: Environment,
 ) -> Row:
+    """key: variant and phase. seconds: in the order that they were taken in. peak: in bytes."""
     each = tuple(round(1000 * one, 3) for one in seconds)
     p20, p50, p80 = np.quantile(each, (0.2, 0.5, 0.8)).round(3).tolist()
     return Row(

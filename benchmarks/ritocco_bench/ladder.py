@@ -26,9 +26,9 @@ from ritocco.checkpoint import Checkpoint, open_checkpoint
 from ritocco.device import choose
 from ritocco.noise import normal
 from ritocco.schedules import build
-from ritocco_bench.cases import BenchError
 from ritocco_bench.environment import environment
 from ritocco_bench.folder import make_folder
+from ritocco_bench.processes import BenchError
 
 PLAIN = FastPath(kernels=False, packed=False, graphs=False, search=False)
 RUNGS: tuple[tuple[str, dict[str, bool]], ...] = (

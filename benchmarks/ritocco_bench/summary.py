@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ritocco_bench.asked import PHASES
-from ritocco_bench.cases import BenchError
+from ritocco_bench.processes import BenchError
 from ritocco_bench.report import Row, ratios
 
 Held = Mapping[str, Any]

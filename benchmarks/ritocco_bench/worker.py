@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from dataclasses import asdict, dataclass, field
@@ -11,6 +12,8 @@ from pathlib import Path
 from ritocco_bench.asked import exact_float32, synchronize
 from ritocco_bench.peaks import Peaks, peak_bytes
 from ritocco_bench.variants import described
+
+ENDED = b""  # what is read from a socket whose other side is closed
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -21,7 +24,8 @@ class Job:
     `runs`; or `end`, `runs` times after a warm-up of one step, or of `warm` whole requests where those are
     more than one. peaks: whether one more run looks at each phase's memory. schedulers: in place of `runs`,
     one run with each. size: height and width in pixels. decoded: where the last run's
-    decoded floats go, those of each scheduler, as .npy; or empty.
+    decoded floats go, those of each scheduler, as .npy; or empty. turns: the descriptor of a socket, on which
+    the process says that it is ready before each of its runs and once after them, and waits for a word.
     """
 
     variant: str
@@ -39,6 +43,7 @@ class Job:
     schedulers: tuple[str, ...] = ()
     backend: str = "torch"
     peaks: bool = False
+    turns: int | None = None
 
 
 @dataclass(kw_only=True, slots=True)
@@ -91,7 +96,10 @@ def perform(job: Job) -> Result:
             pictures.append(side.decoded)
         np.save(job.decoded, np.stack(pictures))
         return result
-    result.seconds = [side.run(job.steps, lambda: None) for _ in range(job.runs)]
+    for _ in range(job.runs):
+        _await_turn(job.turns)
+        result.seconds.append(side.run(job.steps, lambda: None))
+    _await_turn(job.turns)
     result.peak_bytes = peak_bytes(job.device)
     if job.peaks:
         side.peaks = Peaks(job.device)
@@ -102,6 +110,14 @@ def perform(job: Job) -> Result:
 
         np.save(job.decoded, side.decoded)
     return result
+
+
+def _await_turn(line: int | None) -> None:
+    """Raises SystemExit where nobody is there to say it any more."""
+    if line is not None:
+        os.write(line, b"r")
+        if os.read(line, 1) == ENDED:
+            raise SystemExit("the process that was to give the word has ended")
 
 
 def main() -> None:

@@ -62,7 +62,7 @@ def open_session(file: Path, graph: GraphName, dtype: str) -> Session:
 
         from ritocco.backends.openvino_ import OpenVinoSession
 
-        return OpenVinoSession(openvino.Core(), file, "f32")
+        return OpenVinoSession(openvino.Core(), file, {"INFERENCE_PRECISION_HINT": "f32"})
     cpu = PROVIDERS["cpu"]
     return OnnxSession(file, _options(), wanted=cpu, graph=graph, providers=[cpu])
 

@@ -24,7 +24,9 @@ from ritocco_bench import (
     folder,
     parity,
     peaks,
+    processes,
     report,
+    turns,
     variants,
     worker,
 )
@@ -124,8 +126,8 @@ def test_startup_in_fresh_processes(tiny: Path) -> None:
 
 def test_a_process_that_fails_says_why(tmp_path: Path) -> None:
     job = bench(tmp_path / "nothing").job("ritocco")
-    with pytest.raises(cases.BenchError, match=r"(?s)ritocco: exit status 1.*no such file or folder"):
-        cases.execute(job)
+    with pytest.raises(processes.BenchError, match=r"(?s)ritocco: exit status 1.*no such file or folder"):
+        processes.execute(job)
 
 
 def test_steps_prints_a_table_behind_a_green_gate(
@@ -153,7 +155,7 @@ def test_steps_prints_a_table_behind_a_green_gate(
 @pytest.mark.parametrize(
     ("peers", "said"),
     [
-        ("diffusers-jax", "--peers has 'diffusers-jax'; it takes diffusers-float32, diffusers-compiled"),
+        ("diffusers-jax", "--peers has 'diffusers-jax'; it takes diffusers, diffusers-float32, diffusers-compiled"),
         ("ritocco-torch", "--peers has 'ritocco-torch'"),
         ("diffusers-openvino", "--peers has diffusers-openvino, and openvino is not installed"),
     ],
@@ -199,6 +201,63 @@ def test_peers_paint_the_same_picture(
     off = 0.5
     with pytest.raises(parity.ParityError, match=rf"{peer}: .* dB"):
         cases.steps(held, env, machine=machine, run=run, say=quiet)
+
+
+class InTurns:
+    """`processes.Process` in this process: a run is done when its turn comes."""
+
+    log: list[str]
+
+    def __init__(self, job: worker.Job) -> None:
+        self._job, self._seconds = job, list[dict[str, float]]()
+
+    def __enter__(self) -> InTurns:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def ready(self) -> None:
+        self.log.append(f"{self._job.variant} is ready")
+
+    def go(self) -> None:
+        if len(self._seconds) < self._job.runs:
+            self.log.append(self._job.variant)
+            alone = in_process(replace(self._job, turns=None, runs=1, warm=0))[0]
+            self._seconds += alone.seconds
+
+    def result(self) -> worker.Result:
+        return worker.Result(loaded=0.0, seconds=self._seconds)
+
+
+def test_requests_take_turns(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(InTurns, "log", [], raising=False)
+    held = replace(bench(tiny, pairs=2), variants=("ritocco", "diffusers-float32"))
+    env = environment.environment("cpu")
+    rows = turns.turns(held, env, hold=InTurns, run=in_process, say=quiet)
+    both = [word for name in held.variants for word in (name, f"{name} is ready")]
+    assert InTurns.log == [*both[1::2], *both, *both]
+    phases = (*asked.PHASES, "png", "whole", "step", "total")
+    assert [(one.variant, one.phase) for one in rows] == [(v, p) for v in held.variants for p in phases]
+    assert all(one.samples == 2 and one.parity_psnr_db > 60 for one in rows)
+
+
+def test_a_process_waits_for_its_turns(tiny: Path, tmp_path: Path) -> None:
+    job = replace(bench(tiny).job("ritocco"), until="picture", runs=2, turns=0, warm=0)
+    with processes.Process(replace(job, decoded=str(tmp_path / "decoded.npy"))) as process:
+        for _ in range(2):
+            process.ready()
+            process.go()
+        process.ready()
+        assert not (tmp_path / "decoded.npy").exists()
+        process.go()
+        assert len(process.result().seconds) == 2
+    assert (tmp_path / "decoded.npy").exists()
+    with (
+        processes.Process(replace(job, model=str(tmp_path))) as process,
+        pytest.raises(processes.BenchError, match=r"(?s)ritocco: exit status 1.*config\.json: missing"),
+    ):
+        process.ready()
 
 
 def test_work_is_counted_as_everybody_counts_it(tmp_path: Path) -> None:

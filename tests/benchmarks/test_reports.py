@@ -14,9 +14,9 @@ from made_rows import in_process, row
 from ritocco.cli import _add_plugins, app
 from ritocco_bench import __main__ as command
 from ritocco_bench import asked, folder, ours, parity, summary, worker
-from ritocco_bench.cases import BenchError
 from ritocco_bench.environment import Environment
 from ritocco_bench.parity_report import parity_report
+from ritocco_bench.processes import BenchError
 from ritocco_bench.variants import PAIR
 
 ENVIRONMENT = Environment(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import time
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,59 +15,105 @@ import openvino
 from ritocco.artefacts import Artefacts
 from ritocco.backends.bfloat16 import from_bfloat16, to_bfloat16
 from ritocco.backends.sessions import Arrays, SessionRuntime
-from ritocco.disk import cache_root, sweep
+from ritocco.disk import cache_root, sweep, trim
 from ritocco.errors import BackendError, CheckpointError
+from ritocco.nets.io import GraphName, NetworkIO
 from ritocco.shown import said
 
+_log = logging.getLogger(__name__)
+
+Shapes = Mapping[str, tuple[int, ...]]
+"""Of inputs, by name."""
+
 _KEPT_DAYS = 30
+_KEPT_MODELS = 64  # in the cache, of each set of graphs
+_KEPT_BYTES = 1 << 30
+# Reading back what was compiled from more weights takes longer than compiling it again (2.1 and 2.2 s of
+# a full-size UNet), holds its file in memory too, and writing it 7 s.
+_CACHED_BYTES = 1 << 28
 _PRECISIONS = {"float32": "f32", "bfloat16": "bf16"}
 _DTYPES = {"f32": "float32", "f16": "float16", "i64": "int64", "i32": "int32"}
 
 
 class OpenVinoSession:
-    """See `Session`."""
+    """See `Session`.
 
-    def __init__(self, core: openvino.Core, file: Path, precision: str) -> None:
-        """precision: `f32` or `bf16`. Raises CheckpointError for a graph that can't be compiled."""
+    The graph is compiled for each set of shapes that it runs with: OpenVINO fuses more where all are known.
+    Programs used last are kept, as many as their weights fit `_KEPT_BYTES` but one at least.
+    """
+
+    def __init__(
+        self, core: openvino.Core, file: Path, options: Mapping[str, str], first: Shapes | None = None
+    ) -> None:
+        """options: of `compile_model`. first: shapes of inputs to compile it for now; None compiles it once,
+        for all shapes. Raises CheckpointError for a graph that can't be compiled.
+        """
         if any(one.is_symlink() for one in file.parent.iterdir() if one.suffix not in (".onnx", ".json")):
             raise CheckpointError(
                 f"{file}: OpenVINO does not follow links to weights, as a cache of downloads has them; copy "
                 "the folder with `cp -rL` and name the copy"
             )
-        options = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": precision}
+        self._core, self._file, self._options = core, file, dict(options)
+        held = sum(one.stat().st_size for one in file.parent.iterdir())
+        self._kept = max(1, _KEPT_BYTES // held)
+        if held > _CACHED_BYTES:
+            self._options.pop("CACHE_DIR", None)
+        self._about = f"{file.parent.name} on CPU"
         try:
-            compiled = core.compile_model(str(file), "CPU", options)
+            graph = core.read_model(str(file))
+            moving = {port.get_any_name() for port in graph.inputs if port.partial_shape.is_dynamic}
+            shapes = {name: shape for name, shape in (first or {}).items() if name in moving}
+            self._moving = tuple(shapes)
+            self._programs = {tuple(shapes.values()): self._compiled(shapes)}
         except RuntimeError as error:
             raise CheckpointError(f"{file}: OpenVINO can't compile it ({said(error)})") from error
-        self._request = compiled.create_infer_request()
-        self._about = f"{file.parent.name} on CPU"
-        types = {port.get_any_name(): port.element_type.get_type_name() for port in compiled.inputs}
+        types = {port.get_any_name(): port.element_type.get_type_name() for port in graph.inputs}
         # NumPy has no bfloat16: it is made of float32 here.
         self._narrow = {name for name, held in types.items() if held == "bf16"}
         self.dtypes: Mapping[str, str] = {name: _DTYPES.get(held, "float32") for name, held in types.items()}
         self.ranks: Mapping[str, int] = {
-            port.get_any_name(): port.partial_shape.rank.get_length() for port in compiled.inputs
+            port.get_any_name(): port.partial_shape.rank.get_length() for port in graph.inputs
         }
-        self._outputs = [port.get_any_name() for port in compiled.outputs]
-        self.outputs: Sequence[Collection[str]] = [port.get_names() for port in compiled.outputs]
+        self._outputs = [port.get_any_name() for port in graph.outputs]
+        self.outputs: Sequence[Collection[str]] = [port.get_names() for port in graph.outputs]
 
     def run(self, feeds: Arrays) -> npt.NDArray[Any]:
         """See `Session`."""
-        self._infer(feeds)
-        return _taken(self._request.get_output_tensor(0))
+        return _taken(self._infer(feeds).get_output_tensor(0))
 
     def run_all(self, feeds: Arrays) -> Arrays:
         """See `Session`."""
-        self._infer(feeds)
-        tensors = ((name, self._request.get_output_tensor(i)) for i, name in enumerate(self._outputs))
-        return {name: _taken(tensor) for name, tensor in tensors}
+        request = self._infer(feeds)
+        return {name: _taken(request.get_output_tensor(i)) for i, name in enumerate(self._outputs)}
 
-    def _infer(self, feeds: Arrays) -> None:
+    def _infer(self, feeds: Arrays) -> openvino.InferRequest:
         given = {name: _narrowed(one) if name in self._narrow else one for name, one in feeds.items()}
         try:
-            self._request.infer(given, share_inputs=True)
+            request = self._program({name: feeds[name].shape for name in self._moving})
+            request.infer(given, share_inputs=True)
         except RuntimeError as error:
             raise BackendError(f"{self._about}: OpenVINO failed ({said(error)})") from error
+        return request
+
+    def _program(self, shapes: Shapes) -> openvino.InferRequest:
+        """The one for these shapes, the last of those that are kept."""
+        key = tuple(shapes.values())
+        request = self._programs.pop(key, None)
+        if request is None:
+            while len(self._programs) >= self._kept:  # before another takes memory
+                del self._programs[next(iter(self._programs))]
+            start = time.perf_counter()
+            request = self._compiled(shapes)
+            _log.info("%s: compiled for another size, %.2f s", self._about, time.perf_counter() - start)
+        self._programs[key] = request
+        return request
+
+    def _compiled(self, shapes: Shapes) -> openvino.InferRequest:
+        # Read anew: a model that was reshaped before is not found in the cache.
+        graph = self._core.read_model(str(self._file))
+        if shapes:
+            graph.reshape({name: list(shape) for name, shape in shapes.items()})
+        return self._core.compile_model(graph, "CPU", self._options).create_infer_request()
 
 
 def _narrowed(array: npt.NDArray[Any]) -> openvino.Tensor:
@@ -97,27 +145,38 @@ def open_openvino(artefacts: Artefacts, *, device: str, dtype: str) -> SessionRu
         raise BackendError("dtype is 'bfloat16', which this processor does not compute in; float32 is")
     if dtype not in _PRECISIONS:
         raise BackendError(f"dtype is {dtype!r}; the backend openvino computes in float32 or bfloat16")
-    if (cache := _cache(artefacts)) is not None:
-        core.set_property({"CACHE_DIR": str(cache)})
+    options = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": _PRECISIONS[dtype]}
+    if (cache := _cache(artefacts, options["INFERENCE_PRECISION_HINT"])) is not None:
+        options["CACHE_DIR"] = str(cache)
     sessions = {
-        graph: OpenVinoSession(core, artefacts.graph(graph), _PRECISIONS[dtype])
-        for graph in artefacts.contract
+        graph: OpenVinoSession(core, artefacts.graph(graph), options, _best(graph, io))
+        for graph, io in artefacts.contract.items()
     }
     return SessionRuntime(artefacts, sessions, device="cpu", dtype=dtype, release=(core,))
 
 
-def _cache(artefacts: Artefacts) -> Path | None:
+def _best(graph: GraphName, io: NetworkIO) -> Shapes | None:
+    """What a graph is compiled for at load; None for those that take next to no time whatever the shape."""
+    if graph in ("text_encoder", "unet_once"):
+        return None
+    sizes = {symbol: best for symbol, (_, best, _) in io.ranges.items()}
+    return {port.name: port.resolve(sizes) for port in io.inputs}
+
+
+def _cache(artefacts: Artefacts, precision: str) -> Path | None:
     """Where these graphs are kept as compiled; None where nothing can be written, and every start compiles.
 
-    OpenVINO tells models apart by the graph's file, not the weights beside it, and never clears its cache:
-    each set of graphs has a folder of its own here, which goes when it was not used for so long.
+    OpenVINO tells models apart by the graph's file and shapes, not by the weights beside it or the precision
+    that they were compiled for (seen with 2026.4), and never clears its cache: each set of graphs has a
+    folder of its own for each precision, which goes when it was not used for so long.
     """
     root = cache_root() / "openvino"
-    folder = root / artefacts.identity[:32]
+    folder = root / f"{artefacts.identity[:32]}-{precision}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         os.utime(folder)
     except OSError:
         return None
     sweep(root, "*", days=_KEPT_DAYS)
+    trim(folder, "*.blob", most=_KEPT_MODELS)
     return folder if os.access(folder, os.W_OK) else None

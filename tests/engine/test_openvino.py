@@ -1,0 +1,114 @@
+"""OpenVINO's compiled models: for which shapes, how many are kept, in memory and in the cache."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+import ritocco
+from ritocco import BackendError
+from ritocco.backends import openvino_
+from ritocco.disk import cache_root
+
+openvino = pytest.importorskip("openvino")
+
+Ask = Callable[..., dict[str, Any]]
+
+
+@pytest.fixture(autouse=True)
+def _empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RITOCCO_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def compiled(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """The latents' shapes that a UNet was compiled for, in turn."""
+    shapes: list[tuple[int, ...]] = []
+    original = openvino_.OpenVinoSession._compiled
+
+    def kept(self: Any, held: dict[str, tuple[int, ...]]) -> Any:
+        shapes.extend(shape for name, shape in held.items() if name == "latents" and "unet" in self._about)
+        return original(self, held)
+
+    monkeypatch.setattr(openvino_.OpenVinoSession, "_compiled", kept)
+    return shapes
+
+
+def painted(graphs: Path, given: dict[str, Any], dtype: str = "float32") -> npt.NDArray[np.uint8]:
+    with ritocco.load(graphs, backend="openvino", dtype=dtype) as engine:
+        return np.asarray(engine.predict(given).images[0])
+
+
+def blobs() -> list[Path]:
+    return list((cache_root() / "openvino").rglob("*.blob"))
+
+
+def test_what_was_compiled_for_float32_does_not_run_in_bfloat16(
+    tiny_hoisted_graphs: Path, ask: Ask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """OpenVINO itself does not tell them apart in one folder, and then gives numbers that are none."""
+    if "BF16" not in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+        pytest.skip("this processor computes no bfloat16")
+    alone = painted(tiny_hoisted_graphs, ask(), "bfloat16")
+    monkeypatch.setenv("RITOCCO_CACHE", str(cache_root().parent / "another"))
+    exact = painted(tiny_hoisted_graphs, ask(), "float32")
+    after = painted(tiny_hoisted_graphs, ask(), "bfloat16")
+    assert (after == alone).all()
+    assert (after != exact).any()
+
+
+def test_each_size_is_compiled_once_while_it_is_kept(
+    tiny_hoisted_graphs: Path, ask: Ask, compiled: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = ((64, 64), (128, 64), (64, 64), (128, 64))
+    with ritocco.load(tiny_hoisted_graphs, backend="openvino", dtype="float32") as engine:
+        at_load = len(compiled)
+        first = [np.asarray(engine.predict(ask(size=size)).images[0]) for size in sizes]
+    assert compiled[at_load:] == [(1, 4, 8, 8), (1, 4, 8, 16)]
+    monkeypatch.setattr(openvino_, "_KEPT_BYTES", 1)
+    with ritocco.load(tiny_hoisted_graphs, backend="openvino", dtype="float32") as engine:
+        at_load = len(compiled)
+        again = [np.asarray(engine.predict(ask(size=size)).images[0]) for size in sizes]
+    assert compiled[at_load:] == [(1, 4, 8, 8), (1, 4, 8, 16)] * 2
+    assert all((one == other).all() for one, other in zip(first, again, strict=True))
+
+
+def test_pictures_side_by_side_are_a_size_of_their_own(
+    tiny_hoisted_graphs: Path, ask: Ask, compiled: list[tuple[int, ...]]
+) -> None:
+    with ritocco.load(tiny_hoisted_graphs, backend="openvino", dtype="float32") as engine:
+        at_load = len(compiled)
+        two = engine.predict(ask(num_outputs=2)).images
+        alone = engine.predict(ask()).images
+    assert compiled[at_load:] == [(2, 4, 8, 8), (1, 4, 8, 8)]
+    difference = np.abs(np.asarray(two[0], np.float32) - np.asarray(alone[0], np.float32))
+    assert difference.max() <= 1
+
+
+def test_large_graphs_are_not_kept_as_compiled(
+    tiny_graphs: Path, ask: Ask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(openvino_, "_CACHED_BYTES", 1)
+    exact = painted(tiny_graphs, ask())
+    assert not blobs()
+    monkeypatch.undo()
+    monkeypatch.setenv("RITOCCO_CACHE", str(cache_root().parent / "another"))
+    assert (painted(tiny_graphs, ask()) == exact).all()
+    assert blobs()
+
+
+def test_a_size_that_a_graph_does_not_take_is_refused(tiny_graphs: Path) -> None:
+    core = openvino.Core()
+    file = tiny_graphs / "unet" / "model.onnx"
+    shapes = {"sample": (2, 9, 8, 8), "timestep": (2,), "context": (2, 77, 32)}
+    session = openvino_.OpenVinoSession(core, file, {}, shapes)
+    feeds = {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
+    assert session.run(feeds).shape == (2, 4, 8, 8)
+    with pytest.raises(BackendError, match="unet on CPU: OpenVINO failed"):
+        session.run(feeds | {"sample": np.zeros((2, 9, 9, 8), np.float32)})
+    assert session.run(feeds).shape == (2, 4, 8, 8)
