@@ -132,7 +132,7 @@ def steps(
                     taken.setdefault((variant, "first_picture"), []).append(result.stepped - started)
                 for seconds in result.seconds:
                     held = {**seconds, "step": seconds["denoise"] / bench.steps}
-                    held["total"] = math.fsum(seconds[phase] for phase in PHASES)
+                    held["total"] = total(seconds)
                     for phase, one in held.items():
                         taken.setdefault((variant, phase), []).append(one)
                 for phase, most in {**result.peaks, "total": result.peak_bytes or 0}.items():
@@ -185,7 +185,7 @@ def backends(
                 if pair:
                     taken.setdefault((variant, "load"), []).append(result.loaded - started)
                     taken.setdefault((variant, "first_picture"), []).append(result.stepped - started)
-                    taken.setdefault((variant, "total"), []).append(math.fsum(result.seconds[-1].values()))
+                    taken.setdefault((variant, "total"), []).append(total(result.seconds[-1]))
                 say(f"backends {pair}/{bench.pairs} {variant}: {result.stepped - started:.2f} s")
     case = f"backends-{bench.size}x{bench.size}-{bench.steps}steps"
     rows = []
@@ -228,13 +228,18 @@ def hoisted(
                     peaks[variant] = max(peaks.get(variant) or 0, result.peak_bytes or 0) or None
                     seconds = result.seconds[-1]
                     taken.setdefault((variant, "denoise"), []).append(seconds["denoise"])
-                    taken.setdefault((variant, "total"), []).append(math.fsum(seconds.values()))
+                    taken.setdefault((variant, "total"), []).append(total(seconds))
                     say(f"hoisted {pair + 1}/{bench.pairs} {variant}: denoise {seconds['denoise']:.2f} s")
     case = f"hoisted-{bench.size}x{bench.size}-{bench.steps}steps-{bench.outputs}x"
     return [
         row_of(case, bench, key, seconds, peaks[key[0]] if key[1] == "total" else None, found[key[0]], env)
         for key, seconds in taken.items()
     ]
+
+
+def total(seconds: Mapping[str, float]) -> float:
+    """Of the phases of a run, which are not all that it has seconds of."""
+    return math.fsum(seconds[phase] for phase in PHASES)
 
 
 def warm_page_cache(folder: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import tempfile
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
@@ -12,8 +11,7 @@ from typing import Protocol
 
 import numpy as np
 
-from ritocco_bench.asked import PHASES
-from ritocco_bench.cases import LEAST_PSNR_DB, Bench, Say, row_of
+from ritocco_bench.cases import LEAST_PSNR_DB, Bench, Say, row_of, total
 from ritocco_bench.environment import Environment
 from ritocco_bench.parity import Execute, distance
 from ritocco_bench.processes import Process, execute
@@ -69,8 +67,7 @@ def turns(
         for variant, process in held.items():
             process.go()
             for seconds in process.result().seconds:
-                total = math.fsum(seconds[phase] for phase in PHASES)
-                derived = {"step": seconds["denoise"] / bench.steps, "total": total}
+                derived = {"step": seconds["denoise"] / bench.steps, "total": total(seconds)}
                 for phase, one in (seconds | derived).items():
                     taken.setdefault((variant, phase), []).append(one)
             found[variant] = distance(np.load(files[variant]), truth, least_db=LEAST_PSNR_DB, name=variant)

@@ -76,14 +76,6 @@ def sweep(folder: Path, pattern: str, *, days: float) -> None:
                         path.unlink()
 
 
-def trim(folder: Path, pattern: str, *, most: int) -> None:
-    """Delete the files of a name that were written first, until `most` are left; what can't be, stays."""
-    with suppress(OSError):
-        for path in sorted(folder.glob(pattern), key=_written)[:-most]:
-            with suppress(OSError):
-                path.unlink()
-
-
 def _written(path: Path) -> float:
     """When anything in it was, in seconds since the epoch."""
     inside = list(path.rglob("*")) if path.is_dir() and not path.is_symlink() else []

@@ -155,7 +155,10 @@ def test_steps_prints_a_table_behind_a_green_gate(
 @pytest.mark.parametrize(
     ("peers", "said"),
     [
-        ("diffusers-jax", "--peers has 'diffusers-jax'; it takes diffusers, diffusers-float32, diffusers-compiled"),
+        (
+            "diffusers-jax",
+            "--peers has 'diffusers-jax'; it takes diffusers, diffusers-float32, ",
+        ),
         ("ritocco-torch", "--peers has 'ritocco-torch'"),
         ("diffusers-openvino", "--peers has diffusers-openvino, and openvino is not installed"),
     ],
@@ -357,12 +360,14 @@ def test_make_folder_command(tmp_path: Path, capsys: pytest.CaptureFixture[str])
 
 def test_backends_are_compared_with_torch_and_with_diffusers(tiny: Path) -> None:
     """Without graphs: every backend is torch here, and one of them is wrong."""
-    asked: list[tuple[str, str]] = []
+    wanted: list[tuple[str, str]] = []
+    sums: list[float] = []
     wrong: set[str] = set()
 
     def run(job: worker.Job) -> tuple[worker.Result, float]:
-        asked.append((job.variant, job.backend))
+        wanted.append((job.variant, job.backend))
         result, started = in_process(replace(job, backend="torch"))
+        sums.extend(sum(seconds[phase] for phase in asked.PHASES) for seconds in result.seconds)
         if job.backend in wrong:
             np.save(job.decoded, -np.load(job.decoded))
         return result, started
@@ -370,7 +375,7 @@ def test_backends_are_compared_with_torch_and_with_diffusers(tiny: Path) -> None
     held, env = bench(tiny, pairs=2), environment.environment("cpu")
     rows = cases.backends(held, ["openvino"], env, peer_dtype="float32", run=run, say=quiet)
     turn = [("ritocco", "torch"), ("ritocco", "openvino"), ("diffusers", "torch")]
-    assert asked == [turn[0], *turn * 3]
+    assert wanted == [turn[0], *turn * 3]
     dtypes = {"ritocco": "auto", "ritocco-openvino": "auto", "diffusers": "float32"}
     assert {(row.variant, row.phase, row.dtype) for row in rows} == {
         (variant, phase, dtype)
@@ -378,6 +383,10 @@ def test_backends_are_compared_with_torch_and_with_diffusers(tiny: Path) -> None
         for phase in ("load", "first_picture", "total")
     }
     assert all(row.samples == 2 for row in rows)
+    totals = [row.each_ms for row in rows if row.phase == "total"]
+    assert totals == [
+        tuple(round(1000 * one, 3) for one in sums[len(turn) + i :: len(turn)]) for i in range(3)
+    ]
     assert all(row.parity_psnr_db >= cases.LEAST_PSNR_DB for row in rows)
     wrong.add("openvino")
     with pytest.raises(parity.ParityError, match=r"openvino: .* dB from torch"):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from ritocco.disk import cache_root, sweep, trim, write_whole
+from ritocco.disk import cache_root, sweep, write_whole
 from ritocco.errors import BackendError
 
 
@@ -62,14 +62,3 @@ def test_what_was_not_written_to_for_long_is_swept(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["new", "used"]
     assert (tmp_path / "new" / "file").is_file()
     sweep(tmp_path / "not there", "*", days=1)
-
-
-def test_what_was_written_first_is_trimmed(tmp_path: Path) -> None:
-    for age, name in enumerate(("c.blob", "a.blob", "b.blob", "a.lock")):
-        (tmp_path / name).write_text("x", encoding="utf-8")
-        os.utime(tmp_path / name, (1000 - age, 1000 - age))
-    trim(tmp_path, "*.blob", most=3)
-    assert len(list(tmp_path.iterdir())) == 4
-    trim(tmp_path, "*.blob", most=2)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.blob", "a.lock", "c.blob"]
-    trim(tmp_path / "nothing", "*.blob", most=2)

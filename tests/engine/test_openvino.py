@@ -26,13 +26,21 @@ def _empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def compiled(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+def large(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every graph is one."""
+    monkeypatch.setattr(openvino_, "_LARGE_BYTES", 1)
+
+
+@pytest.fixture
+def compiled(large: None, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     """The latents' shapes that a UNet was compiled for, in turn."""
     shapes: list[tuple[int, ...]] = []
     original = openvino_.OpenVinoSession._compiled
 
-    def kept(self: Any, held: dict[str, tuple[int, ...]]) -> Any:
-        shapes.extend(shape for name, shape in held.items() if name == "latents" and "unet" in self._about)
+    def kept(self: Any, held: dict[str, tuple[int, ...]] | None = None) -> Any:
+        if "unet_step" in self._about:
+            assert held is not None
+            shapes.append(held["latents"])
         return original(self, held)
 
     monkeypatch.setattr(openvino_.OpenVinoSession, "_compiled", kept)
@@ -67,14 +75,13 @@ def test_each_size_is_compiled_once_while_it_is_kept(
 ) -> None:
     sizes = ((64, 64), (128, 64), (64, 64), (128, 64))
     with ritocco.load(tiny_hoisted_graphs, backend="openvino", dtype="float32") as engine:
-        at_load = len(compiled)
         first = [np.asarray(engine.predict(ask(size=size)).images[0]) for size in sizes]
-    assert compiled[at_load:] == [(1, 4, 8, 8), (1, 4, 8, 16)]
+    assert compiled == [(1, 4, 8, 8), (1, 4, 8, 16)]
+    compiled.clear()
     monkeypatch.setattr(openvino_, "_KEPT_BYTES", 1)
     with ritocco.load(tiny_hoisted_graphs, backend="openvino", dtype="float32") as engine:
-        at_load = len(compiled)
         again = [np.asarray(engine.predict(ask(size=size)).images[0]) for size in sizes]
-    assert compiled[at_load:] == [(1, 4, 8, 8), (1, 4, 8, 16)] * 2
+    assert compiled == [(1, 4, 8, 8), (1, 4, 8, 16)] * 2
     assert all((one == other).all() for one, other in zip(first, again, strict=True))
 
 
@@ -82,31 +89,31 @@ def test_pictures_side_by_side_are_a_size_of_their_own(
     tiny_hoisted_graphs: Path, ask: Ask, compiled: list[tuple[int, ...]]
 ) -> None:
     with ritocco.load(tiny_hoisted_graphs, backend="openvino", dtype="float32") as engine:
-        at_load = len(compiled)
         two = engine.predict(ask(num_outputs=2)).images
         alone = engine.predict(ask()).images
-    assert compiled[at_load:] == [(2, 4, 8, 8), (1, 4, 8, 8)]
+    assert compiled == [(2, 4, 8, 8), (1, 4, 8, 8)]
     difference = np.abs(np.asarray(two[0], np.float32) - np.asarray(alone[0], np.float32))
     assert difference.max() <= 1
 
 
-def test_large_graphs_are_not_kept_as_compiled(
-    tiny_graphs: Path, ask: Ask, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(openvino_, "_CACHED_BYTES", 1)
-    exact = painted(tiny_graphs, ask())
+def test_large_graphs_are_not_kept_as_compiled(tiny_graphs: Path, ask: Ask, large: None) -> None:
+    painted(tiny_graphs, ask())
     assert not blobs()
-    monkeypatch.undo()
-    monkeypatch.setenv("RITOCCO_CACHE", str(cache_root().parent / "another"))
-    assert (painted(tiny_graphs, ask()) == exact).all()
-    assert blobs()
 
 
-def test_a_size_that_a_graph_does_not_take_is_refused(tiny_graphs: Path) -> None:
+def test_small_graphs_are_compiled_once_for_all_sizes(tiny_graphs: Path, ask: Ask) -> None:
+    painted(tiny_graphs, ask())
+    held = {blob: blob.stat().st_mtime_ns for blob in blobs()}
+    assert len(held) == 4
+    painted(tiny_graphs, ask(size=(128, 64), num_outputs=2))
+    assert {blob: blob.stat().st_mtime_ns for blob in blobs()} == held
+
+
+def test_a_size_that_a_graph_does_not_take_is_refused(tiny_graphs: Path, large: None) -> None:
     core = openvino.Core()
     file = tiny_graphs / "unet" / "model.onnx"
     shapes = {"sample": (2, 9, 8, 8), "timestep": (2,), "context": (2, 77, 32)}
-    session = openvino_.OpenVinoSession(core, file, {}, shapes)
+    session = openvino_.OpenVinoSession(core, file, {})
     feeds = {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
     assert session.run(feeds).shape == (2, 4, 8, 8)
     with pytest.raises(BackendError, match="unet on CPU: OpenVINO failed"):

@@ -6,6 +6,7 @@ import logging
 import os
 import time
 from collections.abc import Collection, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,8 @@ import openvino
 from ritocco.artefacts import Artefacts
 from ritocco.backends.bfloat16 import from_bfloat16, to_bfloat16
 from ritocco.backends.sessions import Arrays, SessionRuntime
-from ritocco.disk import cache_root, sweep, trim
+from ritocco.disk import cache_root, sweep
 from ritocco.errors import BackendError, CheckpointError
-from ritocco.nets.io import GraphName, NetworkIO
 from ritocco.shown import said
 
 _log = logging.getLogger(__name__)
@@ -26,11 +26,10 @@ Shapes = Mapping[str, tuple[int, ...]]
 """Of inputs, by name."""
 
 _KEPT_DAYS = 30
-_KEPT_MODELS = 64  # in the cache, of each set of graphs
 _KEPT_BYTES = 1 << 30
 # Reading back what was compiled from more weights takes longer than compiling it again (2.1 and 2.2 s of
 # a full-size UNet), holds its file in memory too, and writing it 7 s.
-_CACHED_BYTES = 1 << 28
+_LARGE_BYTES = 1 << 28
 _PRECISIONS = {"float32": "f32", "bfloat16": "bf16"}
 _DTYPES = {"f32": "float32", "f16": "float16", "i64": "int64", "i32": "int32"}
 
@@ -38,35 +37,36 @@ _DTYPES = {"f32": "float32", "f16": "float16", "i64": "int64", "i32": "int32"}
 class OpenVinoSession:
     """See `Session`.
 
-    The graph is compiled for each set of shapes that it runs with: OpenVINO fuses more where all are known.
-    Programs used last are kept, as many as their weights fit `_KEPT_BYTES` but one at least.
+    A graph of many weights is compiled when it first runs with a set of shapes, as OpenVINO fuses more where
+    all are known; programs used last are kept, as many as their weights fit `_KEPT_BYTES` but one at least.
+    A small one is compiled once, at load, for all shapes: at every start its programs would take longer to
+    come back from the cache than they save in a few pictures.
     """
 
-    def __init__(
-        self, core: openvino.Core, file: Path, options: Mapping[str, str], first: Shapes | None = None
-    ) -> None:
-        """options: of `compile_model`. first: shapes of inputs to compile it for now; None compiles it once,
-        for all shapes. Raises CheckpointError for a graph that can't be compiled.
-        """
+    def __init__(self, core: openvino.Core, file: Path, options: Mapping[str, str]) -> None:
+        """options: of `compile_model`. Raises CheckpointError for a graph that can't be read or compiled."""
         if any(one.is_symlink() for one in file.parent.iterdir() if one.suffix not in (".onnx", ".json")):
             raise CheckpointError(
                 f"{file}: OpenVINO does not follow links to weights, as a cache of downloads has them; copy "
                 "the folder with `cp -rL` and name the copy"
             )
         self._core, self._file, self._options = core, file, dict(options)
-        held = sum(one.stat().st_size for one in file.parent.iterdir())
-        self._kept = max(1, _KEPT_BYTES // held)
-        if held > _CACHED_BYTES:
+        weights = sum(one.stat().st_size for one in file.parent.iterdir())
+        self._kept = max(1, _KEPT_BYTES // weights)
+        if large := weights > _LARGE_BYTES:
             self._options.pop("CACHE_DIR", None)
         self._about = f"{file.parent.name} on CPU"
+        self._programs: dict[tuple[tuple[int, ...], ...], openvino.InferRequest] = {}
         try:
-            graph = core.read_model(str(file))
-            moving = {port.get_any_name() for port in graph.inputs if port.partial_shape.is_dynamic}
-            shapes = {name: shape for name, shape in (first or {}).items() if name in moving}
-            self._moving = tuple(shapes)
-            self._programs = {tuple(shapes.values()): self._compiled(shapes)}
+            graph = core.read_model(str(file)) if large else self._compiled()
         except RuntimeError as error:
             raise CheckpointError(f"{file}: OpenVINO can't compile it ({said(error)})") from error
+        self._moving: tuple[str, ...] = ()
+        if large:
+            moving = (port.get_any_name() for port in graph.inputs if port.partial_shape.is_dynamic)
+            self._moving = tuple(moving)
+        else:
+            self._programs[()] = graph.create_infer_request()
         types = {port.get_any_name(): port.element_type.get_type_name() for port in graph.inputs}
         # NumPy has no bfloat16: it is made of float32 here.
         self._narrow = {name for name, held in types.items() if held == "bf16"}
@@ -103,17 +103,18 @@ class OpenVinoSession:
             while len(self._programs) >= self._kept:  # before another takes memory
                 del self._programs[next(iter(self._programs))]
             start = time.perf_counter()
-            request = self._compiled(shapes)
-            _log.info("%s: compiled for another size, %.2f s", self._about, time.perf_counter() - start)
+            request = self._compiled(shapes).create_infer_request()
+            _log.info("%s: compiled for a size, in %.2f s", self._about, time.perf_counter() - start)
         self._programs[key] = request
         return request
 
-    def _compiled(self, shapes: Shapes) -> openvino.InferRequest:
-        # Read anew: a model that was reshaped before is not found in the cache.
+    def _compiled(self, shapes: Shapes | None = None) -> openvino.CompiledModel:
+        """For these shapes, or for all."""
+        if shapes is None:
+            return self._core.compile_model(str(self._file), "CPU", self._options)
         graph = self._core.read_model(str(self._file))
-        if shapes:
-            graph.reshape({name: list(shape) for name, shape in shapes.items()})
-        return self._core.compile_model(graph, "CPU", self._options).create_infer_request()
+        graph.reshape({name: list(shape) for name, shape in shapes.items()})
+        return self._core.compile_model(graph, "CPU", self._options)
 
 
 def _narrowed(array: npt.NDArray[Any]) -> openvino.Tensor:
@@ -148,19 +149,11 @@ def open_openvino(artefacts: Artefacts, *, device: str, dtype: str) -> SessionRu
     options = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": _PRECISIONS[dtype]}
     if (cache := _cache(artefacts, options["INFERENCE_PRECISION_HINT"])) is not None:
         options["CACHE_DIR"] = str(cache)
-    sessions = {
-        graph: OpenVinoSession(core, artefacts.graph(graph), options, _best(graph, io))
-        for graph, io in artefacts.contract.items()
-    }
+    names = tuple(artefacts.contract)
+    with ThreadPoolExecutor(len(names), thread_name_prefix="ritocco-compile") as pool:
+        opened = pool.map(lambda name: OpenVinoSession(core, artefacts.graph(name), options), names)
+        sessions = dict(zip(names, opened, strict=True))
     return SessionRuntime(artefacts, sessions, device="cpu", dtype=dtype, release=(core,))
-
-
-def _best(graph: GraphName, io: NetworkIO) -> Shapes | None:
-    """What a graph is compiled for at load; None for those that take next to no time whatever the shape."""
-    if graph in ("text_encoder", "unet_once"):
-        return None
-    sizes = {symbol: best for symbol, (_, best, _) in io.ranges.items()}
-    return {port.name: port.resolve(sizes) for port in io.inputs}
 
 
 def _cache(artefacts: Artefacts, precision: str) -> Path | None:
@@ -178,5 +171,4 @@ def _cache(artefacts: Artefacts, precision: str) -> Path | None:
     except OSError:
         return None
     sweep(root, "*", days=_KEPT_DAYS)
-    trim(folder, "*.blob", most=_KEPT_MODELS)
     return folder if os.access(folder, os.W_OK) else None
