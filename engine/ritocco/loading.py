@@ -8,6 +8,7 @@ import threading
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from importlib.resources import files
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
@@ -20,6 +21,7 @@ from ritocco.backends import (
     refuse_elsewhere,
 )
 from ritocco.backends.engine_store import check_options
+from ritocco.backends.host_memory import LARGEST_KEPT_BYTES, keep_freed_memory
 from ritocco.device import check_names
 from ritocco.disk import cache_root
 from ritocco.engine import Engine
@@ -134,6 +136,8 @@ def _engine(checkpoint: Checkpoint, device: str, dtype: str, backend: str, fetch
     from ritocco.scheduler_config import check_scheduler, from_pipeline
 
     choice = choose(device, dtype, backend)
+    if choice.device.type == "cpu" and _largest_weight_bytes(checkpoint) > LARGEST_KEPT_BYTES:
+        keep_freed_memory()
     # An operator's mistake shows here, not in the first request that holds a URL.
     fetcher = fetcher or Fetcher.from_environment()
     scheduler = from_pipeline(checkpoint.scheduler)
@@ -160,6 +164,12 @@ def _engine(checkpoint: Checkpoint, device: str, dtype: str, backend: str, fetch
         ),
         fetcher=fetcher,
     )
+
+
+def _largest_weight_bytes(checkpoint: Checkpoint) -> int:
+    """Of the UNet, at two bytes a number."""
+    variants = checkpoint.weights["unet"].values()
+    return max(2 * prod(tensor.shape) for tensors in variants for tensor in tensors.values())
 
 
 def _from_artefacts(

@@ -13,6 +13,7 @@ from typing import cast
 import pytest
 import torch
 
+import ritocco
 from ritocco.backends import host_memory
 from ritocco.backends.host_memory import give_back_freed_memory, keep_freed_memory
 from ritocco.backends.torch_ import TorchRuntime
@@ -85,9 +86,9 @@ def test_only_large_networks_ask_for_it(
     tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch, limit: int, asked: bool
 ) -> None:
     calls: list[bool] = []
-    monkeypatch.setattr("ritocco.backends.torch_.LARGEST_KEPT_BYTES", limit)
-    monkeypatch.setattr("ritocco.backends.torch_.keep_freed_memory", lambda: calls.append(True))
-    TorchRuntime(open_checkpoint(tiny_checkpoint), device=torch.device("cpu"), dtype=torch.float32)
+    monkeypatch.setattr("ritocco.loading.LARGEST_KEPT_BYTES", limit)
+    monkeypatch.setattr("ritocco.loading.keep_freed_memory", lambda: calls.append(True))
+    ritocco.load(tiny_checkpoint, device="cpu", dtype="float32", backend="torch").close()
     assert bool(calls) is asked
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from math import prod
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
@@ -14,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from ritocco.backends.fast_path import FastPath
-from ritocco.backends.host_memory import LARGEST_KEPT_BYTES, keep_freed_memory
 from ritocco.backends.runtime import Floats, Lane, LaneState, LatentSize, Tokens, Traits
 from ritocco.backends.torch_group import EagerGroup, Group, Seat, to_device
 from ritocco.checkpoint import Checkpoint, load_network
@@ -56,8 +54,6 @@ class TorchRuntime:
         # In float32 on a CPU, torch's channels_last group norm loses digits (see `groupnorm_reference`).
         plain = device.type == "cpu" and dtype == torch.float32 and not self.path.kernels
         self.layout = torch.contiguous_format if plain else torch.channels_last
-        if device.type == "cpu" and _largest_weight_bytes(checkpoint) > LARGEST_KEPT_BYTES:
-            keep_freed_memory()
         self.unet = cast(UNet, load(checkpoint, "unet", device=device, dtype=dtype, ops=ops))
         # The decoder is not needed before the last step. On a GPU it moves at once: what does not fit there
         # has to show now.
@@ -292,12 +288,6 @@ class TorchBatch:
         self._events.append(event)
         if len(self._events) > _STEPS_AHEAD:
             self._events.pop(0).synchronize()
-
-
-def _largest_weight_bytes(checkpoint: Checkpoint) -> int:
-    """Of the UNet, at two bytes a number."""
-    variants = checkpoint.weights["unet"].values()
-    return max(2 * prod(tensor.shape) for tensors in variants for tensor in tensors.values())
 
 
 @contextmanager

@@ -1,0 +1,180 @@
+"""What a request is said to take, beside what torch's allocator handed out for it."""
+
+from __future__ import annotations
+
+import gc
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import ritocco
+from ritocco.checkpoint import Checkpoint, open_checkpoint
+from ritocco.live_memory import Live
+from ritocco.loading import pocket_model
+from ritocco.memory import PHASES, usage
+from ritocco.track import Tracker
+
+Ask = Callable[..., dict[str, Any]]
+
+BEGINS = {"encode_text": "text", "encode_pixels": "encode", "open": "denoise", "decode_pixels": "decode"}
+LARGER = (((256, 256), 1), ((512, 384), 2))
+MOST_OVER = 0.02  # of the allocator's peak; never below it
+
+
+def measured(model: Path, dtype: str, given: dict[str, Any]) -> dict[str, int]:
+    """Most bytes of each phase, of a request from loading on."""
+    gc.collect()
+    with Tracker() as tracker:
+        tracker.begin("load")
+        engine = ritocco.load(model, device="cpu", dtype=dtype, backend="torch")
+        runtime: Any = engine.runtime
+        for method, phase in BEGINS.items():
+            original = getattr(runtime, method)
+
+            def heard(*args: Any, _call: Any = original, _phase: str = phase) -> Any:
+                tracker.begin(_phase)
+                return _call(*args)
+
+            setattr(runtime, method, heard)
+        assert engine.predict(given | {"disable_safety_checker": True}).status == "succeeded"
+    return tracker.most
+
+
+def compare(model: Path, dtype: str, ask: Ask, size: tuple[int, int], count: int, **changes: Any) -> None:
+    width, height = size
+    said = usage(
+        open_checkpoint(model),
+        dtype=getattr(torch, dtype),
+        height=height,
+        width=width,
+        num_outputs=count,
+        guided=changes.get("guidance_scale", 7.5) > 1,
+        num_inference_steps=3,
+    )
+    taken = measured(model, dtype, ask(size=size, num_outputs=count, **changes))
+    assert tuple(said.phases) == tuple(taken) == PHASES
+    for phase, most in taken.items():
+        assert said.phases[phase].most >= most, phase
+    peak, phase = max((most, phase) for phase, most in taken.items())
+    assert said.peak[0] == phase
+    assert said.peak[1].most <= (1 + MOST_OVER) * peak
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("size", "count"),
+    [((256, 128), 4), *(pytest.param(*case, marks=pytest.mark.slow) for case in LARGER)],
+)
+def test_the_embedded_models_peak_is_foretold(
+    size: tuple[int, int], count: int, dtype: str, ask: Ask
+) -> None:
+    compare(pocket_model(), dtype, ask, size, count)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("size", "count"), [((256, 256), 1), ((256, 128), 4), ((384, 256), 2)])
+def test_a_full_size_models_peak_is_foretold(
+    size: tuple[int, int], count: int, dtype: str, ask: Ask, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    from ritocco_bench.folder import make_folder
+
+    model = make_folder(tmp_path_factory.getbasetemp() / "full", "full")
+    compare(model, dtype, ask, size, count)
+
+
+def test_without_guidance_less_is_held(ask: Ask) -> None:
+    compare(pocket_model(), "bfloat16", ask, (256, 256), 1, guidance_scale=1.0)
+    checkpoint = open_checkpoint(pocket_model())
+    each = [
+        usage(checkpoint, dtype=torch.bfloat16, height=256, width=256, guided=guided).phases["denoise"].most
+        for guided in (False, True)
+    ]
+    assert each[0] < each[1]
+
+
+def test_weights_are_counted_in_the_dtype_that_they_have_there() -> None:
+    checkpoint = open_checkpoint(pocket_model())
+    stored = {
+        name: sum(torch.Size(one.shape).numel() for one in variants[""].values())
+        for name, variants in checkpoint.weights.items()
+    }
+    for dtype in (torch.float32, torch.bfloat16):
+        said = usage(checkpoint, dtype=dtype, height=64, width=64)
+        assert said.weights == {name: dtype.itemsize * stored[name] for name in said.weights}
+    # Used from the mapped file, they take none of the allocator's memory.
+    said = usage(checkpoint, dtype=torch.float16, height=64, width=64)
+    assert said.phases["load"].most < 200_000
+
+
+def test_nothing_is_read_or_computed_and_no_rule_of_the_process_changes(
+    tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = open_checkpoint(tiny_checkpoint)
+    missing = replace(opened, path=None, weights=_elsewhere(opened))
+    monkeypatch.setattr("ritocco.backends.host_memory._glibc", _refused)
+    monkeypatch.setattr("ritocco.parameters.safe_open", _refused)
+    assert usage(missing, dtype=torch.float32, height=64, width=64).peak[1].most > 0
+
+
+def _refused(*_: object, **__: object) -> None:
+    raise AssertionError("called")
+
+
+def _elsewhere(checkpoint: Checkpoint) -> Any:
+    gone = Path("nowhere.safetensors")
+    return {
+        network: {
+            variant: {name: replace(one, file=gone) for name, one in tensors.items()}  # type: ignore[type-var]
+            for variant, tensors in variants.items()
+        }
+        for network, variants in checkpoint.weights.items()
+    }
+
+
+def test_views_and_sums_in_place_take_nothing() -> None:
+    with Live() as live:
+        one = torch.zeros(1000)
+        assert live.now == 4000
+        other = one.view(10, 100)[2:].t()
+        one.add_(1)
+        assert live.now == live.most == 4000
+        third = one + 1
+        assert (live.now, live.most, live.moment) == (8000, 8000, "add")
+        del one
+        assert live.now == 8000  # `other` has it
+        del other
+        assert live.now == 4000
+        live.begin()
+        third.mul_(2)
+        assert live.most == 4000
+    del third
+    assert live.now == 0
+
+
+def test_the_tracker_counts_what_is_allocated_inside() -> None:
+    script = """
+import torch
+from ritocco.track import Tracker
+kept = torch.zeros(1000)
+with Tracker() as tracker:
+    tracker.begin("one")
+    a = torch.zeros(1 << 20, dtype=torch.uint8)
+    b = torch.zeros(1 << 20, dtype=torch.uint8)
+    del a
+    tracker.begin("two")
+    c = b + 1
+    del b
+    tracker.begin("one")
+    d = torch.zeros(1 << 18, dtype=torch.uint8)
+print(*(tracker.most[name] for name in ("one", "two")))
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    # The mark of a phase takes a few bytes itself.
+    assert all(2 << 20 <= int(most) < (2 << 20) + 100 for most in done.stdout.split())
