@@ -2,62 +2,36 @@
 
 from __future__ import annotations
 
-import gc
+import json
 import subprocess
 import sys
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
-import ritocco
 from ritocco.checkpoint import Checkpoint, open_checkpoint
+from ritocco.cli import app
+from ritocco.errors import BackendError, CheckpointError, RequestError
 from ritocco.live_memory import Live
 from ritocco.loading import pocket_model
 from ritocco.memory import PHASES, usage
-from ritocco.track import Tracker
+from ritocco.plan_report import measured, planned
+from ritocco.schema import InputError
 
-Ask = Callable[..., dict[str, Any]]
-
-BEGINS = {"encode_text": "text", "encode_pixels": "encode", "open": "denoise", "decode_pixels": "decode"}
 LARGER = (((256, 256), 1), ((512, 384), 2))
 MOST_OVER = 0.02  # of the allocator's peak; never below it
 
 
-def measured(model: Path, dtype: str, given: dict[str, Any]) -> dict[str, int]:
-    """Most bytes of each phase, of a request from loading on."""
-    gc.collect()
-    with Tracker() as tracker:
-        tracker.begin("load")
-        engine = ritocco.load(model, device="cpu", dtype=dtype, backend="torch")
-        runtime: Any = engine.runtime
-        for method, phase in BEGINS.items():
-            original = getattr(runtime, method)
-
-            def heard(*args: Any, _call: Any = original, _phase: str = phase) -> Any:
-                tracker.begin(_phase)
-                return _call(*args)
-
-            setattr(runtime, method, heard)
-        assert engine.predict(given | {"disable_safety_checker": True}).status == "succeeded"
-    return tracker.most
-
-
-def compare(model: Path, dtype: str, ask: Ask, size: tuple[int, int], count: int, **changes: Any) -> None:
+def compare(model: Path, dtype: str, size: tuple[int, int], count: int, **changes: object) -> None:
     width, height = size
-    said = usage(
-        open_checkpoint(model),
-        dtype=getattr(torch, dtype),
-        height=height,
-        width=width,
-        num_outputs=count,
-        guided=changes.get("guidance_scale", 7.5) > 1,
-        num_inference_steps=3,
-    )
-    taken = measured(model, dtype, ask(size=size, num_outputs=count, **changes))
+    given = {"width": width, "height": height, "num_outputs": count, "num_inference_steps": 3, **changes}
+    fields, held, said = planned(model, given, dtype=dtype, variant=None, tokenizer=None)
+    assert held == dtype
+    taken = measured(model, fields, dtype=dtype)
     assert tuple(said.phases) == tuple(taken) == PHASES
     for phase, most in taken.items():
         assert said.phases[phase].most >= most, phase
@@ -71,26 +45,24 @@ def compare(model: Path, dtype: str, ask: Ask, size: tuple[int, int], count: int
     ("size", "count"),
     [((256, 128), 4), *(pytest.param(*case, marks=pytest.mark.slow) for case in LARGER)],
 )
-def test_the_embedded_models_peak_is_foretold(
-    size: tuple[int, int], count: int, dtype: str, ask: Ask
-) -> None:
-    compare(pocket_model(), dtype, ask, size, count)
+def test_the_embedded_models_peak_is_foretold(size: tuple[int, int], count: int, dtype: str) -> None:
+    compare(pocket_model(), dtype, size, count)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(("size", "count"), [((256, 256), 1), ((256, 128), 4), ((384, 256), 2)])
 def test_a_full_size_models_peak_is_foretold(
-    size: tuple[int, int], count: int, dtype: str, ask: Ask, tmp_path_factory: pytest.TempPathFactory
+    size: tuple[int, int], count: int, dtype: str, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     from ritocco_bench.folder import make_folder
 
     model = make_folder(tmp_path_factory.getbasetemp() / "full", "full")
-    compare(model, dtype, ask, size, count)
+    compare(model, dtype, size, count)
 
 
-def test_without_guidance_less_is_held(ask: Ask) -> None:
-    compare(pocket_model(), "bfloat16", ask, (256, 256), 1, guidance_scale=1.0)
+def test_without_guidance_less_is_held() -> None:
+    compare(pocket_model(), "bfloat16", (256, 256), 1, guidance_scale=1.0)
     checkpoint = open_checkpoint(pocket_model())
     each = [
         usage(checkpoint, dtype=torch.bfloat16, height=256, width=256, guided=guided).phases["denoise"].most
@@ -178,3 +150,51 @@ print(*(tracker.most[name] for name in ("one", "two")))
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     # The mark of a phase takes a few bytes itself.
     assert all(2 << 20 <= int(most) < (2 << 20) + 100 for most in done.stdout.split())
+
+
+def test_the_command_says_it_for_people_and_for_programs(tiny_checkpoint: Path) -> None:
+    words = [
+        "plan",
+        "--model",
+        str(tiny_checkpoint),
+        "--width",
+        "64",
+        "--height",
+        "128",
+        "--num-outputs",
+        "2",
+    ]
+    told = CliRunner().invoke(app, [*words, "--dtype", "float32"])
+    assert told.exit_code == 0
+    lines = told.stdout.splitlines()
+    assert lines[0] == "2 pictures of 64 x 128 on torch, cpu, float32"
+    assert [line.split()[0] for line in lines[3:9]] == ["phase", *PHASES]
+    as_json = CliRunner().invoke(app, [*words, "--json", "--verify"])
+    held = json.loads(as_json.stdout)
+    assert (held["width"], held["height"], held["num_outputs"]) == (64, 128, 2)
+    assert set(held["weights"]) == {"unet", "vae", "text_encoder"}
+    assert held["phases"][held["peak_phase"]]["bytes"] == held["peak_bytes"]
+    for phase in held["phases"].values():
+        assert 0 < phase["measured_bytes"] <= phase["bytes"]
+
+
+@pytest.mark.parametrize(
+    ("words", "error", "said"),
+    [
+        (["--width", "100"], InputError, "input.width is 100"),
+        (["--num-outputs", "9"], InputError, "input.num_outputs is 9"),
+        (["--scheduler", "euler"], InputError, "input.scheduler is 'euler'"),
+        (["--dtype", "int8"], RequestError, "dtype is 'int8'"),
+        (["--dtype", "float16"], BackendError, "float16"),
+        (["--model", "nowhere"], CheckpointError, "nowhere"),
+    ],
+)
+def test_what_can_not_be_planned(words: list[str], error: type[Exception], said: str) -> None:
+    result = CliRunner().invoke(app, ["plan", *words])
+    assert isinstance(result.exception, error)
+    assert said in str(result.exception)
+
+
+def test_graphs_have_no_plan_yet(tiny_graphs: Path) -> None:
+    with pytest.raises(RequestError, match="plans are of checkpoints so far"):
+        planned(tiny_graphs, {}, dtype="auto", variant=None, tokenizer=None)
