@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,7 @@ def measured(model: Path, fields: PredictionInput, *, dtype: str, **where: Any) 
     given = fields.model_dump(exclude={"image", "mask"})
     given |= {"num_inference_steps": fields.num_inference_steps, "disable_safety_checker": True, "seed": 0}
     given |= {"image": fields.image, "mask": fields.mask}
+    gc.collect()  # what went away in the middle would be missing from a later phase
     with Tracker() as tracker:
         tracker.begin("load")
         with load(model, device="cpu", dtype=dtype, backend="torch", **where) as engine:
