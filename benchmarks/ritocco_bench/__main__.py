@@ -83,14 +83,15 @@ def _measure(arguments: argparse.Namespace) -> None:
         pairs=(5 if full or arguments.command == "startup" else 3)
         if arguments.pairs is None
         else arguments.pairs,
-        size=arguments.size or (512 if full or on_graphs else 128),
-        steps=arguments.steps or (25 if on_graphs else 4),
+        size=_given(arguments.size, 512 if full or on_graphs else 128),
+        steps=_given(arguments.steps, 25 if on_graphs else 4),
         outputs=arguments.outputs,
         runs=arguments.runs,
-        warm=arguments.warm or (3 if choice.device.type == "cuda" else 1),
+        warm=_given(arguments.warm, 3 if choice.device.type == "cuda" else 1),
         variants=_variants(arguments),
         backend=arguments.backend,
     )
+    _refuse_unwritable(_out(arguments, full=full))
     env = environment(bench.device)
     _say(f"{bench.model} on {env.machine}, {env.cores} cores; {choice.reasons[-1]}")
     if on_graphs:
@@ -151,11 +152,29 @@ def _refuse_without_peer() -> None:
 
 
 def _finish(arguments: argparse.Namespace, rows: Sequence[Row], *, full: bool) -> None:
-    name = f"{arguments.command}.jsonl"
-    out = arguments.out or (RESULTS / name if full else WORK / name)
+    out = _out(arguments, full=full)
     append_rows(out, rows)
     _say(f"{len(rows)} rows added to {out}")
     print(table(rows))
+
+
+def _out(arguments: argparse.Namespace, *, full: bool) -> Path:
+    name = f"{arguments.command}.jsonl"
+    return Path(arguments.out or (RESULTS / name if full else WORK / name))
+
+
+def _refuse_unwritable(out: Path) -> None:
+    """Before the work. Raises OSError."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    new = not out.exists()
+    with out.open("a", encoding="utf-8"):
+        pass
+    if new:
+        out.unlink()
+
+
+def _given(value: int | None, default: int) -> int:
+    return default if value is None else value
 
 
 def _backends(bench: Bench, env: Environment) -> list[Row]:

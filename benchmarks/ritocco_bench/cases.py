@@ -25,6 +25,7 @@ from ritocco_bench.worker import Job
 Say = Callable[[str], None]
 
 STARTUP_SIZE = 64
+_COUNT = (1, 100_000)
 LEAST_PSNR_DB = 25.0  # of decoded floats: bfloat16 beside float32 after a whole schedule
 
 
@@ -49,8 +50,14 @@ class Bench:
     backend: str = "torch"
 
     def __post_init__(self) -> None:
-        if self.pairs < 1:
-            raise BenchError(f"pairs is {self.pairs}; it must be at least 1")
+        bounds = {"steps": (1, 500), "outputs": (1, 4), "size": (64, 1024)}
+        for name, (least, most) in {"pairs": _COUNT, "runs": _COUNT, "warm": _COUNT, **bounds}.items():
+            value = getattr(self, name)
+            if not least <= value <= most:
+                rule = f"{least} to {most}"
+                raise BenchError(f"{name} is {value}; it must be {rule}")
+        if self.size % 64:
+            raise BenchError(f"size is {self.size}; it must be a multiple of 64")
         for name in self.variants:
             if name not in VARIANTS and name.removeprefix("ritocco-") not in SESSION_BACKENDS:
                 known = (*VARIANTS, *(f"ritocco-{backend}" for backend in SESSION_BACKENDS))
@@ -64,7 +71,7 @@ class Bench:
             backend=backend,
             model=str(self.model),
             device=self.device,
-            dtype=self.dtype,
+            dtype=self.held(variant).dtype,
             size=self.size,
             steps=self.steps,
             outputs=self.outputs,
@@ -74,6 +81,8 @@ class Bench:
 
     def held(self, variant: str) -> Bench:
         """With the dtype that a variant computes in."""
+        if variant == "ritocco-onnxruntime" and self.device == "cpu" and self.dtype != "auto":
+            return replace(self, dtype="float32")  # all that it has there
         return replace(self, dtype=(VARIANTS[variant].dtype if variant in VARIANTS else "") or self.dtype)
 
 

@@ -48,13 +48,23 @@ class Process(AbstractContextManager["Process"]):
 
     def ready(self) -> None:
         """Wait until it is loaded and warm, or done with the run before. Raises BenchError where it ended."""
-        if self._line.recv(1) == ENDED:
-            self.result()
-            raise BenchError(f"{self._name}: ended before its runs were done")
+        try:
+            ended = self._line.recv(1) == ENDED
+        except ConnectionError:
+            ended = True
+        if ended:
+            self._refuse_ended()
 
     def go(self) -> None:
-        """Let it do one run."""
-        self._line.sendall(b"g")
+        """Let it do one run. Raises BenchError where it ended."""
+        try:
+            self._line.sendall(b"g")
+        except ConnectionError:
+            self._refuse_ended()
+
+    def _refuse_ended(self) -> None:
+        self.result()
+        raise BenchError(f"{self._name}: ended before its runs were done")
 
     def result(self) -> Result:
         """Wait for its end. Raises BenchError with the last lines that it wrote."""

@@ -60,6 +60,9 @@ class Row:
         unknown = held.keys() - {field.name for field in fields(cls)}
         if differing := (needed - held.keys()) | unknown:
             raise ValueError(f"not a row of this version: {', '.join(sorted(differing))}")
+        for name in ("p20_ms", "p50_ms", "p80_ms"):
+            if not isinstance(held[name], int | float):
+                raise ValueError(f"{name} is no number")
         environment = Environment(**held.pop("environment"))
         return cls(**{**held, "each_ms": tuple(held["each_ms"])}, environment=environment)
 

@@ -33,6 +33,8 @@ def read(files: Iterable[Path]) -> tuple[list[Row], list[Held], list[Held]]:
                 held = json.loads(line)
                 if not isinstance(held, dict):
                     raise TypeError("not an object")
+                if "rung" in held or "op" in held:
+                    str(held["environment"]["utc"])
                 if "rung" in held:
                     rungs.append(held)
                 elif "op" in held:

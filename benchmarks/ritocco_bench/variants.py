@@ -56,10 +56,16 @@ VARIANTS: dict[str, Variant] = {
         made_by="their_graphs:OpenVinoDiffusers", needs=("openvino",), timed_start=False
     ),
     "diffusers-onnxruntime": Variant(
-        made_by="their_graphs:OnnxDiffusers", needs=("onnxruntime", "onnxscript"), timed_start=False
+        made_by="their_graphs:OnnxDiffusers",
+        needs=("onnxruntime", "onnxscript"),
+        dtype="float32",
+        timed_start=False,
     ),
     "diffusers-tensorrt": Variant(
-        made_by="their_graphs:TensorRtDiffusers", needs=("onnxruntime", "onnxscript"), timed_start=False
+        made_by="their_graphs:TensorRtDiffusers",
+        needs=("onnxruntime", "onnxscript"),
+        dtype="float32",
+        timed_start=False,
     ),
 }
 

@@ -172,6 +172,46 @@ def test_peers_that_can_not_be_measured(
 
 
 @pytest.mark.parametrize(
+    ("option", "value", "rule"),
+    [
+        ("pairs", -1, "1 to"),
+        ("runs", 0, "1 to"),
+        ("warm", -1, "1 to"),
+        ("steps", 0, "1 to 500"),
+        ("outputs", 9, "1 to 4"),
+        ("size", 0, "64 to 1024"),
+        ("size", 100, "a multiple of 64"),
+    ],
+)
+def test_what_can_not_be_measured_is_refused_first(
+    option: str, value: int, rule: str, tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "rows.jsonl"
+    words = ["steps", "--model", str(tiny), f"--{option}", str(value), "--out", str(out)]
+    assert command.main(words) == 1
+    assert f"BenchError: {option} is {value}; it must be {rule}" in capsys.readouterr().err
+    assert not out.exists()
+
+
+def test_a_file_that_can_not_be_written_is_refused_first(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    out = tmp_path / "file" / "rows.jsonl"
+    assert command.main(["steps", "--model", str(tiny), "--out", str(out)]) == 1
+    said = capsys.readouterr().err
+    assert "Nothing is reported" in said
+    assert "parity" not in said
+
+
+def test_rows_say_what_a_variant_computes_in(tiny: Path) -> None:
+    held = bench(tiny, dtype="bfloat16")
+    assert held.job("ritocco").dtype == held.job("diffusers-openvino").dtype == "bfloat16"
+    for name in ("diffusers-onnxruntime", "ritocco-onnxruntime", "diffusers-float32"):
+        assert held.held(name).dtype == held.job(name).dtype == "float32"
+
+
+@pytest.mark.parametrize(
     "peer",
     [
         "diffusers-float32",
@@ -256,6 +296,12 @@ def test_a_process_waits_for_its_turns(tiny: Path, tmp_path: Path) -> None:
         process.go()
         assert len(process.result().seconds) == 2
     assert (tmp_path / "decoded.npy").exists()
+    with processes.Process(job) as process:
+        process.ready()
+        process._process.kill()
+        process._process.wait()
+        with pytest.raises(processes.BenchError, match="ritocco: exit status -9"):
+            process.go()
     with (
         processes.Process(replace(job, model=str(tmp_path))) as process,
         pytest.raises(processes.BenchError, match=r"(?s)ritocco: exit status 1.*config\.json: missing"),

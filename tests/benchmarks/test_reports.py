@@ -121,7 +121,9 @@ def test_plots_are_pictures_of_each_run(tmp_path: Path) -> None:
     assert summary._bars_of(rows)["ritocco"] == dict.fromkeys(asked.PHASES, 20.0)
 
 
-@pytest.mark.parametrize("line", ["", "[]", "{", '{"case": "x"}', '"rung"', "1"])
+@pytest.mark.parametrize(
+    "line", ["", "[]", "{", '{"case": "x"}', '"rung"', "1", '{"rung": "a"}', '{"op": "a"}']
+)
 def test_what_is_no_row_is_named(tmp_path: Path, line: str) -> None:
     file = tmp_path / "rows.jsonl"
     file.write_text(f"{row('ritocco').to_json()}\n{line or ' '}\n", encoding="utf-8")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -37,9 +38,8 @@ def compiled(large: None, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ..
     shapes: list[tuple[int, ...]] = []
     original = openvino_.OpenVinoSession._compiled
 
-    def kept(self: Any, held: dict[str, tuple[int, ...]] | None = None) -> Any:
+    def kept(self: Any, held: dict[str, tuple[int, ...]]) -> Any:
         if "unet_step" in self._about:
-            assert held is not None
             shapes.append(held["latents"])
         return original(self, held)
 
@@ -73,15 +73,15 @@ def test_what_was_compiled_for_float32_does_not_run_in_bfloat16(
 def test_each_size_is_compiled_once_while_it_is_kept(
     tiny_hoisted_graphs: Path, ask: Ask, compiled: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sizes = ((64, 64), (128, 64), (64, 64), (128, 64))
+    sizes = ((64, 64), (128, 64), (64, 128), (64, 64))
     with ritocco.load(tiny_hoisted_graphs, backend="openvino", dtype="float32") as engine:
         first = [np.asarray(engine.predict(ask(size=size)).images[0]) for size in sizes]
-    assert compiled == [(1, 4, 8, 8), (1, 4, 8, 16)]
+    assert compiled == [(1, 4, 8, 8), (1, 4, 8, 16), (1, 4, 16, 8)]
     compiled.clear()
     monkeypatch.setattr(openvino_, "_KEPT_BYTES", 1)
     with ritocco.load(tiny_hoisted_graphs, backend="openvino", dtype="float32") as engine:
         again = [np.asarray(engine.predict(ask(size=size)).images[0]) for size in sizes]
-    assert compiled == [(1, 4, 8, 8), (1, 4, 8, 16)] * 2
+    assert compiled == [(1, 4, 8, 8), (1, 4, 8, 16), (1, 4, 16, 8), (1, 4, 8, 8)]
     assert all((one == other).all() for one, other in zip(first, again, strict=True))
 
 
@@ -94,6 +94,19 @@ def test_pictures_side_by_side_are_a_size_of_their_own(
     assert compiled == [(2, 4, 8, 8), (1, 4, 8, 8)]
     difference = np.abs(np.asarray(two[0], np.float32) - np.asarray(alone[0], np.float32))
     assert difference.max() <= 1
+
+
+def test_another_export_in_the_folders_place_is_not_mixed_in(
+    tiny_hoisted_graphs: Path, tiny_graphs: Path, ask: Ask, large: None, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(tiny_hoisted_graphs, tmp_path / "graphs")
+    wanted = painted(folder, ask(size=(128, 64)))
+    with ritocco.load(folder, backend="openvino", dtype="float32") as engine:
+        engine.predict(ask())
+        folder.rename(tmp_path / "before")
+        shutil.copytree(tiny_graphs, folder)
+        shutil.rmtree(tmp_path / "before")
+        assert (np.asarray(engine.predict(ask(size=(128, 64))).images[0]) == wanted).all()
 
 
 def test_large_graphs_are_not_kept_as_compiled(tiny_graphs: Path, ask: Ask, large: None) -> None:

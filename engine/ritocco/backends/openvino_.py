@@ -38,27 +38,34 @@ class OpenVinoSession:
     """See `Session`.
 
     A graph of many weights is compiled when it first runs with a set of shapes, as OpenVINO fuses more where
-    all are known; programs used last are kept, as many as their weights fit `_KEPT_BYTES` but one at least.
+    all are known; programs used last are kept, as many as their weights fit `_KEPT_BYTES` but two at least.
     A small one is compiled once, at load, for all shapes: at every start its programs would take longer to
     come back from the cache than they save in a few pictures.
     """
 
     def __init__(self, core: openvino.Core, file: Path, options: Mapping[str, str]) -> None:
         """options: of `compile_model`. Raises CheckpointError for a graph that can't be read or compiled."""
-        if any(one.is_symlink() for one in file.parent.iterdir() if one.suffix not in (".onnx", ".json")):
+        try:
+            beside = list(file.parent.iterdir())
+            weights = sum(one.stat().st_size for one in beside)
+        except OSError as error:
+            raise CheckpointError(f"{file}: can't be read ({error})") from error
+        if any(one.is_symlink() for one in beside if one.suffix not in (".onnx", ".json")):
             raise CheckpointError(
                 f"{file}: OpenVINO does not follow links to weights, as a cache of downloads has them; copy "
                 "the folder with `cp -rL` and name the copy"
             )
         self._core, self._file, self._options = core, file, dict(options)
-        weights = sum(one.stat().st_size for one in file.parent.iterdir())
-        self._kept = max(1, _KEPT_BYTES // weights)
+        # Two at least: a request whose pictures go in parts may have a smaller last one.
+        self._kept = max(2, _KEPT_BYTES // weights)
         if large := weights > _LARGE_BYTES:
             self._options.pop("CACHE_DIR", None)
         self._about = f"{file.parent.name} on CPU"
         self._programs: dict[tuple[tuple[int, ...], ...], openvino.InferRequest] = {}
         try:
-            graph = core.read_model(str(file)) if large else self._compiled()
+            # Held, so that another export that takes the folder's place does not get into this one's sizes.
+            self._graph = core.read_model(str(file)) if large else None
+            graph = self._graph or core.compile_model(str(file), "CPU", self._options)
         except RuntimeError as error:
             raise CheckpointError(f"{file}: OpenVINO can't compile it ({said(error)})") from error
         self._moving: tuple[str, ...] = ()
@@ -108,11 +115,9 @@ class OpenVinoSession:
         self._programs[key] = request
         return request
 
-    def _compiled(self, shapes: Shapes | None = None) -> openvino.CompiledModel:
-        """For these shapes, or for all."""
-        if shapes is None:
-            return self._core.compile_model(str(self._file), "CPU", self._options)
-        graph = self._core.read_model(str(self._file))
+    def _compiled(self, shapes: Shapes) -> openvino.CompiledModel:
+        assert self._graph is not None  # noqa: S101 - a small graph has its one program
+        graph = self._graph.clone()
         graph.reshape({name: list(shape) for name, shape in shapes.items()})
         return self._core.compile_model(graph, "CPU", self._options)
 
