@@ -80,7 +80,7 @@ def run(script: str, python: str, *arguments: Path) -> None:
         env={key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
         | {"HF_HUB_OFFLINE": "1"},
         capture_output=True,
-        text=True,
+        encoding="utf-8",
         check=False,
     )
     assert done.returncode == 0, done.stderr[-4000:]
