@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import locale
 import shutil
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +96,15 @@ def test_pictures_side_by_side_are_a_size_of_their_own(
     assert compiled == [(2, 4, 8, 8), (1, 4, 8, 8)]
     difference = np.abs(np.asarray(two[0], np.float32) - np.asarray(alone[0], np.float32))
     assert difference.max() <= 1
+
+
+def test_the_processs_locale_survives_engines_that_load_at_once(tiny_graphs: Path) -> None:
+    before = locale.setlocale(locale.LC_ALL)
+    with ThreadPoolExecutor(4) as pool:
+        opened = list(pool.map(lambda _: ritocco.load(tiny_graphs, backend="openvino"), range(4)))
+    for engine in opened:
+        engine.close()
+    assert locale.setlocale(locale.LC_ALL) == before
 
 
 def test_another_export_in_the_folders_place_is_not_mixed_in(

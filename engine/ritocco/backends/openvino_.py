@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
+import threading
 import time
 from collections.abc import Collection, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,9 @@ from ritocco.errors import BackendError, CheckpointError
 from ritocco.shown import said
 
 _log = logging.getLogger(__name__)
+
+# It sets the process's locale meanwhile, and back: two at once would leave another one behind.
+_compiling = threading.Lock()
 
 Shapes = Mapping[str, tuple[int, ...]]
 """Of inputs, by name."""
@@ -63,9 +66,10 @@ class OpenVinoSession:
         self._about = f"{file.parent.name} on CPU"
         self._programs: dict[tuple[tuple[int, ...], ...], openvino.InferRequest] = {}
         try:
-            # Held, so that another export that takes the folder's place does not get into this one's sizes.
-            self._graph = core.read_model(str(file)) if large else None
-            graph = self._graph or core.compile_model(str(file), "CPU", self._options)
+            with _compiling:
+                # Held, so that another export that takes the folder's place does not get into its sizes.
+                self._graph = core.read_model(str(file)) if large else None
+                graph = self._graph or core.compile_model(str(file), "CPU", self._options)
         except RuntimeError as error:
             raise CheckpointError(f"{file}: OpenVINO can't compile it ({said(error)})") from error
         self._moving: tuple[str, ...] = ()
@@ -119,7 +123,8 @@ class OpenVinoSession:
         assert self._graph is not None  # noqa: S101 - a small graph has its one program
         graph = self._graph.clone()
         graph.reshape({name: list(shape) for name, shape in shapes.items()})
-        return self._core.compile_model(graph, "CPU", self._options)
+        with _compiling:
+            return self._core.compile_model(graph, "CPU", self._options)
 
 
 def _narrowed(array: npt.NDArray[Any]) -> openvino.Tensor:
@@ -154,10 +159,7 @@ def open_openvino(artefacts: Artefacts, *, device: str, dtype: str) -> SessionRu
     options = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": _PRECISIONS[dtype]}
     if (cache := _cache(artefacts, options["INFERENCE_PRECISION_HINT"])) is not None:
         options["CACHE_DIR"] = str(cache)
-    names = tuple(artefacts.contract)
-    with ThreadPoolExecutor(len(names), thread_name_prefix="ritocco-compile") as pool:
-        opened = pool.map(lambda name: OpenVinoSession(core, artefacts.graph(name), options), names)
-        sessions = dict(zip(names, opened, strict=True))
+    sessions = {graph: OpenVinoSession(core, artefacts.graph(graph), options) for graph in artefacts.contract}
     return SessionRuntime(artefacts, sessions, device="cpu", dtype=dtype, release=(core,))
 
 
