@@ -54,8 +54,7 @@ class Bench:
         for name, (least, most) in {"pairs": _COUNT, "runs": _COUNT, "warm": _COUNT, **bounds}.items():
             value = getattr(self, name)
             if not least <= value <= most:
-                rule = f"{least} to {most}"
-                raise BenchError(f"{name} is {value}; it must be {rule}")
+                raise BenchError(f"{name} is {value}; it must be {least} to {most}")
         if self.size % 64:
             raise BenchError(f"size is {self.size}; it must be a multiple of 64")
         for name in self.variants:
@@ -81,7 +80,11 @@ class Bench:
 
     def held(self, variant: str) -> Bench:
         """With the dtype that a variant computes in."""
-        if variant == "ritocco-onnxruntime" and self.device == "cpu" and self.dtype != "auto":
+        on_onnxruntime = variant == "ritocco-onnxruntime" or (variant, self.backend) == (
+            "ritocco",
+            "onnxruntime",
+        )
+        if on_onnxruntime and self.device == "cpu" and self.dtype != "auto":
             return replace(self, dtype="float32")  # all that it has there
         return replace(self, dtype=(VARIANTS[variant].dtype if variant in VARIANTS else "") or self.dtype)
 

@@ -209,6 +209,8 @@ def test_rows_say_what_a_variant_computes_in(tiny: Path) -> None:
     assert held.job("ritocco").dtype == held.job("diffusers-openvino").dtype == "bfloat16"
     for name in ("diffusers-onnxruntime", "ritocco-onnxruntime", "diffusers-float32"):
         assert held.held(name).dtype == held.job(name).dtype == "float32"
+    held = replace(held, backend="onnxruntime")
+    assert (held.job("ritocco").dtype, held.job("diffusers").dtype) == ("float32", "bfloat16")
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,7 @@ LARGER = (((256, 256), 1), ((512, 384), 2))
 MOST_OVER = 0.02  # of the allocator's peak; never below it
 
 
-def compare(model: Path, dtype: str, size: tuple[int, int], count: int, **changes: object) -> None:
+def assert_foretold(model: Path, dtype: str, size: tuple[int, int], count: int, **changes: object) -> None:
     width, height = size
     given = {"width": width, "height": height, "num_outputs": count, "num_inference_steps": 3, **changes}
     fields, held, said = planned(model, given, dtype=dtype, variant=None, tokenizer=None)
@@ -46,7 +46,7 @@ def compare(model: Path, dtype: str, size: tuple[int, int], count: int, **change
     [((256, 128), 4), *(pytest.param(*case, marks=pytest.mark.slow) for case in LARGER)],
 )
 def test_the_embedded_models_peak_is_foretold(size: tuple[int, int], count: int, dtype: str) -> None:
-    compare(pocket_model(), dtype, size, count)
+    assert_foretold(pocket_model(), dtype, size, count)
 
 
 @pytest.mark.slow
@@ -58,11 +58,11 @@ def test_a_full_size_models_peak_is_foretold(
     from ritocco_bench.folder import make_folder
 
     model = make_folder(tmp_path_factory.getbasetemp() / "full", "full")
-    compare(model, dtype, size, count)
+    assert_foretold(model, dtype, size, count)
 
 
 def test_without_guidance_less_is_held() -> None:
-    compare(pocket_model(), "bfloat16", (256, 256), 1, guidance_scale=1.0)
+    assert_foretold(pocket_model(), "bfloat16", (256, 256), 1, guidance_scale=1.0)
     checkpoint = open_checkpoint(pocket_model())
     each = [
         usage(checkpoint, dtype=torch.bfloat16, height=256, width=256, guided=guided).phases["denoise"].most

@@ -58,7 +58,7 @@ class OpenVinoSession:
                 f"{file}: OpenVINO does not follow links to weights, as a cache of downloads has them; copy "
                 "the folder with `cp -rL` and name the copy"
             )
-        self._core, self._file, self._options = core, file, dict(options)
+        self._core, self._options = core, dict(options)
         # Two at least: a request whose pictures go in parts may have a smaller last one.
         self._kept = max(2, _KEPT_BYTES // weights)
         if large := weights > _LARGE_BYTES:
