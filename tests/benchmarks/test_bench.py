@@ -252,6 +252,7 @@ class InTurns:
     """`processes.Process` in this process: a run is done when its turn comes."""
 
     log: list[str]
+    off = 0.0  # added to what is painted
 
     def __init__(self, job: worker.Job) -> None:
         self._job, self._seconds = job, list[dict[str, float]]()
@@ -270,6 +271,7 @@ class InTurns:
             self.log.append(self._job.variant)
             alone = in_process(replace(self._job, turns=None, runs=1, warm=0))[0]
             self._seconds += alone.seconds
+            np.save(self._job.decoded, np.load(self._job.decoded) + self.off)
 
     def result(self) -> worker.Result:
         return worker.Result(loaded=0.0, seconds=self._seconds)
@@ -285,6 +287,9 @@ def test_requests_take_turns(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     phases = (*asked.PHASES, "png", "whole", "step", "total")
     assert [(one.variant, one.phase) for one in rows] == [(v, p) for v in held.variants for p in phases]
     assert all(one.samples == 2 and one.parity_psnr_db > 60 for one in rows)
+    monkeypatch.setattr(InTurns, "off", 0.5)
+    with pytest.raises(parity.ParityError, match=r"ritocco: .* dB"):
+        turns.turns(held, env, hold=InTurns, run=in_process, say=quiet)
 
 
 def test_a_process_waits_for_its_turns(tiny: Path, tmp_path: Path) -> None:
