@@ -33,6 +33,11 @@ CASES: tuple[tuple[str, tuple[int, ...]], ...] = (
     ("groupnorm_silu", (2, 1280, 8, 8)),
     ("groupnorm_silu", (16, 320, 64, 64)),
     ("groupnorm_silu", (1, 128, 512, 512)),
+    ("joined_groupnorm_silu", (2, 320, 64, 64)),
+    ("joined_groupnorm_silu", (2, 1280, 16, 16)),
+    ("joined_groupnorm_silu", (16, 320, 64, 64)),
+    ("layernorm", (2, 4096, 320)),
+    ("layernorm", (2, 256, 1280)),
     ("add_layernorm", (2, 4096, 320)),
     ("add_layernorm", (2, 256, 1280)),
     ("add_layernorm", (16, 4096, 320)),
@@ -46,6 +51,8 @@ CASES: tuple[tuple[str, tuple[int, ...]], ...] = (
 )
 MOVED = {
     "groupnorm_silu": 2.0,
+    "joined_groupnorm_silu": 6.0,  # two of that size in, two of twice that size out
+    "layernorm": 2.0,
     "add_layernorm": 4.0,
     "geglu": 1.5,
     "add_bias": 3.0,
@@ -100,11 +107,17 @@ def make_call(ops: Ops, name: str, tensors: list[tuple[Tensor, ...]]) -> Callabl
     if name.endswith("_pixels"):
         return _pixels_call(ops, name, tensors)
 
+    wide = [vector.repeat(2) for vector in tensors[0][2:4]]
+
     def call(index: int) -> Any:
         x, other, weight, bias, *_ = tensors[index]
         match name:
             case "groupnorm_silu":
                 return ops.groupnorm_silu(x, weight, bias, 32, 1e-5)
+            case "joined_groupnorm_silu":
+                return ops.joined_groupnorm_silu(x, other, wide[0], wide[1], 32, 1e-5)
+            case "layernorm":
+                return ops.layernorm(x, weight, bias, 1e-5)
             case "add_layernorm":
                 return ops.add_layernorm(x, other, weight, bias, 1e-5)
             case "geglu":

@@ -35,6 +35,17 @@ def shifted_groupnorm_silu_reference(
     return groupnorm_silu_reference(x + shift[:, :, None, None], weight, bias, groups, eps)
 
 
+def joined_groupnorm_silu_reference(
+    x: Tensor, skip: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float
+) -> tuple[Tensor, Tensor]:
+    """`groupnorm_silu_reference` of x with the channels of skip behind its own, and what it is of.
+
+    x: [N,C,H,W], skip: [N,D,H,W], of one dtype. weight, bias: [C+D]. Returns two of [N,C+D,H,W].
+    """
+    joined = torch.cat([x, skip], dim=1)
+    return groupnorm_silu_reference(joined, weight, bias, groups, eps), joined
+
+
 GROUPNORM = Op(
     name="groupnorm",
     reference=groupnorm_reference,
@@ -46,6 +57,12 @@ GROUPNORM_SILU = Op(
     reference=groupnorm_silu_reference,
     # Two roundings: the norm's and SiLU's, whose slope reaches 1.1.
     tolerance={torch.float32: 8.0, torch.bfloat16: 2.0, torch.float16: 2.0},
+)
+
+JOINED_GROUPNORM_SILU = Op(
+    name="joined_groupnorm_silu",
+    reference=joined_groupnorm_silu_reference,
+    tolerance=GROUPNORM_SILU.tolerance,
 )
 
 SHIFTED_GROUPNORM_SILU = Op(

@@ -218,13 +218,19 @@ def test_prefix_is_computed_per_lane() -> None:
 
 # Resnets: 2 down, 2 in the middle, 4 up, two norms each; then the last norm. Transformers: 1 + 2, with three
 # layer norms each, two of them behind a residual.
-CALLS = {"groupnorm": 3, "groupnorm_silu": 2 * 8 + 1, "geglu": 3, "add_layernorm": 2 * 3}
-LATE_CALLS = {**CALLS, "groupnorm_silu": 8 + 1, "shifted_groupnorm_silu": 8, "add_bias": 8}
+CALLS = {"groupnorm": 3, "groupnorm_silu": 2 * 8 + 1, "geglu": 3, "layernorm": 3, "add_layernorm": 2 * 3}
+LATE_CALLS = {
+    **CALLS,
+    "groupnorm_silu": 4 + 1,
+    "joined_groupnorm_silu": 4,
+    "shifted_groupnorm_silu": 8,
+    "add_bias": 8,
+}
 
 
-@pytest.mark.parametrize(("late_bias", "wanted"), [(False, CALLS), (True, LATE_CALLS)])
-def test_ops_of_the_table_are_used(late_bias: bool, wanted: dict[str, int]) -> None:
-    """No layer goes round its table; and biases that come late are the same biases."""
+@pytest.mark.parametrize(("late", "wanted"), [(False, CALLS), (True, LATE_CALLS)])
+def test_ops_of_the_table_are_used(late: bool, wanted: dict[str, int]) -> None:
+    """No layer goes round its table; and what comes late is the same."""
     reference = reference_unet(CONFIGS["middle-only"])
     unet = sharing_unet(reference)
     calls: Counter[str] = Counter()
@@ -236,8 +242,8 @@ def test_ops_of_the_table_are_used(late_bias: bool, wanted: dict[str, int]) -> N
 
         return call
 
-    names = [field.name for field in fields(unet.ops) if field.name != "late_bias"]
-    ops = replace(unet.ops, late_bias=late_bias, **{name: counted(name) for name in names})
+    names = [field.name for field in fields(unet.ops) if field.name != "late"]
+    ops = replace(unet.ops, late=late, **{name: counted(name) for name in names})
     counting = UNet(unet.spec, ops)
     counting.load_state_dict(reference.state_dict(), assign=True)
     given = inputs(unet.spec, 1, 8, 8)

@@ -14,9 +14,14 @@ from accelerator import DEVICE, GPU
 from ritocco.noise import normal as philox_normal
 from ritocco.pixels import from_model, masked_to_model, pasted
 from ritocco_kernels.add_bias import ADD_BIAS
-from ritocco_kernels.add_layernorm import ADD_LAYERNORM
+from ritocco_kernels.add_layernorm import ADD_LAYERNORM, LAYERNORM
 from ritocco_kernels.geglu import GEGLU
-from ritocco_kernels.groupnorm_silu import GROUPNORM, GROUPNORM_SILU, SHIFTED_GROUPNORM_SILU
+from ritocco_kernels.groupnorm_silu import (
+    GROUPNORM,
+    GROUPNORM_SILU,
+    JOINED_GROUPNORM_SILU,
+    SHIFTED_GROUPNORM_SILU,
+)
 from ritocco_kernels.guided_step import NUMBERS, guided_step_reference
 from ritocco_kernels.model_pixels import from_model_pixels_reference, to_model_pixels_reference
 from ritocco_kernels.ops import REFERENCE, Ops
@@ -96,6 +101,39 @@ def test_groupnorm(fused: Ops, n: int, c: int, h: int, w: int, groups: int, dtyp
     assert torch.equal(x, before)
 
 
+JOINED = [
+    pytest.param(2, 40, 24, 5, 7, 16, id="few-cells"),
+    pytest.param(3, 640, 320, 9, 11, 32, id="a-group-of-both"),
+    pytest.param(1, 40, 72, 61, 13, 16, id="odd"),
+    pytest.param(1, 3, 9, 1, 1, 4, id="one-cell"),
+] + (
+    [
+        pytest.param(n, c, d, side, side, 32, id=f"{n}x{c}+{d}x{side}")
+        for n in (2, 16)
+        for c, d, side in ((320, 320, 64), (640, 320, 64), (1280, 640, 32), (1280, 1280, 16), (1280, 1280, 8))
+    ]
+    if GPU
+    else []
+)
+
+
+@pytest.mark.parametrize("dtype", GROUPNORM_DTYPES, ids=str)
+@pytest.mark.parametrize(("n", "c", "d", "h", "w", "groups"), JOINED)
+def test_joined_groupnorm_silu(
+    fused: Ops, n: int, c: int, d: int, h: int, w: int, groups: int, dtype: torch.dtype
+) -> None:
+    x = nhwc((40 * drawn(n, c, h, w, seed=20) + 100).to(dtype))
+    skip = nhwc((30 * drawn(n, d, h, w, seed=21) - 50).to(dtype))
+    weight, bias = drawn(c + d, seed=22, dtype=dtype), drawn(c + d, seed=23, dtype=dtype)
+    normed, joined = fused.joined_groupnorm_silu(x, skip, weight, bias, groups, 1e-5)
+    assert torch.equal(joined, torch.cat([x, skip], dim=1))
+    affine = (weight.double(), bias.double(), groups, 1e-5)
+    truth, _ = REFERENCE.joined_groupnorm_silu(x.double(), skip.double(), *affine)
+    assert normed.is_contiguous(memory_format=torch.channels_last)
+    assert joined.is_contiguous(memory_format=torch.channels_last)
+    assert error_in_eps(normed, truth) <= JOINED_GROUPNORM_SILU.tolerance[dtype]
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
     "shape", [(3, 7, 20), (2, 5, 2570), *([(2, 4096, 2560), (16, 64, 10240)] if GPU else [])]
@@ -121,6 +159,8 @@ def test_add_layernorm(fused: Ops, shape: tuple[int, ...], dtype: torch.dtype) -
     zero = torch.zeros_like(total, dtype=torch.float64)
     _, truth = REFERENCE.add_layernorm(zero, total.double(), weight.double(), bias.double(), 1e-5)
     assert error_in_eps(normed, truth) <= ADD_LAYERNORM.tolerance[dtype]
+    alone = fused.layernorm(total, weight, bias, 1e-5)
+    assert error_in_eps(alone, truth) <= LAYERNORM.tolerance[dtype]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -291,10 +331,14 @@ def refusals(fused: Ops) -> list[tuple[str, Callable[[], Any]]]:
         ("residual of shape", lambda: fused.add_layernorm(tokens, other, vector, vector, 1e-5)),
         ("they must be alike", lambda: fused.add_layernorm(tokens, tokens[:1], vector, vector, 1e-5)),
         ("they must be alike", lambda: fused.add_bias(wide, vector, narrow)),
+        ("x of shape", lambda: fused.layernorm(tokens.transpose(0, 1), vector, vector, 1e-5)),
+        ("skip of shape", lambda: fused.joined_groupnorm_silu(wide, image, vector, vector, 4, 1e-5)),
+        ("their channels alone", lambda: fused.joined_groupnorm_silu(wide, narrow, vector, vector, 4, 1e-5)),
+        ("a multiple of 3 groups", lambda: fused.joined_groupnorm_silu(wide, wide, vector, vector, 3, 1e-5)),
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("index", range(9))
+@pytest.mark.parametrize("index", range(13))
 def test_other_layouts_dtypes_and_shapes_are_refused(fused: Ops, index: int) -> None:
     words, call = refusals(fused)[index]
     with pytest.raises(ValueError, match=words):
@@ -303,9 +347,9 @@ def test_other_layouts_dtypes_and_shapes_are_refused(fused: Ops, index: int) -> 
 
 def test_operations_are_registered_as_torch_takes_them(fused: Ops) -> None:
     from ritocco_kernels.fused.add_bias import add_bias
-    from ritocco_kernels.fused.add_layernorm import add_layernorm
+    from ritocco_kernels.fused.add_layernorm import add_layernorm, layernorm
     from ritocco_kernels.fused.geglu import geglu
-    from ritocco_kernels.fused.groupnorm_silu import groupnorm_op
+    from ritocco_kernels.fused.groupnorm_silu import groupnorm_op, joined_groupnorm_silu
     from ritocco_kernels.fused.guided_step import guided_step
     from ritocco_kernels.fused.model_pixels import from_model_pixels, to_model_pixels
 
@@ -318,7 +362,9 @@ def test_operations_are_registered_as_torch_takes_them(fused: Ops) -> None:
     for op, arguments in (
         (groupnorm_op, (image, None, vector, vector, 4, 1e-5, True)),
         (groupnorm_op, (image, drawn(2, 8, seed=4), vector, vector, 4, 1e-5, True)),
+        (joined_groupnorm_silu, (image, image.clone(), drawn(16, seed=5), drawn(16, seed=6), 4, 1e-5)),
         (geglu, (tokens,)),
+        (layernorm, (tokens, vector, vector, 1e-5)),
         (add_layernorm, (tokens, tokens.clone(), vector, vector, 1e-5)),
         (add_bias, (image, vector, image.clone())),
         (guided_step, tuple(guided_inputs(torch.float32)[0].values())),

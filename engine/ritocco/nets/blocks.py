@@ -29,6 +29,11 @@ def norm_silu(ops: Ops, norm: nn.GroupNorm, x: Tensor) -> Tensor:
     return ops.groupnorm_silu(x, norm.weight, norm.bias, norm.num_groups, norm.eps)
 
 
+def layer_norm(ops: Ops, norm: nn.LayerNorm, x: Tensor) -> Tensor:
+    """norm(x), x [...,C], likewise."""
+    return ops.layernorm(x, norm.weight, norm.bias, norm.eps)
+
+
 def add_norm(ops: Ops, norm: nn.LayerNorm, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
     """x + residual, and norm of it, both [...,C]; x may be overwritten."""
     return ops.add_layernorm(x, residual, norm.weight, norm.bias, norm.eps)
@@ -69,12 +74,22 @@ class ResnetBlock(nn.Module):
         self.conv2 = nn.Conv2d(channels_out, channels_out, 3, padding=1)
         self.conv_shortcut = None if channels_in == channels_out else nn.Conv2d(channels_in, channels_out, 1)
 
-    def forward(self, x: Tensor, time: Tensor | None = None) -> Tensor:
-        """x [N,channels_in,H,W], time [N,channels_out] of `added_by_time` -> [N,channels_out,H,W]."""
+    def forward(self, x: Tensor, time: Tensor | None = None, skip: Tensor | None = None) -> Tensor:
+        """x [N,channels_in,H,W], time [N,channels_out] of `added_by_time` -> [N,channels_out,H,W].
+
+        skip: the rest of x's channels, where `late` operations join them.
+        """
         # One name, and sums in place: each intermediate is freed as soon as the next exists. At full
         # resolution these blocks set the decoder's peak memory.
-        hidden: Tensor = norm_silu(self.ops, self.norm1, x)
-        if self.ops.late_bias:
+        hidden: Tensor
+        if skip is not None:
+            norm = self.norm1
+            hidden, x = self.ops.joined_groupnorm_silu(
+                x, skip, norm.weight, norm.bias, norm.num_groups, norm.eps
+            )
+        else:
+            hidden = norm_silu(self.ops, self.norm1, x)
+        if self.ops.late:
             return self._late(hidden, x, time)
         hidden = self.conv1(hidden)
         if time is not None:
@@ -89,7 +104,7 @@ class ResnetBlock(nn.Module):
         where that is late.
         """
         projected: Tensor = cast(nn.Linear, self.time_emb_proj)(embedding)
-        return projected + cast(Tensor, self.conv1.bias) if self.ops.late_bias else projected
+        return projected + cast(Tensor, self.conv1.bias) if self.ops.late else projected
 
     def _late(self, hidden: Tensor, x: Tensor, time: Tensor | None) -> Tensor:
         """The rest of `forward`, with both biases in the operations behind the convolutions."""
@@ -253,7 +268,8 @@ class TransformerBlock(nn.Module):
 
     def attend_self(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Self-attention and its residual, and the norm behind: [B,S,width] -> two of [B,S,width]."""
-        return add_norm(self.ops, self.norm2, self.attn1(self.norm1(tokens)), tokens)
+        attended: Tensor = self.attn1(layer_norm(self.ops, self.norm1, tokens))
+        return add_norm(self.ops, self.norm2, attended, tokens)
 
     def attend_context(self, tokens: Tensor, normed: Tensor, context: KeysValues) -> Tensor:
         """Cross-attention and feed-forward with their residuals: of `attend_self` -> [B,S,width]."""

@@ -120,6 +120,7 @@ class Stage(nn.Module):
 
     def __init__(self, spec: UNetSpec, level: int, inputs: list[int], *, transformers: int, ops: Ops) -> None:
         super().__init__()
+        self.ops = ops
         self.attentions = nn.ModuleList(Transformer(spec, level, ops) for _ in range(transformers))
         self.resnets = nn.ModuleList(
             ResnetBlock(
@@ -187,8 +188,11 @@ class UpStage(Stage):
     def forward(self, x: Tensor, walk: Walk) -> Tensor:
         """x [M,C_below,H,W] -> [M,C,2H,2W] (the finest stage keeps H and W)."""
         for index, resnet in enumerate(self.resnets):
-            x = torch.cat([x, walk.skips.pop()], dim=1)
-            x = resnet(x, walk.next_time())
+            if self.ops.late:
+                x = resnet(x, walk.next_time(), walk.skips.pop())
+            else:
+                x = torch.cat([x, walk.skips.pop()], dim=1)
+                x = resnet(x, walk.next_time())
             if self.attentions:
                 x = self.attentions[index](x, walk)
         for upsampler in self.upsamplers:

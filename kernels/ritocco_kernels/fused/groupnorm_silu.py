@@ -2,7 +2,8 @@
 
 Bytes that have to move: the input once in, the result once out. Where the cells of a group fit a program's
 registers, that is what moves (`_whole`); else the input is read twice, once for the statistics (`_moments`)
-and once to be normalised (`_apply`); the second time mostly from the cache.
+and once to be normalised (`_apply`); the second time mostly from the cache. An input in two parts, one's
+channels behind the other's, is read where they lie, and joined on the way.
 """
 
 from __future__ import annotations
@@ -28,6 +29,18 @@ def _normalised(x, mean, rstd, weight, bias, silu: tl.constexpr):
     if silu:
         y = y * tl.sigmoid(y)
     return y
+
+
+@triton.jit
+def _loaded(x_ptr, skip_ptr, row, channel, held, own, channels, joined: tl.constexpr):
+    """Numbers of `held` places, float32: row * channels + channel of x, or of x and skip side by side."""
+    if joined:
+        mine = channel < own
+        x = tl.load(x_ptr + row * own + channel, mask=held & mine, other=0.0)
+        other = channels - own
+        rest = tl.load(skip_ptr + row * other + (channel - own), mask=held & (channel >= own), other=0.0)
+        return tl.where(mine, x, rest).to(tl.float32)
+    return tl.load(x_ptr + row * channels + channel, mask=held, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -59,9 +72,9 @@ def _whole(
 
 @triton.jit
 def _moments(
-    x_ptr, shift_ptr, shift_stride, moments_ptr, cells, channels, part_cells, parts,
-    shifted: tl.constexpr, CELLS: tl.constexpr, TILES: tl.constexpr, PER_GROUP: tl.constexpr,
-    GROUPS: tl.constexpr, TOGETHER: tl.constexpr, WIDTH: tl.constexpr,
+    x_ptr, skip_ptr, own, shift_ptr, shift_stride, moments_ptr, cells, channels, part_cells, parts,
+    joined: tl.constexpr, shifted: tl.constexpr, CELLS: tl.constexpr, TILES: tl.constexpr,
+    PER_GROUP: tl.constexpr, GROUPS: tl.constexpr, TOGETHER: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """Mean and sum of squared deviations of each group over a part of the cells.
 
@@ -74,14 +87,15 @@ def _moments(
     wanted = (lane < TOGETHER * PER_GROUP) & (channel < channels)
     first = part * part_cells
     last = tl.minimum(first + part_cells, cells)
-    base = x_ptr + picture.to(tl.int64) * cells * channels + channel
-    origin = tl.load(base + first * channels, mask=wanted, other=0.0).to(tl.float32)
+    x_ptr += picture.to(tl.int64) * cells * own
+    skip_ptr += picture.to(tl.int64) * cells * (channels - own)
+    origin = _loaded(x_ptr, skip_ptr, first, channel, wanted, own, channels, joined)
     sums = tl.zeros((CELLS, WIDTH), tl.float32)
     squares = tl.zeros((CELLS, WIDTH), tl.float32)
     for tile in range(TILES):
         cell = first + tile * CELLS + tl.arange(0, CELLS)
         held = (cell < last)[:, None] & wanted[None, :]
-        x = tl.load(base[None, :] + cell[:, None] * channels, mask=held, other=0.0).to(tl.float32)
+        x = _loaded(x_ptr, skip_ptr, cell[:, None], channel[None, :], held, own, channels, joined)
         away = tl.where(held, x - origin[None, :], 0.0)
         sums += away
         squares += away * away
@@ -109,12 +123,15 @@ def _moments(
 
 @triton.jit
 def _apply(
-    x_ptr, shift_ptr, shift_stride, weight_ptr, bias_ptr, moments_ptr, out_ptr,
+    x_ptr, skip_ptr, joined_ptr, own, shift_ptr, shift_stride, weight_ptr, bias_ptr, moments_ptr, out_ptr,
     cells, channels, part_cells, parts, eps,
-    shifted: tl.constexpr, silu: tl.constexpr, CELLS: tl.constexpr, PER_GROUP: tl.constexpr,
-    GROUPS: tl.constexpr, TOGETHER: tl.constexpr, WIDTH: tl.constexpr, PARTS: tl.constexpr,
+    joined: tl.constexpr, shifted: tl.constexpr, silu: tl.constexpr, CELLS: tl.constexpr,
+    PER_GROUP: tl.constexpr, GROUPS: tl.constexpr, TOGETHER: tl.constexpr, WIDTH: tl.constexpr,
+    PARTS: tl.constexpr,
 ):  # fmt: skip
-    """The moments of the parts into one, then one tile of the result: x * factor + offset, per channel."""
+    """The moments of the parts into one, then one tile of the result: x * factor + offset, per channel; and
+    of the joined input.
+    """
     picture, block = tl.program_id(0), tl.program_id(2)
     groups = channels // PER_GROUP
     group = tl.arange(0, GROUPS)
@@ -145,7 +162,11 @@ def _apply(
     cell = tl.program_id(1) * CELLS + tl.arange(0, CELLS)
     held = (cell < cells)[:, None] & wanted[None, :]
     place = picture.to(tl.int64) * cells * channels + cell[:, None] * channels + channel[None, :]
-    x = tl.load(x_ptr + place, mask=held, other=0.0).to(tl.float32)
+    x_ptr += picture.to(tl.int64) * cells * own
+    skip_ptr += picture.to(tl.int64) * cells * (channels - own)
+    x = _loaded(x_ptr, skip_ptr, cell[:, None], channel[None, :], held, own, channels, joined)
+    if joined:
+        tl.store(joined_ptr + place, x.to(joined_ptr.dtype.element_ty), mask=held)
     y = (x - mean_of_channel[None, :]) * factor[None, :] + bias[None, :]
     if silu:
         y = y * tl.sigmoid(y)
@@ -183,6 +204,37 @@ def groupnorm_op(
             num_warps=min(max(size // 1024, 1), 16),
         )  # fmt: skip
         return out
+    _two_passes(
+        (x, x, out, channels),
+        (given, stride, shifted),
+        (weight, bias),
+        out,
+        groups=groups,
+        eps=eps,
+        silu=silu,
+    )
+    return out
+
+
+def _two_passes(
+    inputs: tuple[Tensor, Tensor, Tensor, int],
+    shift: tuple[Tensor, int, bool],
+    affine: tuple[Tensor, Tensor],
+    out: Tensor,
+    *,
+    groups: int,
+    eps: float,
+    silu: bool,
+) -> None:
+    """Into `out` [N,C,H,W].
+
+    inputs: x, skip, joined and the channels of x, which are C where it is all of the input. shift: it, the
+    numbers from one picture's to the next, and whether there is one.
+    """
+    x, skip, joined, own = inputs
+    given, stride, shifted = shift
+    n, channels, cells = out.shape[0], out.shape[1], out.shape[2] * out.shape[3]
+    per_group = channels // groups
     together = max(_CHANNELS // per_group, 1)  # groups of one program
     width = power_of_two(together * per_group)
     blocks = triton.cdiv(groups, together)
@@ -193,14 +245,44 @@ def groupnorm_op(
     moments = torch.empty(n, groups, parts, 2, dtype=torch.float32, device=x.device)
     shape = {"PER_GROUP": per_group, "GROUPS": power_of_two(together), "TOGETHER": together, "WIDTH": width}
     wrap_triton(_moments)[(n, parts, blocks)](
-        x, given, stride, moments, cells, channels, part_cells, parts,
-        shifted=shifted, CELLS=tile, TILES=triton.cdiv(part_cells, tile), num_warps=_WARPS, **shape,
+        x, skip, own, given, stride, moments, cells, channels, part_cells, parts,
+        joined=own < channels, shifted=shifted, CELLS=tile, TILES=triton.cdiv(part_cells, tile),
+        num_warps=_WARPS, **shape,
     )  # fmt: skip
     wrap_triton(_apply)[(n, triton.cdiv(cells, tile), blocks)](
-        x, given, stride, weight, bias, moments, out, cells, channels, part_cells, parts, eps,
-        shifted=shifted, silu=silu, CELLS=tile, PARTS=power_of_two(parts), num_warps=_WARPS, **shape,
+        x, skip, joined, own, given, stride, *affine, moments, out, cells, channels, part_cells, parts, eps,
+        joined=own < channels, shifted=shifted, silu=silu, CELLS=tile, PARTS=power_of_two(parts),
+        num_warps=_WARPS, **shape,
     )  # fmt: skip
-    return out
+
+
+@triton_op("ritocco::joined_groupnorm_silu", mutates_args=())
+def joined_groupnorm_silu(
+    x: Tensor, skip: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float
+) -> tuple[Tensor, Tensor]:
+    """`joined_groupnorm_silu_reference` of channels_last tensors. Raises ValueError for others, and for parts
+    that do not fit together.
+    """
+    for name, tensor in (("x", x), ("skip", skip)):
+        require(name, tensor, format=torch.channels_last)
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        require(name, tensor)
+    own, channels = x.shape[1], x.shape[1] + skip.shape[1]
+    if (len(x), x.shape[2:], x.dtype) != (len(skip), skip.shape[2:], skip.dtype):
+        found = f"x is {x.dtype} {tuple(x.shape)} and skip {skip.dtype} {tuple(skip.shape)}"
+        raise ValueError(f"{found}; they may differ in their channels alone")
+    if channels % groups:
+        raise ValueError(f"x and skip have {channels} channels; they must be a multiple of {groups} groups")
+    shape = (len(x), channels, *x.shape[2:])
+    out, joined = (
+        torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+        for _ in range(2)
+    )
+    if out.numel():
+        _two_passes(
+            (x, skip, joined, own), (x, 0, False), (weight, bias), out, groups=groups, eps=eps, silu=True
+        )
+    return out, joined
 
 
 def groupnorm(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> Tensor:
