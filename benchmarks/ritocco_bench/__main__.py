@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from ritocco.artefacts import open_artefacts
@@ -85,12 +86,15 @@ def _measure(arguments: argparse.Namespace) -> None:
         else arguments.pairs,
         size=_given(arguments.size, 512 if full or on_graphs else 128),
         steps=_given(arguments.steps, 25 if on_graphs else 4),
-        outputs=arguments.outputs,
+        outputs=arguments.outputs[0],
         runs=arguments.runs,
         warm=_given(arguments.warm, 3 if choice.device.type == "cuda" else 1),
         variants=_variants(arguments),
         backend=arguments.backend,
     )
+    benches = [replace(bench, outputs=count) for count in arguments.outputs]
+    if len(benches) > 1 and arguments.command != "turns":
+        raise BenchError(f"--outputs has {len(benches)} numbers; {arguments.command} takes one")
     _refuse_unwritable(_out(arguments, full=full))
     env = environment(bench.device)
     _say(f"{bench.model} on {env.machine}, {env.cores} cores; {choice.reasons[-1]}")
@@ -104,7 +108,9 @@ def _measure(arguments: argparse.Namespace) -> None:
     _say(f"parity: float32 error {parity.error:.1e}; {bench.dtype} {parity.psnr_db:.1f} dB")
     rows = []
     if arguments.command == "turns":
-        rows += turns(bench, env, say=_say)
+        for each in benches:
+            _finish(arguments, turns(each, env, say=_say), full=full)
+        return
     if arguments.command in ("startup", "both"):
         rows += startup(bench, parity, env, run=execute, say=_say)
     if arguments.command in ("steps", "both"):
@@ -243,6 +249,10 @@ def _variants(arguments: argparse.Namespace) -> tuple[str, ...]:
     return tuple(dict.fromkeys((*PAIR, *names)))
 
 
+def _numbers(text: str) -> tuple[int, ...]:
+    return tuple(int(number) for number in text.split(","))
+
+
 def _say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
@@ -273,7 +283,12 @@ def _parser(prog: str) -> argparse.ArgumentParser:
         case.add_argument("--pairs", type=int, help="processes of each variant, or turns; default 5, quick 3")
         case.add_argument("--size", type=int, help="pixels per side; default 512, quick steps 128")
         case.add_argument("--steps", type=int, help="default 4; on graphs 25")
-        case.add_argument("--outputs", type=int, default=1, help="pictures of a request; default %(default)s")
+        case.add_argument(
+            "--outputs",
+            type=_numbers,
+            default=(1,),
+            help="pictures of a request; turns take 1,2,4; default 1",
+        )
         case.add_argument("--runs", type=int, default=1, help="for steps: measured requests of each process")
         case.add_argument("--warm", type=int, help="requests before what is measured; default 1, on CUDA 3")
         case.add_argument("--peers", default="", help=f"steps, turns; with commas: {', '.join(_PEERS)}")
