@@ -23,7 +23,7 @@ while [ $# -gt 0 ]; do
     --model) model=$2; shift 2 ;;
     --outputs) outputs=$2; shift 2 ;;
     tests)
-        python3 -m pytest -q -m gpu -p no:cacheprovider $parallel tests/kernels tests/engine/test_fast_path.py || status=1
+        python3 -m pytest -q -m gpu -p no:cacheprovider -p no:benchmark $parallel tests/kernels tests/engine/test_fast_path.py || status=1
         shift ;;
     memory)
         python3 -m ritocco_bench make-folder --out "$model" &&

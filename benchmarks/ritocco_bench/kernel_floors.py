@@ -46,6 +46,8 @@ CASES: tuple[tuple[str, tuple[int, ...]], ...] = (
     ("geglu", (16, 4096, 2560)),
     ("add_bias", (2, 320, 64, 64)),
     ("add_bias", (16, 320, 64, 64)),
+    ("upsample", (2, 640, 32, 32)),
+    ("upsample", (1, 256, 256, 256)),
     ("to_model_pixels", (1, 3, 512, 512)),
     ("from_model_pixels", (1, 3, 512, 512)),
 )
@@ -56,6 +58,7 @@ MOVED = {
     "add_layernorm": 4.0,
     "geglu": 1.5,
     "add_bias": 3.0,
+    "upsample": 5.0,
     "to_model_pixels": 1.5 + 1 / 6,  # a byte and a third of one for each number of two
     "from_model_pixels": 2.0 + 1 / 6,  # kept pixels as well
 }
@@ -120,6 +123,8 @@ def make_call(ops: Ops, name: str, tensors: list[tuple[Tensor, ...]]) -> Callabl
                 return ops.layernorm(x, weight, bias, 1e-5)
             case "add_layernorm":
                 return ops.add_layernorm(x, other, weight, bias, 1e-5)
+            case "upsample":
+                return ops.upsample(x)
             case "geglu":
                 return ops.geglu(x)
             case _:

@@ -20,6 +20,7 @@ from ritocco_kernels.groupnorm_silu import (
     JOINED_GROUPNORM_SILU,
     SHIFTED_GROUPNORM_SILU,
 )
+from ritocco_kernels.upsample import UPSAMPLE
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -34,6 +35,7 @@ class Ops:
     layernorm(x [...,C], weight [C], bias [C], eps) -> [...,C]
     add_layernorm(x [...,C], residual [...,C], weight [C], bias [C], eps) -> sum and norm, [...,C] each
     add_bias(x [N,C,H,W], bias [C], residual [N,C,H,W]) -> [N,C,H,W]
+    upsample(x [N,C,H,W]) -> [N,C,2H,2W]
     late: whether a block leaves to the operation behind what that has in its hands anyway: a convolution its
     bias (`shifted_groupnorm_silu`, `add_bias`), an up block the join of its inputs (`joined_groupnorm_silu`).
     Where it does not, a convolution adds its bias at no cost, and what was joined is freed before the norm.
@@ -47,6 +49,7 @@ class Ops:
     layernorm: Callable[[Tensor, Tensor, Tensor, float], Tensor]
     add_layernorm: Callable[[Tensor, Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
     add_bias: Callable[[Tensor, Tensor, Tensor], Tensor]
+    upsample: Callable[[Tensor], Tensor]
     late: bool
 
 
@@ -59,6 +62,7 @@ REFERENCE = Ops(
     layernorm=LAYERNORM.reference,
     add_layernorm=ADD_LAYERNORM.reference,
     add_bias=ADD_BIAS.reference,
+    upsample=UPSAMPLE.reference,
     late=False,
 )
 """Plain PyTorch, for a CPU and for export."""

@@ -218,7 +218,14 @@ def test_prefix_is_computed_per_lane() -> None:
 
 # Resnets: 2 down, 2 in the middle, 4 up, two norms each; then the last norm. Transformers: 1 + 2, with three
 # layer norms each, two of them behind a residual.
-CALLS = {"groupnorm": 3, "groupnorm_silu": 2 * 8 + 1, "geglu": 3, "layernorm": 3, "add_layernorm": 2 * 3}
+CALLS = {
+    "groupnorm": 3,
+    "groupnorm_silu": 2 * 8 + 1,
+    "geglu": 3,
+    "layernorm": 3,
+    "add_layernorm": 2 * 3,
+    "upsample": 1,
+}
 LATE_CALLS = {
     **CALLS,
     "groupnorm_silu": 4 + 1,

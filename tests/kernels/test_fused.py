@@ -164,6 +164,17 @@ def test_add_layernorm(fused: Ops, shape: tuple[int, ...], dtype: torch.dtype) -
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "shape", [(2, 12, 5, 3), (1, 300, 1, 9), (1, 3, 40, 41), *([(8, 640, 32, 32)] if GPU else [])]
+)
+def test_upsample(fused: Ops, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    x = nhwc(drawn(*shape, seed=24, dtype=dtype))
+    result = fused.upsample(x)
+    assert result.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(result, REFERENCE.upsample(x))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(2, 12, 5, 3), (1, 3, 40, 41), *([(8, 320, 64, 64)] if GPU else [])])
 def test_add_bias(fused: Ops, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     x, residual = (nhwc(drawn(*shape, seed=seed, dtype=dtype)) for seed in (9, 10))
@@ -331,6 +342,7 @@ def refusals(fused: Ops) -> list[tuple[str, Callable[[], Any]]]:
         ("residual of shape", lambda: fused.add_layernorm(tokens, other, vector, vector, 1e-5)),
         ("they must be alike", lambda: fused.add_layernorm(tokens, tokens[:1], vector, vector, 1e-5)),
         ("they must be alike", lambda: fused.add_bias(wide, vector, narrow)),
+        ("x of shape", lambda: fused.upsample(image)),
         ("x of shape", lambda: fused.layernorm(tokens.transpose(0, 1), vector, vector, 1e-5)),
         ("skip of shape", lambda: fused.joined_groupnorm_silu(wide, image, vector, vector, 4, 1e-5)),
         ("their channels alone", lambda: fused.joined_groupnorm_silu(wide, narrow, vector, vector, 4, 1e-5)),
@@ -338,7 +350,7 @@ def refusals(fused: Ops) -> list[tuple[str, Callable[[], Any]]]:
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("index", range(13))
+@pytest.mark.parametrize("index", range(14))
 def test_other_layouts_dtypes_and_shapes_are_refused(fused: Ops, index: int) -> None:
     words, call = refusals(fused)[index]
     with pytest.raises(ValueError, match=words):
@@ -352,6 +364,7 @@ def test_operations_are_registered_as_torch_takes_them(fused: Ops) -> None:
     from ritocco_kernels.fused.groupnorm_silu import groupnorm_op, joined_groupnorm_silu
     from ritocco_kernels.fused.guided_step import guided_step
     from ritocco_kernels.fused.model_pixels import from_model_pixels, to_model_pixels
+    from ritocco_kernels.fused.upsample import upsample
 
     pixels, mask = pictures(2, 4, 6)
     decoded = nhwc(drawn(2, 3, 4, 6, seed=4))
@@ -364,6 +377,7 @@ def test_operations_are_registered_as_torch_takes_them(fused: Ops) -> None:
         (groupnorm_op, (image, drawn(2, 8, seed=4), vector, vector, 4, 1e-5, True)),
         (joined_groupnorm_silu, (image, image.clone(), drawn(16, seed=5), drawn(16, seed=6), 4, 1e-5)),
         (geglu, (tokens,)),
+        (upsample, (image,)),
         (layernorm, (tokens, vector, vector, 1e-5)),
         (add_layernorm, (tokens, tokens.clone(), vector, vector, 1e-5)),
         (add_bias, (image, vector, image.clone())),

@@ -143,13 +143,14 @@ class Downsample(nn.Module):
 class Upsample(nn.Module):
     """Doubles height and width: nearest neighbour, then a 3x3 convolution."""
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, ops: Ops) -> None:
         super().__init__()
+        self.ops = ops
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         """[N,C,H,W] -> [N,C,2H,2W]."""
-        out: Tensor = self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        out: Tensor = self.conv(self.ops.upsample(x))
         return out
 
 

@@ -183,7 +183,7 @@ class UpStage(Stage):
         skips = [channels[level]] * layers + [channels[max(level - 1, 0)]]
         joined = [a + b for a, b in zip(inputs, skips, strict=True)]
         super().__init__(spec, level, joined, transformers=(layers + 1) * spec.up_attention[level], ops=ops)
-        self.upsamplers = nn.ModuleList([] if level == 0 else [Upsample(channels[level])])
+        self.upsamplers = nn.ModuleList([] if level == 0 else [Upsample(channels[level], ops)])
 
     def forward(self, x: Tensor, walk: Walk) -> Tensor:
         """x [M,C_below,H,W] -> [M,C,2H,2W] (the finest stage keeps H and W)."""

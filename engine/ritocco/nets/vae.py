@@ -30,7 +30,7 @@ class Stage(nn.Module):
         inputs = [channels_in] + [channels] * (count - 1)
         self.resnets = nn.ModuleList(_resnet(spec, each, channels, ops) for each in inputs)
         self.downsamplers = nn.ModuleList([Downsample(channels, trailing=True)] if move == "down" else [])
-        self.upsamplers = nn.ModuleList([Upsample(channels)] if move == "up" else [])
+        self.upsamplers = nn.ModuleList([Upsample(channels, ops)] if move == "up" else [])
 
     def forward(self, x: Tensor) -> Tensor:
         """[N,channels_in,H,W] -> [N,channels,H',W']."""

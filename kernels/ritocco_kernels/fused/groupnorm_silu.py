@@ -16,11 +16,12 @@ from torch.library import triton_op, wrap_triton
 
 from ritocco_kernels.fused.layout import FLOATS, power_of_two, require
 
-_WHOLE = 4096  # most elements of a group, padded, that one program keeps
-_TILE = 8192  # elements that a program of the two-pass way takes at once
-_CHANNELS = 64  # side by side in such a tile, or a whole group where that is wider
-_WARPS = 8
-_PROGRAMS = 264  # of the statistics: two for each multiprocessor of the largest GPUs
+_WHOLE = 16384  # most elements of a group, padded, that one program keeps
+_CHANNELS = 128  # side by side in a tile of the two-pass way, or a whole group where that is wider
+_TILE = 4096  # elements of such a tile
+_WARPS = 4
+_PROGRAMS = 792  # of the statistics at best: six for each multiprocessor of the largest GPUs
+_PARTS = 64  # of the cells of a picture, at most
 
 
 @triton.jit
@@ -45,27 +46,33 @@ def _loaded(x_ptr, skip_ptr, row, channel, held, own, channels, joined: tl.const
 
 @triton.jit
 def _whole(
-    x_ptr, shift_ptr, shift_stride, weight_ptr, bias_ptr, out_ptr, cells, channels, per_group, groups, eps,
-    shifted: tl.constexpr, silu: tl.constexpr, CELLS: tl.constexpr, WIDTH: tl.constexpr,
+    x_ptr, skip_ptr, joined_ptr, own, shift_ptr, shift_stride, weight_ptr, bias_ptr, out_ptr,
+    cells, channels, groups, eps,
+    joined: tl.constexpr, shifted: tl.constexpr, silu: tl.constexpr, CELLS: tl.constexpr,
+    PER_GROUP: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """One program for each picture and group: mean and variance in two passes over registers."""
     picture, group = tl.program_id(0) // groups, tl.program_id(0) % groups
     cell = tl.arange(0, CELLS)[:, None]
     within = tl.arange(0, WIDTH)[None, :]
-    channel = group * per_group + within
-    held = (cell < cells) & (within < per_group)
+    channel = group * PER_GROUP + within
+    held = (cell < cells) & (within < PER_GROUP)
     at = picture.to(tl.int64) * cells * channels + cell * channels + channel
-    x = tl.load(x_ptr + at, mask=held, other=0.0).to(tl.float32)
+    x_ptr += picture.to(tl.int64) * cells * own
+    skip_ptr += picture.to(tl.int64) * cells * (channels - own)
+    x = _loaded(x_ptr, skip_ptr, cell, channel, held, own, channels, joined)
+    if joined:
+        tl.store(joined_ptr + at, x.to(joined_ptr.dtype.element_ty), mask=held)
     if shifted:
-        shift = tl.load(shift_ptr + picture * shift_stride + channel, mask=within < per_group, other=0.0)
+        shift = tl.load(shift_ptr + picture * shift_stride + channel, mask=within < PER_GROUP, other=0.0)
         x = tl.where(held, x + shift.to(tl.float32), 0.0)
-    count = (cells * per_group).to(tl.float32)
+    count = 1.0 * cells * PER_GROUP
     mean = tl.sum(tl.sum(x, axis=1), axis=0) / count
     centred = tl.where(held, x - mean, 0.0)
     variance = tl.sum(tl.sum(centred * centred, axis=1), axis=0) / count
     rstd = 1.0 / tl.sqrt(variance + eps)
-    weight = tl.load(weight_ptr + channel, mask=within < per_group, other=0.0).to(tl.float32)
-    bias = tl.load(bias_ptr + channel, mask=within < per_group, other=0.0).to(tl.float32)
+    weight = tl.load(weight_ptr + channel, mask=within < PER_GROUP, other=0.0).to(tl.float32)
+    bias = tl.load(bias_ptr + channel, mask=within < PER_GROUP, other=0.0).to(tl.float32)
     y = _normalised(x, mean, rstd, weight, bias, silu)
     tl.store(out_ptr + at, y.to(out_ptr.dtype.element_ty), mask=held)
 
@@ -73,7 +80,7 @@ def _whole(
 @triton.jit
 def _moments(
     x_ptr, skip_ptr, own, shift_ptr, shift_stride, moments_ptr, cells, channels, part_cells, parts,
-    joined: tl.constexpr, shifted: tl.constexpr, CELLS: tl.constexpr, TILES: tl.constexpr,
+    joined: tl.constexpr, shifted: tl.constexpr, CELLS: tl.constexpr,
     PER_GROUP: tl.constexpr, GROUPS: tl.constexpr, TOGETHER: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """Mean and sum of squared deviations of each group over a part of the cells.
@@ -92,8 +99,8 @@ def _moments(
     origin = _loaded(x_ptr, skip_ptr, first, channel, wanted, own, channels, joined)
     sums = tl.zeros((CELLS, WIDTH), tl.float32)
     squares = tl.zeros((CELLS, WIDTH), tl.float32)
-    for tile in range(TILES):
-        cell = first + tile * CELLS + tl.arange(0, CELLS)
+    for start in range(first, last, CELLS):
+        cell = start + tl.arange(0, CELLS)
         held = (cell < last)[:, None] & wanted[None, :]
         x = _loaded(x_ptr, skip_ptr, cell[:, None], channel[None, :], held, own, channels, joined)
         away = tl.where(held, x - origin[None, :], 0.0)
@@ -133,6 +140,16 @@ def _apply(
     of the joined input.
     """
     picture, block = tl.program_id(0), tl.program_id(2)
+    lane = tl.arange(0, WIDTH)
+    channel = block * TOGETHER * PER_GROUP + lane
+    wanted = (lane < TOGETHER * PER_GROUP) & (channel < channels)
+    cell = tl.program_id(1) * CELLS + tl.arange(0, CELLS)
+    held = (cell < cells)[:, None] & wanted[None, :]
+    x_ptr += picture.to(tl.int64) * cells * own
+    skip_ptr += picture.to(tl.int64) * cells * (channels - own)
+    # Under way while the moments come in.
+    x = _loaded(x_ptr, skip_ptr, cell[:, None], channel[None, :], held, own, channels, joined)
+
     groups = channels // PER_GROUP
     group = tl.arange(0, GROUPS)
     mine = block * TOGETHER + group
@@ -143,14 +160,11 @@ def _apply(
     squares = tl.load(moments_ptr + at + 1, mask=known, other=0.0)
     part_count = tl.maximum(tl.minimum(cells - part * part_cells, part_cells), 0) * PER_GROUP
     counts = tl.where(known, part_count, 0).to(tl.float32)
-    total = (cells * PER_GROUP).to(tl.float32)
+    total = 1.0 * cells * PER_GROUP
     mean = tl.sum(means * counts, axis=1) / total
     apart = means - mean[:, None]
     rstd = 1.0 / tl.sqrt(tl.sum(squares + apart * apart * counts, axis=1) / total + eps)
 
-    lane = tl.arange(0, WIDTH)
-    channel = block * TOGETHER * PER_GROUP + lane
-    wanted = (lane < TOGETHER * PER_GROUP) & (channel < channels)
     member = lane[:, None] // PER_GROUP == group[None, :]
     mean_of_channel = tl.sum(tl.where(member, mean[None, :], 0.0), axis=1)
     factor = tl.sum(tl.where(member, rstd[None, :], 0.0), axis=1)
@@ -159,12 +173,7 @@ def _apply(
     if shifted:
         shift = tl.load(shift_ptr + picture * shift_stride + channel, mask=wanted, other=0.0)
         mean_of_channel -= shift.to(tl.float32)
-    cell = tl.program_id(1) * CELLS + tl.arange(0, CELLS)
-    held = (cell < cells)[:, None] & wanted[None, :]
     place = picture.to(tl.int64) * cells * channels + cell[:, None] * channels + channel[None, :]
-    x_ptr += picture.to(tl.int64) * cells * own
-    skip_ptr += picture.to(tl.int64) * cells * (channels - own)
-    x = _loaded(x_ptr, skip_ptr, cell[:, None], channel[None, :], held, own, channels, joined)
     if joined:
         tl.store(joined_ptr + place, x.to(joined_ptr.dtype.element_ty), mask=held)
     y = (x - mean_of_channel[None, :]) * factor[None, :] + bias[None, :]
@@ -178,7 +187,7 @@ def groupnorm_op(
     x: Tensor, shift: Tensor | None, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool
 ) -> Tensor:
     """The registered operation behind the functions below."""
-    n, channels, height, width = x.shape
+    n, channels = x.shape[:2]
     require("x", x, format=torch.channels_last)
     if channels % groups:
         raise ValueError(f"x has {channels} channels; they must be a multiple of groups, which is {groups}")
@@ -192,31 +201,20 @@ def groupnorm_op(
             f"shift is {given.dtype} {tuple(given.shape)}, laid out {given.stride()}; "
             f"it must be {(n, channels)}, the channels side by side"
         )
-    cells, per_group = height * width, channels // groups
-    if not x.numel():
-        return out
-    padded = power_of_two(per_group)
-    if power_of_two(cells) * padded <= _WHOLE:
-        size = power_of_two(cells) * padded
-        wrap_triton(_whole)[(n * groups,)](
-            x, given, stride, weight, bias, out, cells, channels, per_group, groups, eps,
-            shifted=shifted, silu=silu, CELLS=power_of_two(cells), WIDTH=padded,
-            num_warps=min(max(size // 1024, 1), 16),
-        )  # fmt: skip
-        return out
-    _two_passes(
-        (x, x, out, channels),
-        (given, stride, shifted),
-        (weight, bias),
-        out,
-        groups=groups,
-        eps=eps,
-        silu=silu,
-    )
+    if x.numel():
+        _launch(
+            (x, x, out, channels),
+            (given, stride, shifted),
+            (weight, bias),
+            out,
+            groups=groups,
+            eps=eps,
+            silu=silu,
+        )
     return out
 
 
-def _two_passes(
+def _launch(
     inputs: tuple[Tensor, Tensor, Tensor, int],
     shift: tuple[Tensor, int, bool],
     affine: tuple[Tensor, Tensor],
@@ -235,24 +233,32 @@ def _two_passes(
     given, stride, shifted = shift
     n, channels, cells = out.shape[0], out.shape[1], out.shape[2] * out.shape[3]
     per_group = channels // groups
+    kind = {"joined": own < channels, "shifted": shifted, "PER_GROUP": per_group}
+    size = power_of_two(cells) * power_of_two(per_group)
+    if size <= _WHOLE:
+        wrap_triton(_whole)[(n * groups,)](
+            x, skip, joined, own, given, stride, *affine, out, cells, channels, groups, eps,
+            silu=silu, CELLS=power_of_two(cells), WIDTH=power_of_two(per_group),
+            num_warps=min(max(size // 1024, 1), 16), **kind,
+        )  # fmt: skip
+        return
     together = max(_CHANNELS // per_group, 1)  # groups of one program
     width = power_of_two(together * per_group)
-    blocks = triton.cdiv(groups, together)
-    tile = max(_TILE // width, 1)
-    parts = min(max(_PROGRAMS // (n * blocks), 1), triton.cdiv(cells, tile), 32)
-    part_cells = triton.cdiv(cells, parts)
+    kind |= {"GROUPS": power_of_two(together), "TOGETHER": together, "WIDTH": width}
+    blocks, tile = triton.cdiv(groups, together), max(_TILE // width, 1)
+    parts = min(triton.cdiv(_PROGRAMS, n * blocks), triton.cdiv(cells, tile), _PARTS)
+    part_cells = tile * triton.cdiv(cells, tile * parts)
     parts = triton.cdiv(cells, part_cells)
     moments = torch.empty(n, groups, parts, 2, dtype=torch.float32, device=x.device)
-    shape = {"PER_GROUP": per_group, "GROUPS": power_of_two(together), "TOGETHER": together, "WIDTH": width}
     wrap_triton(_moments)[(n, parts, blocks)](
         x, skip, own, given, stride, moments, cells, channels, part_cells, parts,
-        joined=own < channels, shifted=shifted, CELLS=tile, TILES=triton.cdiv(part_cells, tile),
-        num_warps=_WARPS, **shape,
+        CELLS=tile, num_warps=_WARPS, **kind,
     )  # fmt: skip
+    # Where programs are many, each takes more, so that the moments are merged less often.
+    tile *= 1 if n * blocks * triton.cdiv(cells, tile) <= 2 * _PROGRAMS else 2
     wrap_triton(_apply)[(n, triton.cdiv(cells, tile), blocks)](
         x, skip, joined, own, given, stride, *affine, moments, out, cells, channels, part_cells, parts, eps,
-        joined=own < channels, shifted=shifted, silu=silu, CELLS=tile, PARTS=power_of_two(parts),
-        num_warps=_WARPS, **shape,
+        silu=silu, CELLS=tile, PARTS=power_of_two(parts), num_warps=_WARPS, **kind,
     )  # fmt: skip
 
 
@@ -279,9 +285,7 @@ def joined_groupnorm_silu(
         for _ in range(2)
     )
     if out.numel():
-        _two_passes(
-            (x, skip, joined, own), (x, 0, False), (weight, bias), out, groups=groups, eps=eps, silu=True
-        )
+        _launch((x, skip, joined, own), (x, 0, False), (weight, bias), out, groups=groups, eps=eps, silu=True)
     return out, joined
 
 

@@ -11,6 +11,7 @@ from ritocco_kernels.fused.groupnorm_silu import (
     joined_groupnorm_silu,
     shifted_groupnorm_silu,
 )
+from ritocco_kernels.fused.upsample import upsample
 from ritocco_kernels.ops import Ops
 
 FUSED = Ops(
@@ -22,6 +23,7 @@ FUSED = Ops(
     layernorm=layernorm,
     add_layernorm=add_layernorm,
     add_bias=add_bias,
+    upsample=upsample,
     late=True,
 )
 """Triton kernels, for CUDA devices and channels_last tensors."""
