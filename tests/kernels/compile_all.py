@@ -50,7 +50,7 @@ def calls() -> dict[str, Callable[[], Any]]:
     from ritocco_kernels.guided_step import NUMBERS
 
     made: dict[str, Callable[[], Any]] = {}
-    for n, c, side in ((2, 320, 64), (1, 2560, 1), (1, 64, 1)):
+    for n, c, side in ((2, 320, 64), (16, 320, 64), (1, 2560, 1)):
         x, vector = nhwc(n, c, side, side), drawn(c)
         name = f"{n}x{c}x{side}"
         affine = (vector, vector, 32, 1e-5)

@@ -37,6 +37,7 @@ SMALL = [
     pytest.param(2, 320, 20, 20, 32, id="two-passes"),
     pytest.param(1, 112, 61, 13, 16, id="two-passes-odd"),
     pytest.param(1, 32, 1, 1, 4, id="one-cell"),
+    pytest.param(16, 64, 20, 15, 1, id="many"),
 ]
 NETWORK = [
     pytest.param(n, c, side, side, 32, id=f"{n}x{c}x{side}")
@@ -245,12 +246,15 @@ def test_to_model_pixels(dtype: torch.dtype, shape: tuple[int, int, int]) -> Non
     for hidden in (None, mask):
         result = to_model_pixels(pixels, hidden, dtype)
         assert result.is_contiguous(memory_format=torch.channels_last)
-        wanted = to_model_pixels_reference(pixels, hidden, torch.float32)
+        # On the host: torch multiplies by the reciprocal on a GPU.
+        seen = None if hidden is None else hidden.cpu()
+        wanted = to_model_pixels_reference(pixels.cpu(), seen, torch.float32)
         host = np.stack([
             masked_to_model(one.cpu().numpy(), None if hidden is None else mask[i].cpu().numpy())[0]
             for i, one in enumerate(pixels)
         ])  # fmt: skip
-        np.testing.assert_array_equal(wanted.cpu().numpy(), host)
+        np.testing.assert_array_equal(wanted.numpy(), host)
+        result = result.cpu()
         if dtype == torch.bfloat16 and not GPU:  # the interpreter cuts bfloat16 off
             assert (result.float() - wanted).abs().max() <= torch.finfo(dtype).eps
         else:

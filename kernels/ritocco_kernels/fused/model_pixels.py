@@ -33,8 +33,9 @@ def _from_model_pixels(
     held = at < count
     x = tl.load(decoded_ptr + at, mask=held, other=0.0).to(tl.float32)
     finite = tl.abs(x) <= 3.4028234663852886e38  # false for NaN as well
-    unit = tl.minimum(tl.maximum(tl.where(finite, x, 0.0) * 0.5 + 0.5, 0.0), 1.0)
-    y = ((unit * 255.0 + _ROUND) - _ROUND).to(tl.uint8)
+    unit = tl.maximum(tl.where(finite, x, 0.0) * 0.5 + 0.5, 0.0)
+    # The minimum stands between product and sum, which a compiler would make one operation of, rounded once.
+    y = ((tl.minimum(unit * 255.0, 255.0) + _ROUND) - _ROUND).to(tl.uint8)
     if KEPT:
         here = at % each
         kept = tl.load(pixels_ptr + here, mask=held, other=0)
