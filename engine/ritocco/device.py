@@ -66,6 +66,13 @@ def native_bfloat16() -> bool:
     return bool(probe is not None and probe())
 
 
+def onednn_bfloat16() -> bool:
+    """Whether torch leaves bfloat16 on this CPU to oneDNN; else it takes other ways, and more memory."""
+    import torch
+
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
 def _device(name: str) -> torch.device:
     import torch
 

@@ -63,6 +63,8 @@ def usage(
 ) -> Usage:
     """What a request takes on a CPU, beginning with loading; no weight is read and nothing is computed.
 
+    bfloat16 is as oneDNN computes it (see `device.onednn_bfloat16`).
+
     height, width: pixels. guided: whether guidance is over 1, which takes two rows of the UNet a picture.
     A safety checker is not counted.
     """

@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 
 from ritocco.artefacts import is_artefacts
 from ritocco.checkpoint import open_checkpoint
-from ritocco.device import choose
-from ritocco.errors import RequestError
+from ritocco.device import choose, onednn_bfloat16
+from ritocco.errors import BackendError, RequestError
 from ritocco.memory import Usage, usage
 from ritocco.schema import PredictionInput, parse_input
 from ritocco.shown import shown
@@ -40,6 +41,9 @@ def planned(
         raise RequestError(f"--model is {shown(str(model))}, exported graphs; {rule}", field="--model")
     checkpoint = open_checkpoint(model, variant=variant, tokenizer=tokenizer)
     held = choose("cpu", dtype).dtype
+    if held == torch.bfloat16 and not onednn_bfloat16():
+        rule = "plans of it are of processors on which oneDNN computes it (x86 with AVX-512, Arm with BF16)"
+        raise BackendError(f"dtype is {shown(dtype)}; {rule}, and this is none: use float32")
     found = usage(
         checkpoint,
         dtype=held,

@@ -37,7 +37,7 @@ SMALL = [
     pytest.param(2, 320, 20, 20, 32, id="two-passes"),
     pytest.param(1, 112, 61, 13, 16, id="two-passes-odd"),
     pytest.param(1, 32, 1, 1, 4, id="one-cell"),
-    pytest.param(16, 64, 20, 15, 1, id="many"),
+    pytest.param(16, 64, 20, 15, 1, id="many", marks=[] if GPU else pytest.mark.slow),
 ]
 NETWORK = [
     pytest.param(n, c, side, side, 32, id=f"{n}x{c}x{side}")
