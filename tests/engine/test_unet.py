@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from random_networks import randomise, relative_error
 from ritocco.errors import CheckpointError
-from ritocco.nets.blocks import Attention, ResnetBlock
+from ritocco.live_memory import Live
+from ritocco.nets.blocks import Attention, FeedForward, ResnetBlock
 from ritocco.nets.io import unet_io, unet_once_io
 from ritocco.nets.unet import UNet, UNetSpec
 
@@ -256,6 +257,24 @@ def test_ops_of_the_table_are_used(late: bool, wanted: dict[str, int]) -> None:
     given = inputs(unet.spec, 1, 8, 8)
     assert torch.allclose(counting(*given), unet(*given), atol=1e-5)
     assert calls == wanted
+
+
+def test_a_bound_on_feed_forward_layers_changes_rounding_alone() -> None:
+    unet = sharing_unet(reference_unet(CONFIGS["pocket"]))
+    given = inputs(unet.spec, 2, 16, 8)
+    whole = unet(*given)
+    layers = [module for module in unet.modules() if isinstance(module, FeedForward)]
+    x = torch.rand(2, 60, unet.spec.channels[0], generator=torch.Generator().manual_seed(0))
+    peaks = []
+    for most in (None, 50 * 8 * unet.spec.channels[0] * 4, 1):  # all, 50 tokens at once, one
+        if most is not None:
+            unet.bound_feed_forward(most)
+        assert all(layer.most == most for layer in layers)
+        assert relative_error(unet(*given), whole) <= 1e-5
+        with Live() as live:
+            layers[0](x)
+        peaks.append(live.most)
+    assert peaks[0] > 2 * peaks[1] > 4 * peaks[2]
 
 
 def test_io_describes_the_network() -> None:

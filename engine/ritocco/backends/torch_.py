@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
+_MOST_GATED = 128 << 20  # bytes; products of fewer tokens would leave a large GPU idle
 _STEPS_AHEAD = 2  # how many steps the host may queue before it waits for the device
 
 
@@ -55,6 +56,7 @@ class TorchRuntime:
         plain = device.type == "cpu" and dtype == torch.float32 and not self.path.kernels
         self.layout = torch.contiguous_format if plain else torch.channels_last
         self.unet = cast(UNet, load(checkpoint, "unet", device=device, dtype=dtype, ops=ops))
+        self.unet.bound_feed_forward(_MOST_GATED)
         # The decoder is not needed before the last step. On a GPU it moves at once: what does not fit there
         # has to show now.
         later = ("decoder.", "post_quant_conv.") if device.type == "cpu" else ()

@@ -81,16 +81,9 @@ class ResnetBlock(nn.Module):
         """
         # One name, and sums in place: each intermediate is freed as soon as the next exists. At full
         # resolution these blocks set the decoder's peak memory.
-        hidden: Tensor
-        if skip is not None:
-            norm = self.norm1
-            hidden, x = self.ops.joined_groupnorm_silu(
-                x, skip, norm.weight, norm.bias, norm.num_groups, norm.eps
-            )
-        else:
-            hidden = norm_silu(self.ops, self.norm1, x)
         if self.ops.late:
-            return self._late(hidden, x, time)
+            return self._late(x, time, skip)
+        hidden: Tensor = norm_silu(self.ops, self.norm1, x)
         hidden = self.conv1(hidden)
         if time is not None:
             hidden.add_(time[:, :, None, None])
@@ -106,8 +99,16 @@ class ResnetBlock(nn.Module):
         projected: Tensor = cast(nn.Linear, self.time_emb_proj)(embedding)
         return projected + cast(Tensor, self.conv1.bias) if self.ops.late else projected
 
-    def _late(self, hidden: Tensor, x: Tensor, time: Tensor | None) -> Tensor:
-        """The rest of `forward`, with both biases in the operations behind the convolutions."""
+    def _late(self, x: Tensor, time: Tensor | None, skip: Tensor | None) -> Tensor:
+        """`forward` with the join and both biases in the operations behind."""
+        norm = self.norm1
+        hidden: Tensor
+        if skip is None:
+            hidden = norm_silu(self.ops, norm, x)
+        else:
+            hidden, x = self.ops.joined_groupnorm_silu(
+                x, skip, norm.weight, norm.bias, norm.num_groups, norm.eps
+            )
         hidden = F.conv2d(hidden, self.conv1.weight, padding=1)
         shift = cast(Tensor, self.conv1.bias).expand(len(x), -1) if time is None else time
         norm = self.norm2
@@ -241,16 +242,29 @@ class Geglu(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """GEGLU of four times the width, and back."""
+    """GEGLU of four times the width, and back.
+
+    most: bytes that values and gates may take at once, or None: more tokens than have room go in parts, which
+    changes rounding alone.
+    """
 
     def __init__(self, width: int, ops: Ops) -> None:
         super().__init__()
+        self.most: int | None = None
         # Index 1 is diffusers' dropout, which has no parameters but holds its place in the names.
         self.net = nn.Sequential(Geglu(width, 4 * width, ops), nn.Identity(), nn.Linear(4 * width, width))
 
     def forward(self, x: Tensor) -> Tensor:
         """[...,width] -> [...,width]."""
-        out: Tensor = self.net(x)
+        out: Tensor
+        if self.most is None or 8 * x.nbytes <= self.most:
+            out = self.net(x)
+            return out
+        out = torch.empty_like(x)
+        tokens, made = x.flatten(0, -2), out.flatten(0, -2)
+        together = max(self.most * len(tokens) // (8 * x.nbytes), 1)
+        for first in range(0, len(tokens), together):
+            made[first : first + together] = self.net(tokens[first : first + together])
         return out
 
 
