@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import fields, replace
-from typing import Any
+from typing import Any, cast
 
 import diffusers
 import pytest
@@ -264,7 +264,7 @@ def test_a_bound_on_feed_forward_layers_changes_rounding_alone() -> None:
     given = inputs(unet.spec, 2, 16, 8)
     whole = unet(*given)
     layers = [module for module in unet.modules() if isinstance(module, FeedForward)]
-    width = layers[0].net[2].out_features
+    width = cast(nn.Linear, layers[0].net[2]).out_features
     x = torch.rand(2, 60, width, generator=torch.Generator().manual_seed(0))
     peaks = []
     for most in (None, 50 * 8 * width * 4, 1):  # all, 50 tokens at once, one
