@@ -1,6 +1,6 @@
 """What operations hold in memory while they run: on tensors without numbers, so that nothing is computed.
 
-Made for a CPU, where torch's allocator hands out what is asked for, and what oneDNN and attention need on the
+On a CPU torch's allocator hands out what is asked for, and what oneDNN and attention need on the
 way is asked of it too. What is not modelled: memory outside torch's allocator (the C library's own, thread
 stacks, code that oneDNN compiles).
 """
@@ -10,12 +10,14 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Mapping
 from math import prod
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+Workspaces: TypeAlias = Mapping[Any, Callable[[tuple[Any, ...], Any], int]]
 
 _LANES = 16  # channels of a block, in oneDNN's layout for AVX-512; with AVX2 there are 8
 _SCRATCH_BYTES = 16 << 10  # beside the weights of a convolution: 12 KiB were seen on two threads
@@ -25,10 +27,12 @@ class Live(TorchDispatchMode):
     """Inside, the storages that operations make are counted while they live. Not reentrant.
 
     now, most: bytes, and their maximum since `begin`. moment: the operation that it was reached in.
+    workspaces: what operations need on the way, of their arguments and result; `ON_CPU` where None.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, workspaces: Workspaces | None = None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self._workspaces = ON_CPU if workspaces is None else workspaces
         self.now = self.most = 0
         self.moment = ""
         self._held: dict[int, weakref.ref[Any]] = {}
@@ -44,7 +48,7 @@ class Live(TorchDispatchMode):
         for leaf in tree_leaves(out):
             if isinstance(leaf, Tensor) and leaf.device.type != "meta":
                 self._hold(leaf, leaf.untyped_storage().nbytes())
-        needed = _WORKSPACES.get(func)
+        needed = self._workspaces.get(func)
         reached = self.now + (needed(args, out) if needed is not None else 0)
         if reached > self.most:
             self.most, self.moment = reached, str(func).partition(".")[2].partition(".")[0]
@@ -111,8 +115,14 @@ def _padded(channels: int) -> int:
     return -(-channels // _LANES) * _LANES
 
 
+def _sums(args: tuple[Any, ...], out: Tensor) -> int:
+    """The logarithms of attention's sums, float32, which the kernels for CUDA hand out."""
+    queries: Tensor = args[0]
+    return 4 * prod(queries.shape[:-1])
+
+
 _ATEN = torch.ops.aten
-_WORKSPACES: Mapping[Any, Callable[[tuple[Any, ...], Any], int]] = {
+ON_CPU: Workspaces = {
     _ATEN.conv2d.default: _convolution,
     _ATEN.conv2d.padding: _convolution,
     _ATEN.convolution.default: _convolution,
@@ -120,3 +130,5 @@ _WORKSPACES: Mapping[Any, Callable[[tuple[Any, ...], Any], int]] = {
     _ATEN.upsample_nearest2d.default: _upsampling,
     _ATEN.upsample_nearest2d.vec: _upsampling,
 }
+ON_CUDA: Workspaces = {_ATEN.scaled_dot_product_attention.default: _sums}
+"""cuDNN's workspaces are not among them: which algorithm it takes, and what that needs, it alone knows."""

@@ -8,21 +8,27 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from ritocco.backends.fast_path import FastPath
 from ritocco.backends.runtime import Lane, LatentSize
 from ritocco.backends.torch_ import TorchRuntime
 from ritocco.checkpoint import Checkpoint
-from ritocco.live_memory import Live
+from ritocco.live_memory import ON_CPU, ON_CUDA, Live
 from ritocco.parameters import MemoryTensor, Stored
 from ritocco.schedules import StepTable, build
+from ritocco_kernels.hollow import HOLLOW
+from ritocco_kernels.ops import Ops
 
 PHASES = ("load", "text", "encode", "denoise", "decode")
 _TORCH_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-_STANDING_BYTES = 96 << 10  # what oneDNN keeps: 60 to 90 KiB were seen
+# What oneDNN keeps: 60 to 90 KiB were seen; cuBLAS and cuDNN on an H200: 32 to 54 MiB, rounding included.
+_STANDING_BYTES = {"cpu": 96 << 10, "cuda": 56 << 20}
+_WORKSPACES = {"cpu": ON_CPU, "cuda": ON_CUDA}
 _STEPS = 2  # the second finds the first one's results
 
 
@@ -50,54 +56,95 @@ class Usage:
         return max(self.phases.items(), key=lambda item: item[1].most)
 
 
-def usage(
-    checkpoint: Checkpoint,
-    *,
-    dtype: torch.dtype,
-    height: int,
-    width: int,
-    num_outputs: int = 1,
-    guided: bool = True,
-    num_inference_steps: int = 50,
-    scheduler: str = "DPMSolverMultistep",
-) -> Usage:
-    """What a request takes on a CPU, beginning with loading; no weight is read and nothing is computed.
+class Rehearsal:
+    """The torch runtime on tensors without numbers: requests take no memory, and almost no time."""
 
-    bfloat16 is as oneDNN computes it (see `device.onednn_bfloat16`).
+    def __init__(
+        self, checkpoint: Checkpoint, *, dtype: torch.dtype, device: str = "cpu", movable: bool = False
+    ) -> None:
+        """Load; no weight is read. device: `cpu`, or `cuda`, which is rehearsed with fused kernels, packed
+        projections and no graphs. movable: see `TorchRuntime`.
+        """
+        self._checkpoint, self._live = checkpoint, Live(_WORKSPACES[device])
+        self._standing = _STANDING_BYTES[device]
+        self._mode = FakeTensorMode(allow_non_fake_inputs=True)
+        path = None if device == "cpu" else _HollowPath(kernels=True, packed=True, graphs=False, search=False)
+        with self._mode, torch.inference_mode():
+            # What goes to a GPU is a copy whatever its dtype: none is stored in float64.
+            stored = None if device == "cpu" else torch.float64
+            hollow = replace(checkpoint, weights=_without_numbers(checkpoint, self._live, stored))
+            with self._live:
+                self._runtime = TorchRuntime(
+                    hollow, device=torch.device("cpu"), dtype=dtype, path=path, movable=movable
+                )
+                self._loading = self._taken()
+        networks = {name: getattr(self._runtime, name) for name in ("unet", "vae", "text_encoder")}
+        self.weights = {
+            name: dtype.itemsize * sum(one.numel() for one in network.parameters())
+            for name, network in networks.items()
+        }
 
-    height, width: pixels. guided: whether guidance is over 1, which takes two rows of the UNet a picture.
-    A safety checker is not counted.
-    """
-    live, found = Live(), dict[str, Phase]()
-    size = LatentSize(height=height // 8, width=width // 8)
-    table = build(scheduler, num_inference_steps, checkpoint.scheduler)
-    with FakeTensorMode(allow_non_fake_inputs=True), torch.inference_mode():
-        hollow = replace(checkpoint, weights=_without_numbers(checkpoint, live))
-        with live:
-            runtime = TorchRuntime(hollow, device=torch.device("cpu"), dtype=dtype)
-            found["load"] = _taken(live)
+    def usage(
+        self,
+        *,
+        height: int,
+        width: int,
+        num_outputs: int = 1,
+        guided: bool = True,
+        num_inference_steps: int = 50,
+        scheduler: str = "DPMSolverMultistep",
+        at_once: int | None = None,
+        alone: bool = False,
+    ) -> Usage:
+        """What a request takes. height, width: pixels. guided: whether guidance is over 1, which takes two
+        rows of the UNet a picture. at_once, alone: of a movable runtime, see `TorchRuntime.follow`.
+        """
+        live, runtime, found = self._live, self._runtime, {"load": self._loading}
+        size = LatentSize(height=height // 8, width=width // 8)
+        table = build(scheduler, num_inference_steps, self._checkpoint.scheduler)
+        with self._mode, torch.inference_mode(), live:
+            if at_once is not None:
+                live.begin()
+                runtime.follow(size, at_once=at_once, alone=alone)
+                found["load"] = self._taken()
+            runtime.need("text_encoder")
             tokens = torch.zeros(1 + guided, runtime.text_encoder.spec.positions, dtype=torch.int64)
             context = runtime._encode_text(tokens).float()
-            found["text"] = _taken(live)
+            found["text"] = self._taken()
+            runtime.need("vae")
             encoded = runtime._encode_mean(runtime._image(np.zeros((3, height, width), np.float32))).float()
-            found["encode"] = _taken(live)
+            found["encode"] = self._taken()
             _denoise(runtime, size, _lanes(runtime, size, table, guided, num_outputs))
-            found["denoise"] = _taken(live)
+            found["denoise"] = self._taken()
+            runtime.need("vae")
             latents = np.zeros((runtime.unet.spec.out_channels, size.height, size.width), np.float32)
             # Pictures stay as they were decoded until all are.
             made = [runtime._decoded(latents).float() for _ in range(num_outputs)]
             del made, context, encoded  # all of them to the end
-            found["decode"] = _taken(live)
-    networks = {"unet": runtime.unet, "vae": runtime.vae, "text_encoder": runtime.text_encoder}
-    weights = {name: sum(one.nbytes for one in network.parameters()) for name, network in networks.items()}
-    return Usage(weights=weights, phases=found)
+            found["decode"] = self._taken()
+        return Usage(weights=self.weights, phases=found)
+
+    def _taken(self) -> Phase:
+        """Of the phase that ends here; the next one begins."""
+        phase = Phase(most=self._live.most + self._standing, moment=self._live.moment)
+        self._live.begin()
+        return phase
 
 
-def _taken(live: Live) -> Phase:
-    """Of the phase that ends here; the next one begins."""
-    phase = Phase(most=live.most + _STANDING_BYTES, moment=live.moment)
-    live.begin()
-    return phase
+def usage(checkpoint: Checkpoint, *, dtype: torch.dtype, **asked: Any) -> Usage:
+    """What a request takes on a CPU, beginning with loading; no weight is read and nothing is computed.
+
+    bfloat16 is as oneDNN computes it (see `device.onednn_bfloat16`). asked: as for `Rehearsal.usage`.
+    A safety checker is not counted.
+    """
+    return Rehearsal(checkpoint, dtype=dtype).usage(**asked)
+
+
+class _HollowPath(FastPath):
+    """A GPU's fast path without its kernels."""
+
+    def ops(self) -> Ops:
+        return HOLLOW
 
 
 def _denoise(runtime: TorchRuntime, size: LatentSize, lanes: Sequence[Lane]) -> None:
@@ -129,11 +176,15 @@ def _lanes(runtime: TorchRuntime, size: LatentSize, table: StepTable, guided: bo
     ]
 
 
-def _without_numbers(checkpoint: Checkpoint, live: Live) -> Mapping[str, Mapping[str, Mapping[str, Stored]]]:
-    """The checkpoint's weights as tensors of the stored dtypes and shapes, made inside a FakeTensorMode."""
+def _without_numbers(
+    checkpoint: Checkpoint, live: Live, dtype: torch.dtype | None
+) -> Mapping[str, Mapping[str, Mapping[str, Stored]]]:
+    """The checkpoint's weights as tensors of the stored shapes, and dtypes where none is named; made inside a
+    FakeTensorMode.
+    """
 
     def hollow(stored: Stored) -> Stored:
-        tensor = torch.empty(stored.shape, dtype=_TORCH_DTYPES[stored.dtype])
+        tensor = torch.empty(stored.shape, dtype=dtype or _TORCH_DTYPES[stored.dtype])
         live.leave_out(tensor)
         return MemoryTensor(stored.key, stored.dtype, stored.shape, tensor)
 

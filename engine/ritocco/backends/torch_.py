@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ritocco.backends.fast_path import FastPath
+from ritocco.backends.residence import Residence
 from ritocco.backends.runtime import Floats, Lane, LaneState, LatentSize, Tokens, Traits
 from ritocco.backends.torch_group import EagerGroup, Group, Seat, to_device
 from ritocco.checkpoint import Checkpoint, load_network
@@ -44,27 +46,35 @@ class TorchRuntime:
         dtype: torch.dtype,
         load: Callable[..., nn.Module] = load_network,
         path: FastPath | None = None,
+        movable: bool = False,
     ) -> None:
         """Load the weights straight onto `device`. load: as `load_network`. path: None takes `FastPath.of`.
+        movable: they stay in their files instead, and networks come and go as `follow` says; without graphs,
+        which know their weights by address.
 
         Raises CheckpointError where they do not fit.
         """
         self.device, self.dtype = device, dtype
         self.path, self.notes = FastPath.of(device) if path is None else (path, ())
+        if movable:
+            self.path = replace(self.path, graphs=False)
         ops = self.path.ops()
         # In float32 on a CPU, torch's channels_last group norm loses digits (see `groupnorm_reference`).
         plain = device.type == "cpu" and dtype == torch.float32 and not self.path.kernels
         self.layout = torch.contiguous_format if plain else torch.channels_last
-        self.unet = cast(UNet, load(checkpoint, "unet", device=device, dtype=dtype, ops=ops))
+        all_later = ("",) if movable else ()
+        self.unet = cast(UNet, load(checkpoint, "unet", device=device, dtype=dtype, later=all_later, ops=ops))
         self.unet.bound_feed_forward(_MOST_GATED)
         # The decoder is not needed before the last step. On a GPU it moves at once: what does not fit there
         # has to show now.
-        later = ("decoder.", "post_quant_conv.") if device.type == "cpu" else ()
+        later = all_later or (("decoder.", "post_quant_conv.") if device.type == "cpu" else ())
         self.vae = cast(VAE, load(checkpoint, "vae", device=device, dtype=dtype, later=later, ops=ops))
-        self._decodes = not later
+        self._decodes = not later or movable
         # How many lanes of a size fit into the device's memory at once, where it ran out with more.
         self.fitting: dict[LatentSize, int] = {}
-        self.text_encoder = cast(TextEncoder, load(checkpoint, "text_encoder", device=device, dtype=dtype))
+        self.text_encoder = cast(
+            TextEncoder, load(checkpoint, "text_encoder", device=device, dtype=dtype, later=all_later)
+        )
         self.traits = Traits(
             device=str(device),
             dtype=str(dtype).removeprefix("torch."),
@@ -72,7 +82,11 @@ class TorchRuntime:
             size_multiple=self.unet.spec.size_multiple,
         )
         with self.path.active(device):
-            if self.path.packed:
+            self.residence: Residence | None = None
+            if movable:
+                networks = {"text_encoder": self.text_encoder, "vae": self.vae, "unet": self.unet}
+                self.residence = Residence(networks, device=device, dtype=dtype, packed=self.path.packed)
+            elif self.path.packed:
                 self.unet.pack()
             if self.path.compiled:
                 compiled = torch.compile(self.unet.step, dynamic=False, fullgraph=True)
@@ -84,14 +98,29 @@ class TorchRuntime:
             if self.path.graphs:
                 self._capture()
 
+    def follow(self, size: LatentSize, *, at_once: int, alone: bool) -> None:
+        """Of a movable runtime: how many lanes of a size move together, and whether a network that works is
+        the only one on the device.
+        """
+        self.fitting[size] = at_once
+        with self.path.active(self.device), _memory_for("the networks", self.device):
+            cast(Residence, self.residence).settle(alone=alone)
+
+    def need(self, network: str) -> None:
+        """Where networks come and go, let one come."""
+        if self.residence is not None:
+            self.residence.need(network)
+
     def encode_text(self, tokens: Tokens) -> Floats:
         """See `Runtime`."""
         with self.path.active(self.device):
+            self.need("text_encoder")
             return _to_host(self._encode_text(torch.from_numpy(tokens).to(self.device)))
 
     def encode_image(self, pixels: Floats) -> Floats:
         """See `Runtime`. One picture at a time: the activations of a picture set the peak."""
         with self.path.active(self.device), _memory_for("encoding a picture", self.device):
+            self.need("vae")
             return np.concatenate([_to_host(self._encode_mean(self._image(one))) for one in pixels])
 
     def encode_pixels(self, pixels: Pixels, mask: Mask | None) -> Floats:
@@ -101,6 +130,7 @@ class TorchRuntime:
         from ritocco_kernels.fused.model_pixels import to_model_pixels
 
         with self.path.active(self.device), _memory_for("encoding a picture", self.device):
+            self.need("vae")
             hidden = None if mask is None else self._bytes(mask[None])
             model = to_model_pixels(self._bytes(pixels[None]), hidden, self.dtype)
             return _to_host(self._encode_mean(model))
@@ -108,6 +138,7 @@ class TorchRuntime:
     def decode(self, latents: Floats) -> Floats:
         """See `Runtime`. One picture at a time: the activations of a picture set the peak."""
         with self.path.active(self.device), _memory_for("decoding a picture", self.device):
+            self.need("vae")
             return np.concatenate([_to_host(self._decoded(one)) for one in latents])
 
     def decode_pixels(self, latents: Floats, kept: Kept | None) -> Pixels:
@@ -117,6 +148,7 @@ class TorchRuntime:
         from ritocco_kernels.fused.model_pixels import from_model_pixels
 
         with self.path.active(self.device), _memory_for("decoding a picture", self.device):
+            self.need("vae")
             held = (None, None) if kept is None else tuple(self._bytes(one) for one in kept)
             made = [from_model_pixels(self._decoded(one), *held) for one in latents]
             if any(int(broken) for _, broken in made):
@@ -161,6 +193,7 @@ class TorchBatch:
 
     def __init__(self, runtime: TorchRuntime, size: LatentSize, capacity: int) -> None:
         self._unet, self._graphs, self._path = runtime.unet, runtime.graphs, runtime.path
+        self._need = runtime.need
         self._fitting = runtime.fitting
         self._device, self._dtype, self._layout = runtime.device, runtime.dtype, runtime.layout
         self._size = size
@@ -178,6 +211,7 @@ class TorchBatch:
             raise ValueError(f"the lane's latents are {lane.latents.shape}; this batch takes {self._shape}")
         self._scatter()
         with self._path.active(self._device):
+            self._need("unet")
             history = (
                 torch.zeros(3, *self._shape, device=self._device)
                 if lane.history is None
@@ -197,6 +231,7 @@ class TorchBatch:
         """See `Batch`. Raises BackendError where memory runs out with a single lane."""
         slots, first = tuple(rows), 0
         with self._path.active(self._device):
+            self._need("unet")
             self._wait()
             while first < len(slots):
                 part = slots[first : first + self._fitting.get(self._size, self._capacity)]

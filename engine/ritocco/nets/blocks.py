@@ -175,6 +175,10 @@ class Attention(nn.Module):
         """Make one product of the three that `forward` begins with where nothing is given to attend to."""
         self._packed = pack_linears([self.to_q, self.to_k, self.to_v])
 
+    def unpack(self) -> None:
+        """Compute by the layers again."""
+        self._packed = None
+
     def split_heads(self, x: Tensor) -> Tensor:
         """[B,L,width] -> [B,heads,L,head_dim], a view."""
         return x.reshape(*x.shape[:2], self.heads, -1).transpose(1, 2)

@@ -245,6 +245,13 @@ class UNet(nn.Module):
         layers = [layer for block in blocks for layer in (block.attn2.to_k, block.attn2.to_v)]
         self._context_projection, _ = pack_linears(layers)
 
+    def unpack(self) -> None:
+        """Let go of what `pack` made; the layers' parameters are the caller's to put back."""
+        for transformer in self._transformers():
+            for block in transformer.blocks():
+                block.attn1.unpack()
+        self._context_projection = None
+
     def bound_feed_forward(self, most: int) -> None:
         """Let no feed-forward layer hold more than `most` bytes of values and gates at once."""
         for transformer in self._transformers():
