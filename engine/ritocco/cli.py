@@ -46,6 +46,9 @@ BackendOptions = Annotated[
     str | None, typer.Option(metavar="JSON", help="Of TensorRT; see docs/export.md: '{\"level\": 5}'.")
 ]
 Variant = Annotated[str | None, typer.Option(help="fp16 and such, where a folder holds several.")]
+MemoryBudget = Annotated[
+    str | None, typer.Option(help="Of torch's memory, as 8GiB or 500MB. Default: nothing is planned.")
+]
 TokenizerFolder = Annotated[
     Path | None, typer.Option(help="Folder of vocab.json and merges.txt, for a single file.")
 ]
@@ -120,6 +123,7 @@ def predict(
     dtype: Dtype = "auto",
     backend: Backend = "auto",
     backend_options: BackendOptions = None,
+    memory_budget: MemoryBudget = None,
     variant: Variant = None,
     tokenizer: TokenizerFolder = None,
 ) -> None:
@@ -161,6 +165,7 @@ def predict(
         dtype=dtype,
         backend=backend,
         backend_options=options,
+        memory_budget=memory_budget,
         variant=variant,
         tokenizer=tokenizer,
     ) as engine:
@@ -236,28 +241,33 @@ def plan(
         bool, typer.Option("--verify", help="Run the request too, and print what it really took.")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print bytes as JSON.")] = False,
+    budget: MemoryBudget = None,
     model: Model = None,
+    device: Annotated[str, typer.Option(help="cpu, or cuda, which need not be here.")] = "cpu",
     dtype: Dtype = "auto",
     variant: Variant = None,
     tokenizer: TokenizerFolder = None,
 ) -> None:
-    """How much memory a request takes on this CPU, by phase; nothing is loaded or computed."""
+    """How much memory a request takes, by phase, and how it keeps to a budget; nothing is loaded."""
     from ritocco import plan_report
     from ritocco.device import check_names
     from ritocco.loading import model_path
 
-    check_names("cpu", dtype, "torch")
+    check_names(device, dtype, "torch")
+    if check and device != "cpu":
+        raise typer.BadParameter("runs the request on this CPU; --device is " + device, param_hint="--verify")
     given = {"width": width, "height": height, "num_outputs": num_outputs, "scheduler": scheduler}
     given |= {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
     path = model_path(model)
-    fields, held, found = plan_report.planned(path, given, dtype=dtype, variant=variant, tokenizer=tokenizer)
+    where: dict[str, Any] = {"variant": variant, "tokenizer": tokenizer}
+    fields, found = plan_report.planned(path, given, dtype=dtype, device=device, budget=budget, **where)
     taken = None
     if check:
-        taken = plan_report.measured(path, fields, dtype=held, variant=variant, tokenizer=tokenizer)
+        taken = plan_report.measured(path, fields, dtype=found.dtype, memory_budget=budget, **where)
     if as_json:
-        typer.echo(json.dumps(plan_report.as_json(fields, held, found, taken), indent=2))
+        typer.echo(json.dumps(plan_report.as_json(found, taken), indent=2))
     else:
-        typer.echo(plan_report.as_text(fields, held, found, taken))
+        typer.echo(plan_report.as_text(found, taken))
 
 
 @contextmanager

@@ -73,6 +73,15 @@ def onednn_bfloat16() -> bool:
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
+def refuse_unplanned(device: torch.device, dtype: torch.dtype) -> None:
+    """Raises BackendError where memory can't be planned: in bfloat16 on a CPU where oneDNN has it not."""
+    import torch
+
+    if device.type == "cpu" and dtype == torch.bfloat16 and not onednn_bfloat16():
+        rule = "plans of it are of processors on which oneDNN computes it (x86 with AVX-512, Arm with BF16)"
+        raise BackendError(f"dtype is 'bfloat16'; {rule}, and this is none: use float32")
+
+
 def _device(name: str) -> torch.device:
     import torch
 

@@ -24,6 +24,7 @@ from ritocco.fetch import Fetcher
 from ritocco.images import data_uri, encode, paste_back
 from ritocco.noise import normal
 from ritocco.pixels import Pixels, mask_to_latent
+from ritocco.plans import mib
 from ritocco.prediction import MODEL, Prediction, timestamp
 from ritocco.progress import Log
 from ritocco.request import Request, prepare
@@ -32,6 +33,7 @@ from ritocco.schema import Options, PredictionInput, parse_input
 from ritocco.shown import plain
 
 if TYPE_CHECKING:
+    from ritocco.plans import MemoryPlan, Planner
     from ritocco.prompt import Tokenizer
 
 OnStep = Callable[[int, int], bool | None]
@@ -51,10 +53,12 @@ class Engine:
         version: str = "",
         notes: Sequence[str] = (),
         fetcher: Fetcher | None = None,
+        planner: Planner | None = None,
     ) -> None:
         """Put the parts together; `load` and `from_diffusers` do it for you.
 
         scheduler: the checkpoint's scheduler config. version: of the predictions. notes: for every log.
+        planner: knows what a request takes, and makes the runtime keep to a budget of memory.
         """
         self.runtime = runtime
         self.traits = runtime.traits
@@ -64,6 +68,7 @@ class Engine:
         self._safety = safety
         self._notes = tuple(notes)
         self._fetcher = fetcher
+        self._planner = planner
         self._device = threading.Lock()
         self._holder: int | None = None  # the thread that has the device
         self._closed = False
@@ -121,8 +126,14 @@ class Engine:
         log.note(*self._notes)
         if ignored:
             log.note(f"Ignored unknown input: {_listed(ignored)}")
+        planner = self._planner
+        if planner is not None and planner.budget is not None:
+            plan = planner.plan(fields)
+            log.note(f"Memory: {plan.strategy}, at most {mib(plan.least)} of {mib(planner.budget)}")
         with self._on_device():
             self._refuse_closed()
+            if planner is not None:
+                planner.follow(fields)
             painted = self._paint(request, on_step)
         if painted is None:
             prediction.status = "canceled"
@@ -134,12 +145,26 @@ class Engine:
         prediction.logs = log.text()
         return prediction
 
+    def plan(self, **input: Any) -> MemoryPlan:
+        """What a request will take, and how it will be computed; nothing is loaded or computed.
+
+        input: fields of `PredictionInput`; picture and mask may be left out. The first plan of a size takes
+        seconds, those after it none. Raises RequestError for bad fields and where `memory_budget` does not
+        hold the request, and BackendError where the engine runs exported graphs, which have no plan yet.
+        """
+        self._refuse_closed()
+        if self._planner is None:
+            raise BackendError("this engine has no plans: they are of checkpoints on torch")
+        grey = Image.fromarray(np.full((64, 64), 255, np.uint8))
+        fields, *_ = parse_input({"image": grey, "mask": grey, **input}, allow_local=True)
+        return self._planner.plan(fields)
+
     def close(self) -> None:
         """Let go of the networks' memory. Waits for a running prediction; later ones raise BackendError."""
         with self._on_device():
             self._closed = True
             self.__dict__.pop("runtime", None)
-            self._safety = None
+            self._safety = self._planner = None
             give_back_freed_memory()
 
     @contextmanager

@@ -39,7 +39,7 @@ class Live(TorchDispatchMode):
 
     def begin(self) -> None:
         """Count the maximum from what is held now on."""
-        self.most, self.moment = self.now, ""
+        self.most, self.moment = self.now, "what was held before"
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from importlib.resources import files
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, Any, TypedDict, cast
 
 from ritocco.artefacts import Artefacts, is_artefacts, open_artefacts
 from ritocco.backends import (
@@ -22,18 +22,22 @@ from ritocco.backends import (
 )
 from ritocco.backends.engine_store import check_options
 from ritocco.backends.host_memory import LARGEST_KEPT_BYTES, keep_freed_memory
+from ritocco.backends.runtime import LatentSize
 from ritocco.device import check_names
 from ritocco.disk import cache_root
 from ritocco.engine import Engine
 from ritocco.errors import BackendError, CheckpointError
 from ritocco.fetch import Fetcher
+from ritocco.plans import Planner, Strategy, parse_budget
 from ritocco.prediction import Prediction
 from ritocco.safety import SafetyChecker
 from ritocco.schema import PredictionInput
 from ritocco.shown import shown
 
 if TYPE_CHECKING:
+    from ritocco.backends.torch_ import TorchRuntime
     from ritocco.checkpoint import Checkpoint
+    from ritocco.memory import Rehearsal
 
 
 _log = logging.getLogger(__name__)
@@ -49,6 +53,7 @@ def load(
     tokenizer: str | Path | None = None,
     fetcher: Fetcher | None = None,
     backend_options: Mapping[str, Any] | None = None,
+    memory_budget: int | str | None = None,
 ) -> Engine:
     """Load a checkpoint.
 
@@ -58,14 +63,19 @@ def load(
     checkpoint once, into the cache. `auto`: torch, or a faster one that is installed and whose graphs of this
     checkpoint lie in the cache. variant: `fp16` and such, where a folder holds several. tokenizer: folder of
     vocab.json and merges.txt, for single files. backend_options: of TensorRT, see `EngineOptions`.
-    fetcher: opens the URLs of requests; None makes one from the environment.
+    fetcher: opens the URLs of requests; None makes one from the environment. memory_budget: bytes, or `8GiB`
+    and such, that weights and what is computed may take of torch's memory, on torch alone; each request is
+    computed in the fastest way that keeps to it, or refused. None: nothing is planned.
     Raises CheckpointError, BackendError, and RequestError for an option that no machine knows, or where
     RITOCCO_ALLOW_NETWORKS can't be read.
     """
     check_names(device, dtype, backend)
     check_options(backend_options)
+    budget = None if memory_budget is None else parse_budget(memory_budget)
     device = "cpu" if device == "cpu:0" else device  # torch's other name of it
     path = model_path(model)
+    if budget is not None and (is_artefacts(path) or backend in SESSION_BACKENDS):
+        raise BackendError("memory_budget is for checkpoints on torch; exported graphs have no plan yet")
     if is_artefacts(path):
         if variant is not None or tokenizer is not None:
             raise CheckpointError(f"{path}: exported graphs; variant and tokenizer are for checkpoints")
@@ -82,6 +92,8 @@ def load(
         )
     if backend_options:
         raise BackendError(f"backend_options are for TensorRT; backend is {backend!r}")
+    if budget is not None:
+        return _engine(checkpoint, device, dtype, "torch", fetcher, budget)
     if backend == "auto" and (graphs := _faster_graphs(checkpoint, device, dtype)) is not None:
         return _from_artefacts(graphs, device, dtype, "auto", fetcher, checkpoint)
     return _engine(checkpoint, device, dtype, backend, fetcher)
@@ -129,10 +141,17 @@ def pocket_model() -> Path:
     return Path(str(files("ritocco"))) / "models" / "pocket"
 
 
-def _engine(checkpoint: Checkpoint, device: str, dtype: str, backend: str, fetcher: Fetcher | None) -> Engine:
+def _engine(
+    checkpoint: Checkpoint,
+    device: str,
+    dtype: str,
+    backend: str,
+    fetcher: Fetcher | None,
+    budget: int | None = None,
+) -> Engine:
     from ritocco.backends.torch_ import TorchRuntime
     from ritocco.checkpoint import fingerprint, load_tokenizer
-    from ritocco.device import choose
+    from ritocco.device import choose, refuse_unplanned
     from ritocco.scheduler_config import check_scheduler, from_pipeline
 
     choice = choose(device, dtype, backend)
@@ -144,10 +163,34 @@ def _engine(checkpoint: Checkpoint, device: str, dtype: str, backend: str, fetch
     warnings = [f"Warning: {problem}" for problem in check_scheduler(scheduler)]
     faster = () if backend != "auto" else faster_command(choice.device.type)
     safety = None
+    runtime: TorchRuntime | None = None
+
+    def rehearse() -> Rehearsal:
+        from ritocco.memory import Rehearsal
+
+        refuse_unplanned(choice.device, choice.dtype)
+        movable = budget is not None
+        return Rehearsal(checkpoint, dtype=choice.dtype, device=choice.device.type, movable=movable)
+
+    def follow(height: int, width: int, strategy: Strategy) -> None:
+        size = LatentSize(height=height // 8, width=width // 8)
+        cast("TorchRuntime", runtime).follow(size, at_once=strategy.at_once, alone=strategy.alone)
+
+    planner = Planner(
+        rehearse,
+        device=str(choice.device),
+        dtype=str(choice.dtype).removeprefix("torch."),
+        budget=budget,
+        follow=follow,
+    )
+    if budget is not None:
+        planner.refuse_too_little()
     # The tokenizer's tables are read while torch converts weights, which needs no Python.
     with ThreadPoolExecutor(1, thread_name_prefix="ritocco-tokenizer") as pool:
         tokenizer = pool.submit(load_tokenizer, checkpoint)
-        runtime = TorchRuntime(checkpoint, device=choice.device, dtype=choice.dtype)
+        runtime = TorchRuntime(
+            checkpoint, device=choice.device, dtype=choice.dtype, movable=budget is not None
+        )
         if checkpoint.safety_checker is not None:
             safety = SafetyChecker.load(checkpoint, device=choice.device, dtype=choice.dtype)
     return Engine(
@@ -163,6 +206,7 @@ def _engine(checkpoint: Checkpoint, device: str, dtype: str, backend: str, fetch
             *faster,
         ),
         fetcher=fetcher,
+        planner=planner,
     )
 
 

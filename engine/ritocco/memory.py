@@ -104,8 +104,11 @@ class Rehearsal:
         table = build(scheduler, num_inference_steps, self._checkpoint.scheduler)
         with self._mode, torch.inference_mode(), live:
             if at_once is not None:
-                live.begin()
+                if not alone:
+                    live.begin()
                 runtime.follow(size, at_once=at_once, alone=alone)
+                if alone:  # who was there before has left
+                    live.begin()
                 found["load"] = self._taken()
             runtime.need("text_encoder")
             tokens = torch.zeros(1 + guided, runtime.text_encoder.spec.positions, dtype=torch.int64)

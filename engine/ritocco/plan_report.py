@@ -13,9 +13,10 @@ from PIL import Image
 
 from ritocco.artefacts import is_artefacts
 from ritocco.checkpoint import open_checkpoint
-from ritocco.device import choose, onednn_bfloat16
-from ritocco.errors import BackendError, RequestError
-from ritocco.memory import Usage, usage
+from ritocco.device import choose, refuse_unplanned
+from ritocco.errors import RequestError
+from ritocco.memory import Rehearsal
+from ritocco.plans import MemoryPlan, Planner, mib, parse_budget
 from ritocco.schema import PredictionInput, parse_input
 from ritocco.shown import shown
 
@@ -23,44 +24,57 @@ NOT_COUNTED = (
     "Not counted: Python and its libraries, pictures on the host, a safety checker, and what the C library "
     "keeps of freed memory."
 )
-_BEGINS = {"encode_text": "text", "encode_pixels": "encode", "open": "denoise", "decode_pixels": "decode"}
+_BEGINS = {
+    "follow": "load",
+    "encode_text": "text",
+    "encode_pixels": "encode",
+    "open": "denoise",
+    "decode_pixels": "decode",
+}
 
 
 def planned(
-    model: Path, given: Mapping[str, Any], *, dtype: str, variant: str | None, tokenizer: Path | None
-) -> tuple[PredictionInput, str, Usage]:
-    """The request's inputs, the dtype it would run in, and what it takes on the torch runtime on a CPU.
+    model: Path,
+    given: Mapping[str, Any],
+    *,
+    dtype: str,
+    variant: str | None,
+    tokenizer: Path | None,
+    device: str = "cpu",
+    budget: int | str | None = None,
+) -> tuple[PredictionInput, MemoryPlan]:
+    """The request's inputs, and what it takes on the torch runtime.
 
-    given: inputs of the schema but picture and mask. Raises RequestError for bad ones and for exported
-    graphs, CheckpointError, BackendError.
+    given: inputs of the schema but picture and mask. device: `cpu`, or `cuda`, of which this machine need not
+    have one. Raises RequestError for bad ones and for exported graphs, CheckpointError, BackendError.
     """
     grey = Image.fromarray(np.full((64, 64), 255, np.uint8))
     fields = parse_input({"image": grey, "mask": grey, **given}, allow_local=True)[0]
+    if device not in ("cpu", "cuda"):
+        raise RequestError(f"--device is {shown(device)}; it must be cpu or cuda", field="--device")
+    kept = None if budget is None else parse_budget(budget)
     if is_artefacts(model):
         rule = "plans are of checkpoints so far"
         raise RequestError(f"--model is {shown(str(model))}, exported graphs; {rule}", field="--model")
     checkpoint = open_checkpoint(model, variant=variant, tokenizer=tokenizer)
-    held = choose("cpu", dtype).dtype
-    if held == torch.bfloat16 and not onednn_bfloat16():
-        rule = "plans of it are of processors on which oneDNN computes it (x86 with AVX-512, Arm with BF16)"
-        raise BackendError(f"dtype is {shown(dtype)}; {rule}, and this is none: use float32")
-    found = usage(
-        checkpoint,
-        dtype=held,
-        height=fields.height,
-        width=fields.width,
-        num_outputs=fields.num_outputs,
-        guided=fields.guidance_scale > 1,
-        num_inference_steps=fields.num_inference_steps,
-        scheduler=fields.scheduler,
+    if device == "cuda":
+        held = getattr(torch, "float16" if dtype == "auto" else dtype)
+    else:
+        held = choose("cpu", dtype).dtype
+    refuse_unplanned(torch.device(device), held)
+    planner = Planner(
+        lambda: Rehearsal(checkpoint, dtype=held, device=device, movable=kept is not None),
+        device=device,
+        dtype=str(held).removeprefix("torch."),
+        budget=kept,
     )
-    return fields, str(held).removeprefix("torch."), found
+    return fields, planner.plan(fields)
 
 
 def measured(model: Path, fields: PredictionInput, *, dtype: str, **where: Any) -> dict[str, int]:
-    """Most bytes that torch's allocator held in each phase, by running the whole request.
+    """Most bytes that torch's allocator held in each phase on the CPU, by running the whole request.
 
-    where: variant and tokenizer, as for `load`.
+    where: variant, tokenizer and memory_budget, as for `load`.
     """
     from ritocco.loading import load
     from ritocco.track import Tracker
@@ -79,25 +93,29 @@ def measured(model: Path, fields: PredictionInput, *, dtype: str, **where: Any) 
 
 
 def _heard(tracker: Any, phase: str, original: Any) -> Any:
-    def heard(*arguments: Any) -> Any:
+    def heard(*arguments: Any, **options: Any) -> Any:
         tracker.begin(phase)
-        return original(*arguments)
+        return original(*arguments, **options)
 
     return heard
 
 
-def as_json(
-    fields: PredictionInput, dtype: str, found: Usage, taken: Mapping[str, int] | None
-) -> dict[str, Any]:
+def as_json(plan: MemoryPlan, taken: Mapping[str, int] | None) -> dict[str, Any]:
     """For programs; bytes. taken: of `measured`, where it was run."""
-    phase, peak = found.peak
+    found, (phase, peak) = plan.usage, plan.usage.peak
     return {
-        "device": "cpu",
+        "device": plan.device,
         "backend": "torch",
-        "dtype": dtype,
-        "width": fields.width,
-        "height": fields.height,
-        "num_outputs": fields.num_outputs,
+        "dtype": plan.dtype,
+        "width": plan.width,
+        "height": plan.height,
+        "num_outputs": plan.num_outputs,
+        "budget_bytes": plan.budget,
+        "strategy": {"at_once": plan.strategy.at_once, "alone": plan.strategy.alone},
+        "read_again_bytes": plan.read_again,
+        "next_larger_budget": None
+        if plan.more is None
+        else {"bytes": plan.more[0], "at_once": plan.more[1].at_once, "alone": plan.more[1].alone},
         "weights": dict(found.weights),
         "phases": {
             name: {"bytes": one.most, "moment": one.moment}
@@ -109,24 +127,28 @@ def as_json(
     }
 
 
-def as_text(fields: PredictionInput, dtype: str, found: Usage, taken: Mapping[str, int] | None) -> str:
+def as_text(plan: MemoryPlan, taken: Mapping[str, int] | None) -> str:
     """For people."""
-    count = fields.num_outputs
-    what = f"{count} picture{'s' if count > 1 else ''} of {fields.width} x {fields.height}"
-    weights = ", ".join(f"{name} {_mib(size)}" for name, size in found.weights.items())
+    count, found = plan.num_outputs, plan.usage
+    what = f"{count} picture{'s' if count > 1 else ''} of {plan.width} x {plan.height}"
+    weights = ", ".join(f"{name} {mib(size)}" for name, size in found.weights.items())
     heads = ("phase", "most at once", *(["measured"] if taken is not None else []), "in")
     rows = [
-        (name, _mib(one.most), *([_mib(taken[name])] if taken is not None else []), one.moment)
+        (name, mib(one.most), *([mib(taken[name])] if taken is not None else []), one.moment)
         for name, one in found.phases.items()
     ]
     table = [
         "  ".join([row[0].ljust(8), *(cell.rjust(14) for cell in row[1:-1]), row[-1]])
         for row in (heads, *rows)
     ]
-    lines = [f"{what} on torch, cpu, {dtype}", f"weights: {weights}", "", *table]
+    lines = [f"{what} on torch, {plan.device}, {plan.dtype}", f"weights: {weights}", "", *table]
     phase, peak = found.peak
-    return "\n".join([*lines, "", f"peak: {_mib(peak.most)}, {phase}, in {peak.moment}", NOT_COUNTED])
-
-
-def _mib(size: int) -> str:
-    return f"{size / 2**20:,.1f} MiB"
+    lines += ["", f"peak: {mib(peak.most)}, {phase}, in {peak.moment}"]
+    if plan.budget is not None:
+        lines.append(f"budget: {mib(plan.budget)}; {plan.strategy}")
+        if plan.read_again:
+            lines.append(f"cost: {mib(plan.read_again)} of weights are read anew for every request")
+        if plan.more is not None:
+            lines.append(f"from {mib(plan.more[0])} on: {plan.more[1]}")
+        lines.append(f"below {mib(plan.least)}: fewer at once, fewer in memory, or nothing")
+    return "\n".join([*lines, NOT_COUNTED])

@@ -13,6 +13,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+import ritocco
 from ritocco.checkpoint import Checkpoint, open_checkpoint
 from ritocco.cli import app
 from ritocco.device import onednn_bfloat16
@@ -21,6 +22,7 @@ from ritocco.live_memory import Live
 from ritocco.loading import pocket_model
 from ritocco.memory import PHASES, usage
 from ritocco.plan_report import measured, planned
+from ritocco.plans import MemoryPlan
 from ritocco.schema import InputError
 
 HAS_BFLOAT16 = onednn_bfloat16()
@@ -30,18 +32,22 @@ LARGER = (((256, 256), 1), ((512, 384), 2))
 MOST_OVER = 0.02  # of the allocator's peak; never below it
 
 
-def assert_foretold(model: Path, dtype: str, size: tuple[int, int], count: int, **changes: object) -> None:
+def assert_foretold(
+    model: Path, dtype: str, size: tuple[int, int], count: int, budget: int | None = None, **changes: object
+) -> MemoryPlan:
     width, height = size
     given = {"width": width, "height": height, "num_outputs": count, "num_inference_steps": 3, **changes}
-    fields, held, said = planned(model, given, dtype=dtype, variant=None, tokenizer=None)
-    assert held == dtype
-    taken = measured(model, fields, dtype=dtype)
+    fields, plan = planned(model, given, dtype=dtype, variant=None, tokenizer=None, budget=budget)
+    assert plan.dtype == dtype
+    taken = measured(model, fields, dtype=dtype, memory_budget=budget)
+    said = plan.usage
     assert tuple(said.phases) == tuple(taken) == PHASES
     for phase, most in taken.items():
         assert said.phases[phase].most >= most, phase
     peak, phase = max((most, phase) for phase, most in taken.items())
     assert said.peak[0] == phase
     assert said.peak[1].most <= (1 + MOST_OVER) * peak
+    return plan
 
 
 @pytest.mark.parametrize("dtype", FORETOLD)
@@ -202,7 +208,7 @@ def test_what_can_not_be_planned(words: list[str], error: type[Exception], said:
 
 
 def test_bfloat16_has_no_plan_without_onednn(tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ritocco.plan_report.onednn_bfloat16", lambda: False)
+    monkeypatch.setattr("ritocco.device.onednn_bfloat16", lambda: False)
     for words, failed in ((["--dtype", "bfloat16"], True), (["--dtype", "float32"], False)):
         result = CliRunner().invoke(app, ["plan", "--model", str(tiny_checkpoint), *words])
         assert isinstance(result.exception, BackendError) == failed
@@ -214,3 +220,10 @@ def test_bfloat16_has_no_plan_without_onednn(tiny_checkpoint: Path, monkeypatch:
 def test_graphs_have_no_plan_yet(tiny_graphs: Path) -> None:
     with pytest.raises(RequestError, match="plans are of checkpoints so far"):
         planned(tiny_graphs, {}, dtype="auto", variant=None, tokenizer=None)
+    with pytest.raises(BackendError, match="memory_budget is for checkpoints on torch"):
+        ritocco.load(tiny_graphs, memory_budget="8GiB")
+    with (
+        ritocco.load(tiny_graphs, backend="onnxruntime") as engine,
+        pytest.raises(BackendError, match="this engine has no plans"),
+    ):
+        engine.plan()

@@ -1,0 +1,222 @@
+"""Budgets of memory: the strategy that is taken, and that it is kept to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+import ritocco
+from ritocco import BackendError, RequestError
+from ritocco.cli import app
+from ritocco.memory import Phase, Usage
+from ritocco.plan_report import measured, planned
+from ritocco.plans import MemoryPlan, Planner, Strategy, parse_budget, strategies
+from ritocco.schema import PredictionInput, parse_input
+from ritocco.track import Tracker
+
+PIXELS = np.random.default_rng(1).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+MASK = Image.fromarray(np.where(np.arange(64) < 32, 255, 0).astype(np.uint8)[None].repeat(64, axis=0))
+ASKED = {"image": Image.fromarray(PIXELS), "mask": MASK, "prompt": "a cup", "seed": 7}
+LARGER = {"width": 128, "height": 192, "num_outputs": 2, "num_inference_steps": 2}
+
+
+@pytest.mark.parametrize(
+    ("budget", "size"),
+    [
+        (5, 5),
+        ("5", 5),
+        ("8GiB", 8 << 30),
+        ("1.5 gb", 1_500_000_000),
+        (" 500MB ", 500_000_000),
+        ("2kib", 2048),
+    ],
+)
+def test_budgets_in_bytes_and_in_words(budget: int | str, size: int) -> None:
+    assert parse_budget(budget) == size
+
+
+@pytest.mark.parametrize("budget", [0, -1, True, 1.5, "", "GiB", "8 XB", "0", "-3GB", "nan", "1e9", None])
+def test_other_budgets_are_refused(budget: Any) -> None:
+    with pytest.raises(RequestError, match=r"memory_budget is .*; it must be a number of bytes") as caught:
+        parse_budget(budget)
+    assert caught.value.field == "memory_budget"
+
+
+def test_strategies_go_from_the_fastest_to_the_smallest() -> None:
+    assert [(one.at_once, one.alone) for one in strategies(4)] == [
+        *((4, False), (2, False), (1, False)),
+        *((4, True), (2, True), (1, True)),
+    ]
+    assert [one.at_once for one in strategies(3)] == [3, 1, 3, 1]
+    assert str(strategies(1)[1]) == "one network at a time in memory, one picture at once"
+
+
+class Made:
+    """Of a runtime whose weights take 100, and each picture 10 of what is computed."""
+
+    def __init__(self) -> None:
+        self.asked = 0
+
+    def usage(self, *, num_outputs: int, at_once: int | None = None, alone: bool = False, **_: Any) -> Usage:
+        self.asked += 1
+        most = (60 if alone else 100) + 10 * (at_once or num_outputs)
+        weights = {"unet": 60, "vae": 10, "text_encoder": 30}
+        return Usage(weights=weights, phases={"denoise": Phase(most=most, moment="cat")})
+
+
+@pytest.mark.parametrize(
+    ("budget", "strategy", "more"),
+    [
+        (140, (4, False), None),
+        (139, (2, False), (140, (4, False))),
+        (119, (1, False), (120, (2, False))),
+        (109, (4, True), (110, (1, False))),
+        (99, (2, True), (100, (4, True))),
+        (70, (1, True), (80, (2, True))),
+    ],
+)
+def test_the_first_strategy_that_fits_is_taken(
+    budget: int, strategy: tuple[int, bool], more: tuple[int, tuple[int, bool]] | None
+) -> None:
+    made = Made()
+    planner = Planner(lambda: made, device="cpu", dtype="float32", budget=budget)
+    fields, *_ = parse_input({**ASKED, "num_outputs": 4}, allow_local=True)
+    plan = planner.plan(fields)
+    assert (plan.strategy.at_once, plan.strategy.alone) == strategy
+    found = plan.more and (plan.more[0], (plan.more[1].at_once, plan.more[1].alone))
+    assert found == more
+    assert plan.read_again == (110 if strategy[1] else 0)
+    before = made.asked
+    assert planner.plan(fields) is plan
+    assert made.asked == before
+
+
+def test_what_fits_in_no_way_is_refused() -> None:
+    planner = Planner(Made, device="cpu", dtype="float32", budget=69)
+    fields, *_ = parse_input({**ASKED, "num_outputs": 4}, allow_local=True)
+    with pytest.raises(RequestError, match=r"4 pictures of 512 x 512 takes at least .*\. It holds none"):
+        planner.plan(fields)
+    with pytest.raises(BackendError, match="the smallest request, one picture of 64 x 64, takes"):
+        planner.refuse_too_little()
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Stored in float16, so that weights take memory in float32."""
+    from ritocco_bench.folder import make_folder
+
+    return make_folder(tmp_path_factory.mktemp("plans") / "tiny", "tiny")
+
+
+@pytest.fixture(scope="module")
+def switching(tiny: Path) -> dict[Strategy, int]:
+    """What each strategy needs for the larger request on the tiny model."""
+    import torch
+
+    from ritocco.checkpoint import open_checkpoint
+    from ritocco.memory import Rehearsal
+
+    rehearsal = Rehearsal(open_checkpoint(tiny), dtype=torch.float32, movable=True)
+    found = {}
+    for one in strategies(2):
+        usage = rehearsal.usage(
+            width=128,
+            height=192,
+            num_outputs=2,
+            num_inference_steps=2,
+            at_once=one.at_once,
+            alone=one.alone,
+        )
+        found[one] = usage.peak[1].most
+    return found
+
+
+def plan_for(model: Path, budget: int) -> tuple[PredictionInput, MemoryPlan]:
+    return planned(model, LARGER, dtype="float32", budget=budget, variant=None, tokenizer=None)
+
+
+@pytest.mark.slow
+def test_budgets_on_both_sides_of_each_switch_are_kept(tiny: Path, switching: dict[Strategy, int]) -> None:
+    assert len(set(switching.values())) > 2
+    for budget in sorted({size + change for size in switching.values() for change in (0, -1)}):
+        if budget < min(switching.values()):
+            with pytest.raises(RequestError, match="takes at least"):
+                plan_for(tiny, budget)
+            continue
+        fields, plan = plan_for(tiny, budget)
+        assert switching[plan.strategy] <= budget
+        taken = measured(tiny, fields, dtype="float32", memory_budget=budget)
+        assert max(taken.values()) <= budget
+
+
+def test_the_smallest_budget_is_kept_and_paints_the_same(tiny: Path, switching: dict[Strategy, int]) -> None:
+    budget = min(switching.values())
+    whole = ritocco.load(tiny, device="cpu", dtype="float32", backend="torch").predict({**ASKED, **LARGER})
+    with ritocco.load(tiny, device="cpu", dtype="float32", memory_budget=budget) as engine:
+        plan = engine.plan(**LARGER)
+        assert plan.strategy.alone
+        assert plan.least <= budget
+        assert engine.plan(width=64, height=64).strategy != plan.strategy
+        with Tracker() as tracker:
+            tracker.begin("all of it")
+            made = engine.predict({**ASKED, **LARGER})
+    assert tracker.most["all of it"] <= budget
+    assert f"Memory: {plan.strategy}, at most" in (made.logs or "")
+    for ours, theirs in zip(made.images, whole.images, strict=True):
+        assert np.abs(np.asarray(ours, np.int16) - np.asarray(theirs, np.int16)).max() <= 1
+
+
+def test_a_budget_that_holds_nothing_is_refused_before_weights_are_read(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: object, **__: object) -> None:
+        raise AssertionError("read")
+
+    monkeypatch.setattr("ritocco.parameters.safe_open", refused)
+    with pytest.raises(BackendError, match=r"memory_budget is 0\.1 MiB; the smallest request"):
+        ritocco.load(tiny, device="cpu", dtype="float32", memory_budget=100_000)
+
+
+def test_requests_of_many_sizes_take_no_more_and_more(tiny: Path, switching: dict[Strategy, int]) -> None:
+    """The later rounds hold what the first did; networks that came for one request leave for the next."""
+    budget = switching[Strategy(at_once=1, alone=True)]
+    sizes: list[dict[str, int]] = [{"width": 64, "height": 64, "num_outputs": 1}, dict(LARGER)]
+    sizes += [{"width": 192, "height": 64, "num_outputs": 2}]
+    with ritocco.load(tiny, device="cpu", dtype="float32", memory_budget=budget) as engine:
+        rounds = []
+        for size in sizes:
+            engine.plan(**{"num_inference_steps": 2, **size})
+        for _ in range(3):
+            with Tracker() as tracker:
+                for number, size in enumerate(sizes):
+                    tracker.begin(str(number))
+                    engine.predict({**ASKED, "num_inference_steps": 2, **size})
+            rounds.append(max(tracker.most.values()))
+    assert rounds[2] <= 1.01 * rounds[1]
+    assert max(rounds) <= budget
+
+
+def test_budgets_are_of_torch(tiny: Path) -> None:
+    with pytest.raises(BackendError, match="memory_budget is for checkpoints on torch"):
+        ritocco.load(tiny, backend="openvino", memory_budget="8GiB")
+    with pytest.raises(RequestError, match="memory_budget is 'much'"):
+        ritocco.load(tiny, memory_budget="much")
+
+
+def test_plans_for_a_gpu_need_none(tiny: Path) -> None:
+    words = ["plan", "--model", str(tiny), "--width", "64", "--height", "64", "--device", "cuda"]
+    told = CliRunner().invoke(app, [*words, "--budget", "8GiB"])
+    assert told.exit_code == 0, told.exception
+    assert told.stdout.splitlines()[0] == "1 picture of 64 x 64 on torch, cuda, float16"
+    assert "budget: 8,192.0 MiB; all networks in memory, one picture at once" in told.stdout
+    asked: list[Callable[[], Any]] = [
+        lambda: CliRunner().invoke(app, [*words, "--verify"]),
+        lambda: CliRunner().invoke(app, [*words, "--budget", "1B"]),
+    ]
+    assert [one().exit_code for one in asked] == [2, 1]
