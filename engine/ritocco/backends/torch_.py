@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
-_MOST_GATED = 128 << 20  # bytes; products of fewer tokens would leave a large GPU idle
+_MOST_GATED = 64 << 20  # bytes; products of fewer tokens would leave a large GPU idle
 _STEPS_AHEAD = 2  # how many steps the host may queue before it waits for the device
 
 
