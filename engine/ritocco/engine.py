@@ -152,12 +152,13 @@ class Engine:
         seconds, those after it none. Raises RequestError for bad fields and where `memory_budget` does not
         hold the request, and BackendError where the engine runs exported graphs, which have no plan yet.
         """
+        planner = self._planner
         self._refuse_closed()
-        if self._planner is None:
+        if planner is None:
             raise BackendError("this engine has no plans: they are of checkpoints on torch")
         grey = Image.fromarray(np.full((64, 64), 255, np.uint8))
         fields, *_ = parse_input({"image": grey, "mask": grey, **input}, allow_local=True)
-        return self._planner.plan(fields)
+        return planner.plan(fields)
 
     def close(self) -> None:
         """Let go of the networks' memory. Waits for a running prediction; later ones raise BackendError."""

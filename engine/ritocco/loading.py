@@ -7,6 +7,7 @@ import os
 import threading
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from importlib.resources import files
 from math import prod
 from pathlib import Path
@@ -152,6 +153,7 @@ def _engine(
     from ritocco.backends.torch_ import TorchRuntime
     from ritocco.checkpoint import fingerprint, load_tokenizer
     from ritocco.device import choose, refuse_unplanned
+    from ritocco.parameters import without_tensors
     from ritocco.scheduler_config import check_scheduler, from_pipeline
 
     choice = choose(device, dtype, backend)
@@ -164,13 +166,20 @@ def _engine(
     faster = () if backend != "auto" else faster_command(choice.device.type)
     safety = None
     runtime: TorchRuntime | None = None
+    # A pipeline's tensors are not to be kept alive by plans.
+    outline = replace(checkpoint, weights=without_tensors(checkpoint.weights))
 
     def rehearse() -> Rehearsal:
+        from ritocco.backends.fast_path import FastPath
         from ritocco.memory import Rehearsal
 
         refuse_unplanned(choice.device, choice.dtype)
+        if choice.device.type == "cuda" and not FastPath.of(choice.device)[0].kernels:
+            raise BackendError(
+                "there are no plans of a GPU without fused kernels; the log says what they lack"
+            )
         movable = budget is not None
-        return Rehearsal(checkpoint, dtype=choice.dtype, device=choice.device.type, movable=movable)
+        return Rehearsal(outline, dtype=choice.dtype, device=choice.device.type, movable=movable)
 
     def follow(height: int, width: int, strategy: Strategy) -> None:
         size = LatentSize(height=height // 8, width=width // 8)

@@ -20,6 +20,7 @@ from ritocco.backends.torch_ import TorchRuntime
 from ritocco.checkpoint import Checkpoint
 from ritocco.live_memory import ON_CPU, ON_CUDA, Live
 from ritocco.parameters import MemoryTensor, Stored
+from ritocco.scheduler_config import from_pipeline
 from ritocco.schedules import StepTable, build
 from ritocco_kernels.hollow import HOLLOW
 from ritocco_kernels.ops import Ops
@@ -101,7 +102,7 @@ class Rehearsal:
         """
         live, runtime, found = self._live, self._runtime, {"load": self._loading}
         size = LatentSize(height=height // 8, width=width // 8)
-        table = build(scheduler, num_inference_steps, self._checkpoint.scheduler)
+        table = build(scheduler, num_inference_steps, from_pipeline(self._checkpoint.scheduler))
         with self._mode, torch.inference_mode(), live:
             if at_once is not None:
                 if not alone:
@@ -187,7 +188,7 @@ def _without_numbers(
     """
 
     def hollow(stored: Stored) -> Stored:
-        tensor = torch.empty(stored.shape, dtype=dtype or _TORCH_DTYPES[stored.dtype])
+        tensor = torch.empty(stored.shape, dtype=dtype or _TORCH_DTYPES.get(stored.dtype, torch.float32))
         live.leave_out(tensor)
         return MemoryTensor(stored.key, stored.dtype, stored.shape, tensor)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -62,6 +62,25 @@ class MemoryTensor:
     dtype: str
     shape: tuple[int, ...]
     tensor: torch.Tensor = field(repr=False)
+
+
+def without_tensors(
+    weights: Mapping[str, Mapping[str, Mapping[str, Stored]]],
+) -> dict[str, dict[str, dict[str, Stored]]]:
+    """The same networks, variants and names; of tensors in memory, what they are, and not their numbers."""
+
+    def outline(stored: Stored) -> Stored:
+        return (
+            replace(stored, tensor=stored.tensor.to("meta")) if isinstance(stored, MemoryTensor) else stored
+        )
+
+    return {
+        network: {
+            variant: {name: outline(stored) for name, stored in tensors.items()}
+            for variant, tensors in variants.items()
+        }
+        for network, variants in weights.items()
+    }
 
 
 def memory_tensors(module: nn.Module, where: str) -> dict[str, Stored]:

@@ -142,7 +142,7 @@ class Planner:
         if self.budget is not None and least > self.budget:
             raise BackendError(
                 f"memory_budget is {mib(self.budget)}; the smallest request, one picture of {_LEAST_SIDE} x "
-                f"{_LEAST_SIDE}, takes {mib(least)} with one network at a time in memory"
+                f"{_LEAST_SIDE}, unguided, takes {mib(least)} with one network at a time in memory"
             )
 
     def _made(self, asked: Mapping[str, Any]) -> MemoryPlan:
@@ -156,11 +156,12 @@ class Planner:
                 more = min(refused, key=lambda one: one[0], default=None)
                 return self._plan(asked, strategy, usage, more)
             refused.append((usage.peak[1].most, strategy))
-        count = asked["num_outputs"]
+        count, least = asked["num_outputs"], min(needed for needed, _ in refused)
+        what = f"one picture of {asked['width']} x {asked['height']} needs"
+        if count > 1:
+            what = f"{count} pictures of {asked['width']} x {asked['height']} need"
         raise RequestError(
-            f"memory_budget is {mib(self.budget)}; {count} picture{'s' * (count > 1)} of {asked['width']} x "
-            f"{asked['height']} takes at least {mib(min(refused, key=lambda one: one[0])[0])}. "
-            f"{self._largest(asked)}",
+            f"memory_budget is {mib(self.budget)}; {what} at least {mib(least)}. {self._largest(asked)}",
             field="memory_budget",
         )
 
@@ -204,7 +205,8 @@ class Planner:
             else:
                 high = middle - 1
         side = fits * _STEP
-        return f"The largest square that it holds is {side} x {side}" if fits else "It holds none"
+        held = f"One picture of {side} x {side}" if fits else "No picture"
+        return f"{held} is the largest square that it holds" if fits else f"{held} fits"
 
 
 def mib(size: float) -> str:
@@ -217,7 +219,7 @@ def _smallest() -> dict[str, Any]:
         "height": _LEAST_SIDE,
         "width": _LEAST_SIDE,
         "num_outputs": 1,
-        "guided": True,
+        "guided": False,
         "num_inference_steps": 2,
         "scheduler": "DPMSolverMultistep",
     }

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from torch import nn
 from typer.testing import CliRunner
 
 import ritocco
 from ritocco import BackendError, RequestError
+from ritocco.backends.torch_ import TorchRuntime
+from ritocco.checkpoint import open_checkpoint
 from ritocco.cli import app
-from ritocco.memory import Phase, Usage
+from ritocco.memory import Phase, Rehearsal, Usage
+from ritocco.parameters import MemoryTensor, without_tensors
 from ritocco.plan_report import measured, planned
 from ritocco.plans import MemoryPlan, Planner, Strategy, parse_budget, strategies
 from ritocco.schema import PredictionInput, parse_input
@@ -100,9 +106,9 @@ def test_the_first_strategy_that_fits_is_taken(
 def test_what_fits_in_no_way_is_refused() -> None:
     planner = Planner(Made, device="cpu", dtype="float32", budget=69)
     fields, *_ = parse_input({**ASKED, "num_outputs": 4}, allow_local=True)
-    with pytest.raises(RequestError, match=r"4 pictures of 512 x 512 takes at least .*\. It holds none"):
+    with pytest.raises(RequestError, match=r"4 pictures of 512 x 512 need at least .*\. No picture fits"):
         planner.plan(fields)
-    with pytest.raises(BackendError, match="the smallest request, one picture of 64 x 64, takes"):
+    with pytest.raises(BackendError, match="the smallest request, one picture of 64 x 64, unguided, takes"):
         planner.refuse_too_little()
 
 
@@ -117,11 +123,6 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def switching(tiny: Path) -> dict[Strategy, int]:
     """What each strategy needs for the larger request on the tiny model."""
-    import torch
-
-    from ritocco.checkpoint import open_checkpoint
-    from ritocco.memory import Rehearsal
-
     rehearsal = Rehearsal(open_checkpoint(tiny), dtype=torch.float32, movable=True)
     found = {}
     for one in strategies(2):
@@ -146,7 +147,7 @@ def test_budgets_on_both_sides_of_each_switch_are_kept(tiny: Path, switching: di
     assert len(set(switching.values())) > 2
     for budget in sorted({size + change for size in switching.values() for change in (0, -1)}):
         if budget < min(switching.values()):
-            with pytest.raises(RequestError, match="takes at least"):
+            with pytest.raises(RequestError, match="pictures of 128 x 192 need at least"):
                 plan_for(tiny, budget)
             continue
         fields, plan = plan_for(tiny, budget)
@@ -200,6 +201,41 @@ def test_requests_of_many_sizes_take_no_more_and_more(tiny: Path, switching: dic
             rounds.append(max(tracker.most.values()))
     assert rounds[2] <= 1.01 * rounds[1]
     assert max(rounds) <= budget
+
+
+def test_plans_are_of_whatever_loads(tiny: Path) -> None:
+    """Tensors that no network uses, of a kind that none computes with; a scheduler config that is mended."""
+    opened = open_checkpoint(tiny)
+    odd = MemoryTensor("position_ids", "I64", (1, 77), torch.zeros(1, 77, dtype=torch.int64))
+    text = {"": {**opened.weights["text_encoder"][""], "text_model.embeddings.position_ids": odd}}
+    checkpoint = replace(
+        opened,
+        weights={**opened.weights, "text_encoder": text},
+        scheduler={**opened.scheduler, "skip_prk_steps": False},
+    )
+    rehearsal = Rehearsal(checkpoint, dtype=torch.float32)
+    assert rehearsal.usage(width=64, height=64, scheduler="PNDM", num_inference_steps=4).peak[1].most > 0
+    outline = without_tensors(checkpoint.weights)["text_encoder"][""]["text_model.embeddings.position_ids"]
+    assert isinstance(outline, MemoryTensor)
+    assert outline.tensor.device.type == "meta"
+
+
+def test_a_network_that_came_in_part_leaves(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = torch.device("cpu")
+    runtime = TorchRuntime(open_checkpoint(tiny), device=cpu, dtype=torch.float32, movable=True)
+
+    def fails_in_the_middle(module: nn.Module, **where: Any) -> None:
+        next(module.parameters()).data = torch.zeros(())
+        raise torch.OutOfMemoryError("no memory")
+
+    homes = [parameter.data_ptr() for parameter in runtime.vae.parameters()]
+    with monkeypatch.context() as patch:
+        patch.setattr("ritocco.backends.residence.place", fails_in_the_middle)
+        with pytest.raises(BackendError, match="cpu has not the memory for the networks"):
+            runtime.need("vae")
+    assert [parameter.data_ptr() for parameter in runtime.vae.parameters()] == homes
+    runtime.need("vae")
+    assert {parameter.dtype for parameter in runtime.vae.parameters()} == {torch.float32}
 
 
 def test_budgets_are_of_torch(tiny: Path) -> None:

@@ -35,11 +35,12 @@ class Residence:
             for other in self._here - {name}:
                 self._leave(other)
         if name not in self._here:
-            network = self._networks[name]
-            place(network, device=self._device, dtype=self._dtype)
-            if self._packed and isinstance(network, UNet):
-                network.pack()
             self._here.add(name)
+            try:
+                self._come(self._networks[name])
+            except BaseException:
+                self._leave(name)  # what had come of it
+                raise
 
     def settle(self, *, alone: bool) -> None:
         """From now on; where nobody is to be alone, all of them come."""
@@ -49,6 +50,11 @@ class Residence:
         self.alone = alone
         for name in () if alone else self._networks:
             self.need(name)
+
+    def _come(self, network: nn.Module) -> None:
+        place(network, device=self._device, dtype=self._dtype)
+        if self._packed and isinstance(network, UNet):
+            network.pack()
 
     def _leave(self, name: str) -> None:
         network = self._networks[name]

@@ -50,14 +50,15 @@ class TorchRuntime:
     ) -> None:
         """Load the weights straight onto `device`. load: as `load_network`. path: None takes `FastPath.of`.
         movable: they stay in their files instead, and networks come and go as `follow` says; without graphs,
-        which know their weights by address.
+        which know their weights by address, and without `search`.
 
         Raises CheckpointError where they do not fit.
         """
         self.device, self.dtype = device, dtype
         self.path, self.notes = FastPath.of(device) if path is None else (path, ())
         if movable:
-            self.path = replace(self.path, graphs=False)
+            # Looking for algorithms takes more memory than the ones that are found.
+            self.path = replace(self.path, graphs=False, search=False)
         ops = self.path.ops()
         # In float32 on a CPU, torch's channels_last group norm loses digits (see `groupnorm_reference`).
         plain = device.type == "cpu" and dtype == torch.float32 and not self.path.kernels
@@ -72,6 +73,7 @@ class TorchRuntime:
         self._decodes = not later or movable
         # How many lanes of a size fit into the device's memory at once, where it ran out with more.
         self.fitting: dict[LatentSize, int] = {}
+        self.planned: dict[LatentSize, int] = {}  # the same, by `follow`
         self.text_encoder = cast(
             TextEncoder, load(checkpoint, "text_encoder", device=device, dtype=dtype, later=all_later)
         )
@@ -102,14 +104,15 @@ class TorchRuntime:
         """Of a movable runtime: how many lanes of a size move together, and whether a network that works is
         the only one on the device.
         """
-        self.fitting[size] = at_once
+        self.planned[size] = at_once
         with self.path.active(self.device), _memory_for("the networks", self.device):
             cast(Residence, self.residence).settle(alone=alone)
 
     def need(self, network: str) -> None:
-        """Where networks come and go, let one come."""
+        """Where networks come and go, let one come. Raises BackendError where memory runs out."""
         if self.residence is not None:
-            self.residence.need(network)
+            with _memory_for("the networks", self.device):
+                self.residence.need(network)
 
     def encode_text(self, tokens: Tokens) -> Floats:
         """See `Runtime`."""
@@ -194,7 +197,7 @@ class TorchBatch:
     def __init__(self, runtime: TorchRuntime, size: LatentSize, capacity: int) -> None:
         self._unet, self._graphs, self._path = runtime.unet, runtime.graphs, runtime.path
         self._need = runtime.need
-        self._fitting = runtime.fitting
+        self._fitting, self._planned = runtime.fitting, runtime.planned
         self._device, self._dtype, self._layout = runtime.device, runtime.dtype, runtime.layout
         self._size = size
         self._shape = (runtime.unet.spec.out_channels, size.height, size.width)
@@ -234,7 +237,8 @@ class TorchBatch:
             self._need("unet")
             self._wait()
             while first < len(slots):
-                part = slots[first : first + self._fitting.get(self._size, self._capacity)]
+                bounds = (bound.get(self._size, self._capacity) for bound in (self._fitting, self._planned))
+                part = slots[first : first + min(bounds)]
                 try:
                     self._move(part, tuple(rows[slot] for slot in part))
                 except torch.OutOfMemoryError as error:
