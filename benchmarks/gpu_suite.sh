@@ -3,9 +3,9 @@
 #   benchmarks/gpu_suite.sh [--out FOLDER] [--model FOLDER] [--outputs N] STAGE...
 # Stages: tests, kernels, ladder, memory (what the allocator hands out, phase by phase), peers (diffusers eager), compiled
 # (and torch.compile in its default mode), autotuned (and max-autotune), turns (diffusers compiled, request by request in
-# turns, for one, two and four pictures), warm (fills torch's compiler cache for turns: side by side, nothing timed).
+# turns), warm (fills torch's compiler cache for turns: side by side, nothing timed).
 # Rows go into FOLDER, by default benchmarks/results: of kernels, ladder, memory and turns at once, of the
-# peers when the stage is done; --outputs, of the stages after it, is how many pictures a request asks for. Needs torch
+# peers when the stage is done; --outputs, of the stages after it, is how many pictures a request asks for (turns take 1,2,4 too). Needs torch
 # with CUDA and Triton; the peers also diffusers and transformers.
 # No network; works from the sources.
 set -uo pipefail
@@ -41,7 +41,7 @@ while [ $# -gt 0 ]; do
     turns)
         python3 -m ritocco_bench make-folder --out "$model" &&
             python3 -m ritocco_bench turns --model "$model" --device cuda --size 512 --steps 25 --pairs 7 \
-                --outputs 1,2,4 --peers diffusers-compiled --out "$out/gpu-turns.jsonl" || status=1
+                --outputs "$outputs" --peers diffusers-compiled --out "$out/gpu-turns.jsonl" || status=1
         shift ;;
     kernels)
         python3 -m ritocco_bench.kernel_floors --out "$out/kernels.jsonl" || status=1

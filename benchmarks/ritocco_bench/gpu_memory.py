@@ -48,7 +48,6 @@ def main() -> int:
     parser.add_argument("--paths", default=",".join(PATHS))
     parser.add_argument("--dtype", default="float16")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/gpu-memory.jsonl"))
-    parser.add_argument("--trace", type=Path, help="file for the allocator's events of the last case")
     arguments = parser.parse_args()
     device = choose("cuda").device
     checkpoint = open_checkpoint(arguments.model or make_folder(Path(".cache/bench/full")))
@@ -57,9 +56,7 @@ def main() -> int:
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     for name in arguments.paths.split(","):
         for case in arguments.cases.split(","):
-            last = case == arguments.cases.rsplit(",", maxsplit=1)[-1]
-            trace = arguments.trace.with_suffix(f".{name}.json") if arguments.trace and last else None
-            rows = measured(checkpoint, device, dtype, PATHS[name], case, trace)
+            rows = measured(checkpoint, device, dtype, PATHS[name], case)
             row = {"case": f"memory-{case}", "path": name, "dtype": arguments.dtype, "requests": rows}
             with arguments.out.open("a", encoding="utf-8") as stream:
                 stream.write(json.dumps(row | {"environment": env}) + "\n")
@@ -68,12 +65,7 @@ def main() -> int:
 
 
 def measured(
-    checkpoint: Checkpoint,
-    device: torch.device,
-    dtype: torch.dtype,
-    path: FastPath,
-    case: str,
-    trace: Path | None,
+    checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, path: FastPath, case: str
 ) -> dict[str, dict[str, dict[str, int]]]:
     """request -> phase -> bytes: the most `allocated` (in blocks), `requested` and `reserved`; `held` at its
     end. The phase `load` is the first's alone.
@@ -94,8 +86,6 @@ def measured(
     mask = pixels[..., 0] > 99
     tokens = np.ones((2, 77), np.int64)
     latents = np.stack([lane.latents for lane in lanes])
-    if trace is not None:
-        torch.cuda.memory._record_memory_history(context=None, stacks="python")
     runtime = made.pop()
 
     def denoise() -> None:
@@ -112,10 +102,6 @@ def measured(
             "denoise": _peak(denoise),
             "decode": _peak(partial(runtime.decode_pixels, latents, (pixels, mask))),
         }
-    if trace is not None:
-        events = torch.cuda.memory._snapshot()["device_traces"][0]
-        trace.write_text(json.dumps([(one["action"], one["size"]) for one in events]), encoding="utf-8")
-        torch.cuda.memory._record_memory_history(enabled=None)
     return rows
 
 

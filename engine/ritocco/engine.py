@@ -24,7 +24,7 @@ from ritocco.fetch import Fetcher
 from ritocco.images import data_uri, encode, paste_back
 from ritocco.noise import normal
 from ritocco.pixels import Pixels, mask_to_latent
-from ritocco.plans import mib
+from ritocco.plans import asked_without_pictures, mib
 from ritocco.prediction import MODEL, Prediction, timestamp
 from ritocco.progress import Log
 from ritocco.request import Request, prepare
@@ -156,9 +156,7 @@ class Engine:
         self._refuse_closed()
         if planner is None:
             raise BackendError("this engine has no plans: they are of checkpoints on torch")
-        grey = Image.fromarray(np.full((64, 64), 255, np.uint8))
-        fields, *_ = parse_input({"image": grey, "mask": grey, **input}, allow_local=True)
-        return planner.plan(fields)
+        return planner.plan(asked_without_pictures(input))
 
     def close(self) -> None:
         """Let go of the networks' memory. Waits for a running prediction; later ones raise BackendError."""

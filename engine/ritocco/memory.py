@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import torch
@@ -64,7 +63,8 @@ class Rehearsal:
         self, checkpoint: Checkpoint, *, dtype: torch.dtype, device: str = "cpu", movable: bool = False
     ) -> None:
         """Load; no weight is read. device: `cpu`, or `cuda`, which is rehearsed with fused kernels, packed
-        projections and no graphs. movable: see `TorchRuntime`.
+        projections and no graphs; bfloat16 is as oneDNN computes it (see `device.onednn_bfloat16`). movable:
+        see `TorchRuntime`. A safety checker is not counted.
         """
         self._checkpoint, self._live = checkpoint, Live(_WORKSPACES[device])
         self._standing = _STANDING_BYTES[device]
@@ -133,15 +133,6 @@ class Rehearsal:
         phase = Phase(most=self._live.most + self._standing, moment=self._live.moment)
         self._live.begin()
         return phase
-
-
-def usage(checkpoint: Checkpoint, *, dtype: torch.dtype, **asked: Any) -> Usage:
-    """What a request takes on a CPU, beginning with loading; no weight is read and nothing is computed.
-
-    bfloat16 is as oneDNN computes it (see `device.onednn_bfloat16`). asked: as for `Rehearsal.usage`.
-    A safety checker is not counted.
-    """
-    return Rehearsal(checkpoint, dtype=dtype).usage(**asked)
 
 
 class _HollowPath(FastPath):

@@ -7,17 +7,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image
 
 from ritocco.artefacts import is_artefacts
 from ritocco.checkpoint import open_checkpoint
 from ritocco.device import choose, refuse_unplanned
 from ritocco.errors import RequestError
 from ritocco.memory import Rehearsal
-from ritocco.plans import MemoryPlan, Planner, mib, parse_budget
-from ritocco.schema import PredictionInput, parse_input
+from ritocco.plans import MemoryPlan, Planner, asked_without_pictures, mib, parse_budget
+from ritocco.schema import PredictionInput
 from ritocco.shown import shown
 
 NOT_COUNTED = (
@@ -48,8 +46,7 @@ def planned(
     given: inputs of the schema but picture and mask. device: `cpu`, or `cuda`, of which this machine need not
     have one. Raises RequestError for bad ones and for exported graphs, CheckpointError, BackendError.
     """
-    grey = Image.fromarray(np.full((64, 64), 255, np.uint8))
-    fields = parse_input({"image": grey, "mask": grey, **given}, allow_local=True)[0]
+    fields = asked_without_pictures(given)
     if device not in ("cpu", "cuda"):
         raise RequestError(f"--device is {shown(device)}; it must be cpu or cuda", field="--device")
     kept = None if budget is None else parse_budget(budget)

@@ -87,6 +87,19 @@ def parse_budget(budget: int | str) -> int:
     raise RequestError(f"memory_budget is {shown(budget)}; {rule}", field="memory_budget")
 
 
+def asked_without_pictures(given: Mapping[str, Any]) -> PredictionInput:
+    """The fields of a request whose picture and mask may be missing: no plan depends on them. Raises
+    RequestError for bad ones.
+    """
+    import numpy as np
+    from PIL import Image
+
+    from ritocco.schema import parse_input
+
+    grey = Image.fromarray(np.full((64, 64), 255, np.uint8))
+    return parse_input({"image": grey, "mask": grey, **given}, allow_local=True)[0]
+
+
 class Planner:
     """Plans for one model on one device; safe to call from several threads.
 

@@ -1,4 +1,4 @@
-"""What torch's allocator really handed out on a CPU, phase by phase: the truth for `memory.usage`."""
+"""What torch's allocator really handed out on a CPU, phase by phase: the truth for `memory.Rehearsal`."""
 
 from __future__ import annotations
 

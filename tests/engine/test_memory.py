@@ -20,7 +20,7 @@ from ritocco.device import onednn_bfloat16
 from ritocco.errors import BackendError, CheckpointError, RequestError
 from ritocco.live_memory import Live
 from ritocco.loading import pocket_model
-from ritocco.memory import PHASES, usage
+from ritocco.memory import PHASES, Rehearsal, Usage
 from ritocco.plan_report import measured, planned
 from ritocco.plans import MemoryPlan
 from ritocco.schema import InputError
@@ -30,6 +30,10 @@ HAS_BFLOAT16 = onednn_bfloat16()
 FORETOLD = ["float32", *(["bfloat16"] if HAS_BFLOAT16 else [])]
 LARGER = (((256, 256), 1), ((512, 384), 2))
 MOST_OVER = 0.02  # of the allocator's peak; never below it
+
+
+def usage(checkpoint: Checkpoint, *, dtype: torch.dtype, **asked: Any) -> Usage:
+    return Rehearsal(checkpoint, dtype=dtype).usage(**asked)
 
 
 def assert_foretold(

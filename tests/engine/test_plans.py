@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -251,8 +250,4 @@ def test_plans_for_a_gpu_need_none(tiny: Path) -> None:
     assert told.exit_code == 0, told.exception
     assert told.stdout.splitlines()[0] == "1 picture of 64 x 64 on torch, cuda, float16"
     assert "budget: 8,192.0 MiB; all networks in memory, one picture at once" in told.stdout
-    asked: list[Callable[[], Any]] = [
-        lambda: CliRunner().invoke(app, [*words, "--verify"]),
-        lambda: CliRunner().invoke(app, [*words, "--budget", "1B"]),
-    ]
-    assert [one().exit_code for one in asked] == [2, 1]
+    assert CliRunner().invoke(app, [*words, "--verify"]).exit_code == 2
