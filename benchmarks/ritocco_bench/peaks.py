@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
-_STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+from ritocco import high_water
 
 
 class Peaks:
@@ -37,10 +35,7 @@ def peak_bytes(device: str) -> int | None:
         import torch
 
         return torch.cuda.max_memory_allocated(device)
-    if _STATUS.is_file():  # `ru_maxrss` of a child begins with its parent's
-        lines = _STATUS.read_text(encoding="utf-8").splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
-    return None
+    return high_water.peak_bytes()
 
 
 def _restart(device: str) -> bool:
@@ -50,8 +45,4 @@ def _restart(device: str) -> bool:
 
         torch.cuda.reset_peak_memory_stats(device)
         return True
-    try:
-        _RESET.write_text("5", encoding="ascii")  # [man 5 proc, /proc/pid/clear_refs]
-    except OSError:
-        return False
-    return True
+    return high_water.restart()

@@ -19,7 +19,7 @@ import typer
 from tqdm import tqdm
 
 from ritocco.errors import RequestError, RitoccoError
-from ritocco.shown import printable
+from ritocco.shown import printable, shown
 
 if TYPE_CHECKING:
     from ritocco.engine import Engine
@@ -241,6 +241,7 @@ def plan(
         bool, typer.Option("--verify", help="Run the request too, and print what it really took.")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print bytes as JSON.")] = False,
+    plot: Annotated[Path | None, typer.Option(help="Draw the course of memory into this PNG.")] = None,
     budget: MemoryBudget = None,
     model: Model = None,
     device: Annotated[str, typer.Option(help="cpu, or cuda, which need not be here.")] = "cpu",
@@ -248,8 +249,11 @@ def plan(
     variant: Variant = None,
     tokenizer: TokenizerFolder = None,
 ) -> None:
-    """How much memory a request takes, by phase, and how it keeps to a budget; nothing is loaded."""
-    from ritocco import plan_report
+    """How much memory a request takes, by phase, and how it keeps to a budget; nothing is loaded.
+
+    --model may be a name that lies nowhere: sd2-inpainting or sd1.5-inpainting.
+    """
+    from ritocco import plan_report, plan_verify
     from ritocco.device import check_names
     from ritocco.loading import model_path
 
@@ -261,22 +265,32 @@ def plan(
     path = model_path(model)
     where: dict[str, Any] = {"variant": variant, "tokenizer": tokenizer}
     fields, found = plan_report.planned(path, given, dtype=dtype, device=device, budget=budget, **where)
-    taken = None
+    taken: list[Any] = []
     if check:
-        taken = plan_report.measured(path, fields, dtype=found.dtype, memory_budget=budget, **where)
-    if as_json:
-        typer.echo(json.dumps(plan_report.as_json(found, taken), indent=2))
-    else:
-        typer.echo(plan_report.as_text(found, taken))
+        if not path.exists():
+            rule = "a model that is known by name has no weights to run; name its folder"
+            raise RequestError(f"--model is {shown(model)}; {rule}", field="--verify")
+        how = {"dtype": found.dtype, "memory_budget": budget, **where}
+        taken = [plan_verify.allocated(path, fields, **how), plan_verify.resident(path, fields, **how)]
+    if plot is not None:
+        from ritocco.plan_plot import draw
+
+        with _disk(plot, "--plot"):
+            draw(found, plot)
+    typer.echo(
+        json.dumps(plan_report.as_json(found, *taken), indent=2)
+        if as_json
+        else plan_report.as_text(found, *taken)
+    )
 
 
 @contextmanager
-def _disk(out: Path) -> Iterator[None]:
+def _disk(out: Path, option: str = "--out") -> Iterator[None]:
     """What the disk refuses, as one line and exit status 1."""
     try:
         yield
     except OSError as error:
-        message = f"error: --out is {str(out)!r}, and nothing can be written there: {error}"
+        message = f"error: {option} is {str(out)!r}, and nothing can be written there: {error}"
         typer.echo(printable(message), err=True)
         raise typer.Exit(1) from error
 

@@ -156,7 +156,7 @@ class Engine:
         self._refuse_closed()
         if planner is None:
             raise BackendError("this engine has no plans: they are of checkpoints on torch")
-        return planner.plan(asked_without_pictures(input))
+        return planner.explained(asked_without_pictures(input))
 
     def close(self) -> None:
         """Let go of the networks' memory. Waits for a running prediction; later ones raise BackendError."""

@@ -26,7 +26,8 @@ _SCRATCH_BYTES = 16 << 10  # beside the weights of a convolution: 12 KiB were se
 class Live(TorchDispatchMode):
     """Inside, the storages that operations make are counted while they live. Not reentrant.
 
-    now, most: bytes, and their maximum since `begin`. moment: the operation that it was reached in.
+    now, most: bytes, and their maximum since `begin`. moment: the operation that it was reached in. course:
+    where it is a list, what every operation reached is added to it.
     workspaces: what operations need on the way, of their arguments and result; `ON_CPU` where None.
     """
 
@@ -35,6 +36,7 @@ class Live(TorchDispatchMode):
         self._workspaces = ON_CPU if workspaces is None else workspaces
         self.now = self.most = 0
         self.moment = ""
+        self.course: list[int] | None = None
         self._held: dict[int, weakref.ref[Any]] = {}
 
     def begin(self) -> None:
@@ -50,6 +52,8 @@ class Live(TorchDispatchMode):
                 self._hold(leaf, leaf.untyped_storage().nbytes())
         needed = self._workspaces.get(func)
         reached = self.now + (needed(args, out) if needed is not None else 0)
+        if self.course is not None:
+            self.course.append(reached)
         if reached > self.most:
             self.most, self.moment = reached, str(func).partition(".")[2].partition(".")[0]
         return out

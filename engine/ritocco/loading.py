@@ -11,7 +11,7 @@ from dataclasses import replace
 from importlib.resources import files
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict, cast
+from typing import TYPE_CHECKING, Any, TypedDict
 
 from ritocco.artefacts import Artefacts, is_artefacts, open_artefacts
 from ritocco.backends import (
@@ -29,16 +29,20 @@ from ritocco.disk import cache_root
 from ritocco.engine import Engine
 from ritocco.errors import BackendError, CheckpointError
 from ritocco.fetch import Fetcher
-from ritocco.plans import Planner, Strategy, parse_budget
+from ritocco.plans import Planner, Strategy, mib, parse_budget
 from ritocco.prediction import Prediction
 from ritocco.safety import SafetyChecker
 from ritocco.schema import PredictionInput
 from ritocco.shown import shown
 
 if TYPE_CHECKING:
+    import torch
+
     from ritocco.backends.torch_ import TorchRuntime
     from ritocco.checkpoint import Checkpoint
+    from ritocco.device import Choice
     from ritocco.memory import Rehearsal
+    from ritocco.parameters import Stored
 
 
 _log = logging.getLogger(__name__)
@@ -66,7 +70,8 @@ def load(
     vocab.json and merges.txt, for single files. backend_options: of TensorRT, see `EngineOptions`.
     fetcher: opens the URLs of requests; None makes one from the environment. memory_budget: bytes, or `8GiB`
     and such, that weights and what is computed may take of torch's memory, on torch alone; each request is
-    computed in the fastest way that keeps to it, or refused. None: nothing is planned.
+    computed in the fastest way that keeps to it, or refused. None: what the device has free less a reserve,
+    where the largest request might not fit there otherwise; else nothing is planned, nor for exported graphs.
     Raises CheckpointError, BackendError, and RequestError for an option that no machine knows, or where
     RITOCCO_ALLOW_NETWORKS can't be read.
     """
@@ -152,7 +157,8 @@ def _engine(
 ) -> Engine:
     from ritocco.backends.torch_ import TorchRuntime
     from ritocco.checkpoint import fingerprint, load_tokenizer
-    from ritocco.device import choose, refuse_unplanned
+    from ritocco.device import choose
+    from ritocco.free_memory import default_budget, free_bytes
     from ritocco.parameters import without_tensors
     from ritocco.scheduler_config import check_scheduler, from_pipeline
 
@@ -165,41 +171,29 @@ def _engine(
     warnings = [f"Warning: {problem}" for problem in check_scheduler(scheduler)]
     faster = () if backend != "auto" else faster_command(choice.device.type)
     safety = None
-    runtime: TorchRuntime | None = None
+    running: list[TorchRuntime] = []
     # A pipeline's tensors are not to be kept alive by plans.
     outline = replace(checkpoint, weights=without_tensors(checkpoint.weights))
-
-    def rehearse() -> Rehearsal:
-        from ritocco.backends.fast_path import FastPath
-        from ritocco.memory import Rehearsal
-
-        refuse_unplanned(choice.device, choice.dtype)
-        if choice.device.type == "cuda" and not FastPath.of(choice.device)[0].kernels:
-            raise BackendError(
-                "there are no plans of a GPU without fused kernels; the log says what they lack"
-            )
-        movable = budget is not None
-        return Rehearsal(outline, dtype=choice.dtype, device=choice.device.type, movable=movable)
-
-    def follow(height: int, width: int, strategy: Strategy) -> None:
-        size = LatentSize(height=height // 8, width=width // 8)
-        cast("TorchRuntime", runtime).follow(size, at_once=strategy.at_once, alone=strategy.alone)
-
-    planner = Planner(
-        rehearse,
-        device=str(choice.device),
-        dtype=str(choice.dtype).removeprefix("torch."),
-        budget=budget,
-        follow=follow,
-    )
+    planner = _planner(outline, choice, budget, running)
     if budget is not None:
         planner.refuse_too_little()
+    elif checkpoint.path is not None:  # a pipeline's tensors are in memory already
+        free = free_bytes(choice.device)
+        budget = default_budget(planner, _weight_bytes(outline, choice.dtype), free)
+        if budget is not None:
+            planner = _planner(outline, choice, budget, running)
+            planner.refuse_too_little()
+            kept = f"{mib(budget)} of {mib(free or 0)} that are free"
+            warnings.append(
+                f"Memory: requests keep to {kept} on {choice.device}; memory_budget= changes that"
+            )
     # The tokenizer's tables are read while torch converts weights, which needs no Python.
     with ThreadPoolExecutor(1, thread_name_prefix="ritocco-tokenizer") as pool:
         tokenizer = pool.submit(load_tokenizer, checkpoint)
         runtime = TorchRuntime(
             checkpoint, device=choice.device, dtype=choice.dtype, movable=budget is not None
         )
+        running.append(runtime)
         if checkpoint.safety_checker is not None:
             safety = SafetyChecker.load(checkpoint, device=choice.device, dtype=choice.dtype)
     return Engine(
@@ -217,6 +211,50 @@ def _engine(
         fetcher=fetcher,
         planner=planner,
     )
+
+
+def _planner(outline: Checkpoint, choice: Choice, budget: int | None, running: list[TorchRuntime]) -> Planner:
+    """Plans of a checkpoint on torch. running: holds the runtime, once it is there."""
+
+    def rehearse() -> Rehearsal:
+        from ritocco.backends.fast_path import FastPath
+        from ritocco.device import refuse_unplanned
+        from ritocco.memory import Rehearsal
+
+        refuse_unplanned(choice.device, choice.dtype)
+        if choice.device.type == "cuda" and not FastPath.of(choice.device)[0].kernels:
+            raise BackendError(
+                "there are no plans of a GPU without fused kernels; the log says what they lack"
+            )
+        movable = budget is not None
+        return Rehearsal(outline, dtype=choice.dtype, device=choice.device.type, movable=movable)
+
+    def follow(height: int, width: int, strategy: Strategy) -> None:
+        size = LatentSize(height=height // 8, width=width // 8)
+        running[0].follow(size, at_once=strategy.at_once, leaving=strategy.leaving)
+
+    def came_in() -> Mapping[str, float]:
+        residence = running[0].residence if running else None
+        return {} if residence is None else residence.seconds
+
+    return Planner(
+        rehearse,
+        device=str(choice.device),
+        dtype=str(choice.dtype).removeprefix("torch."),
+        budget=budget,
+        follow=follow,
+        came_in=came_in,
+    )
+
+
+def _weight_bytes(checkpoint: Checkpoint, dtype: torch.dtype) -> int:
+    """Of all networks, as they are used."""
+    each = (max(_numbers(tensors) for tensors in found.values()) for found in checkpoint.weights.values())
+    return dtype.itemsize * sum(each)
+
+
+def _numbers(tensors: Mapping[str, Stored]) -> int:
+    return sum(prod(one.shape) for one in tensors.values())
 
 
 def _largest_weight_bytes(checkpoint: Checkpoint) -> int:

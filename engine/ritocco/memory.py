@@ -6,25 +6,28 @@ second time. So far on a CPU.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ritocco.backends.fast_path import FastPath
 from ritocco.backends.runtime import Lane, LatentSize
 from ritocco.backends.torch_ import TorchRuntime
-from ritocco.checkpoint import Checkpoint
+from ritocco.checkpoint import REQUIRED, Checkpoint
 from ritocco.live_memory import ON_CPU, ON_CUDA, Live
 from ritocco.parameters import MemoryTensor, Stored
+from ritocco.safety import SafetyChecker
 from ritocco.scheduler_config import from_pipeline
 from ritocco.schedules import StepTable, build
 from ritocco_kernels.hollow import HOLLOW
 from ritocco_kernels.ops import Ops
 
 PHASES = ("load", "text", "encode", "denoise", "decode")
+"""Where a safety checker judges the results, `safety` follows."""
 _TORCH_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 # What oneDNN keeps: 60 to 90 KiB were seen; cuBLAS and cuDNN on an H200: 32 to 54 MiB, rounding included.
 _STANDING_BYTES = {"cpu": 96 << 10, "cuda": 56 << 20}
@@ -34,10 +37,13 @@ _STEPS = 2  # the second finds the first one's results
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Phase:
-    """most: bytes at once, weights that lie in memory by then included. moment: the operation it is in."""
+    """most: bytes at once, weights that lie in memory by then included. moment: the operation it is in.
+    course: bytes that each operation reached, in their order, where that was asked for.
+    """
 
     most: int
     moment: str
+    course: tuple[int, ...] = field(default=(), repr=False)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -64,7 +70,7 @@ class Rehearsal:
     ) -> None:
         """Load; no weight is read. device: `cpu`, or `cuda`, which is rehearsed with fused kernels, packed
         projections and no graphs; bfloat16 is as oneDNN computes it (see `device.onednn_bfloat16`). movable:
-        see `TorchRuntime`. A safety checker is not counted.
+        see `TorchRuntime`; a safety checker stays.
         """
         self._checkpoint, self._live = checkpoint, Live(_WORKSPACES[device])
         self._standing = _STANDING_BYTES[device]
@@ -78,8 +84,13 @@ class Rehearsal:
                 self._runtime = TorchRuntime(
                     hollow, device=torch.device("cpu"), dtype=dtype, path=path, movable=movable
                 )
+                self._checker: SafetyChecker | None = None
+                if checkpoint.safety_checker is not None:
+                    self._checker = SafetyChecker.load(hollow, device="cpu", dtype=dtype)
                 self._loading = self._taken()
-        networks = {name: getattr(self._runtime, name) for name in ("unet", "vae", "text_encoder")}
+        networks: dict[str, nn.Module] = {name: getattr(self._runtime, name) for name in REQUIRED}
+        if self._checker is not None:
+            networks["safety_checker"] = self._checker.network
         self.weights = {
             name: dtype.itemsize * sum(one.numel() for one in network.parameters())
             for name, network in networks.items()
@@ -94,21 +105,26 @@ class Rehearsal:
         guided: bool = True,
         num_inference_steps: int = 50,
         scheduler: str = "DPMSolverMultistep",
+        checked: bool = True,
         at_once: int | None = None,
-        alone: bool = False,
+        leaving: Collection[str] = (),
+        course: bool = False,
     ) -> Usage:
         """What a request takes. height, width: pixels. guided: whether guidance is over 1, which takes two
-        rows of the UNet a picture. at_once, alone: of a movable runtime, see `TorchRuntime.follow`.
+        rows of the UNet a picture. checked: by the safety checker, where there is one. at_once, leaving: of a
+        movable runtime, see `TorchRuntime.follow`. course: keep what every operation reaches.
         """
         live, runtime, found = self._live, self._runtime, {"load": self._loading}
+        live.course = [] if course else None
         size = LatentSize(height=height // 8, width=width // 8)
         table = build(scheduler, num_inference_steps, from_pipeline(self._checkpoint.scheduler))
         with self._mode, torch.inference_mode(), live:
             if at_once is not None:
-                if not alone:
+                nobody_stays = set(leaving) >= set(REQUIRED)
+                if not nobody_stays:
                     live.begin()
-                runtime.follow(size, at_once=at_once, alone=alone)
-                if alone:  # who was there before has left
+                runtime.follow(size, at_once=at_once, leaving=leaving)
+                if nobody_stays:  # who was there before has left
                     live.begin()
                 found["load"] = self._taken()
             runtime.need("text_encoder")
@@ -124,14 +140,24 @@ class Rehearsal:
             latents = np.zeros((runtime.unet.spec.out_channels, size.height, size.width), np.float32)
             # Pictures stay as they were decoded until all are.
             made = [runtime._decoded(latents).float() for _ in range(num_outputs)]
-            del made, context, encoded  # all of them to the end
             found["decode"] = self._taken()
+            del made, context, encoded  # all of them to the end
+            if checked and self._checker is not None:
+                self._live.begin()
+                side = self._checker.side
+                self._checker.embeds(np.zeros((num_outputs, 3, side, side), np.float32))
+                found["safety"] = self._taken()
         return Usage(weights=self.weights, phases=found)
 
     def _taken(self) -> Phase:
         """Of the phase that ends here; the next one begins."""
-        phase = Phase(most=self._live.most + self._standing, moment=self._live.moment)
-        self._live.begin()
+        live = self._live
+        course: tuple[int, ...] = ()
+        if live.course is not None:
+            course = tuple(one + self._standing for one in live.course)
+            live.course = []
+        phase = Phase(most=live.most + self._standing, moment=live.moment, course=course)
+        live.begin()
         return phase
 
 

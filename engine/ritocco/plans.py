@@ -6,7 +6,7 @@ import re
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from ritocco.errors import BackendError, RequestError
@@ -17,24 +17,35 @@ if TYPE_CHECKING:
     from ritocco.schema import PredictionInput
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-_KEPT_PLANS = 64
+_KEPT_USAGES = 256
+_TEXT, _ALL = ("text_encoder",), ("text_encoder", "vae", "unet")
+_WHO_STAYS = {  # by who leaves
+    (): "all networks in memory",
+    _TEXT: "the text encoder in memory for the text alone",
+    _ALL: "one network at a time in memory",
+}
+_COMES = {
+    "text_encoder": 1,
+    "vae": 2,
+    "unet": 1,
+}  # times in a request: the autoencoder before and after the loop
 _LEAST_SIDE, _MOST_SIDE, _STEP = 64, 1024, 64  # of the schema's height and width
+_MOST_PICTURES = 4
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Strategy:
     """How a request is computed; pictures are the same but for rounding.
 
-    at_once: pictures that move together. alone: whether a network leaves the device when another comes.
+    at_once: pictures that move together. leaving: networks that leave the device when another is needed.
     """
 
     at_once: int
-    alone: bool
+    leaving: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         together = "one picture" if self.at_once == 1 else f"{self.at_once} pictures"
-        where = "one network at a time" if self.alone else "all networks"
-        return f"{where} in memory, {together} at once"
+        return f"{_WHO_STAYS[self.leaving]}, {together} at once"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,8 +54,10 @@ class MemoryPlan:
 
     budget: what was to be kept to, or None. strategy: the first that does, in the order of `strategies`.
     usage: what it takes. read_again: weights that are read, and converted, anew for every request, which is
-    what `alone` costs. more: the least budget at which a faster strategy fits, and that strategy; None where
-    this is the fastest. Below `least` another strategy is needed, or nothing fits.
+    what `leaving` costs; read_again_seconds: how long that takes, by what was measured when they came last;
+    None where none came yet. more: the least budget at which a faster strategy fits, and that strategy; None
+    where this is the fastest. less: what is taken by the budgets just below `least`, and its strategy; None
+    where nothing takes less, or where it was not asked for.
     """
 
     device: str
@@ -56,7 +69,9 @@ class MemoryPlan:
     strategy: Strategy
     usage: Usage
     read_again: int
+    read_again_seconds: float | None
     more: tuple[int, Strategy] | None
+    less: tuple[int, Strategy] | None
 
     @property
     def least(self) -> int:
@@ -71,7 +86,7 @@ def strategies(num_outputs: int) -> tuple[Strategy, ...]:
     counts = [num_outputs]
     while counts[-1] > 1:
         counts.append(counts[-1] // 2)
-    return tuple(Strategy(at_once=count, alone=alone) for alone in (False, True) for count in counts)
+    return tuple(Strategy(at_once=count, leaving=leaving) for leaving in _WHO_STAYS for count in counts)
 
 
 def parse_budget(budget: int | str) -> int:
@@ -104,7 +119,8 @@ class Planner:
     """Plans for one model on one device; safe to call from several threads.
 
     rehearse: makes what `Rehearsal.usage` is a method of, when it is first needed. follow: makes the runtime
-    do as a strategy says, at a height and width in pixels; needed with a budget.
+    do as a strategy says, at a height and width in pixels; needed with a budget. came_in: seconds that each
+    network took when it came to the device last.
     """
 
     def __init__(
@@ -115,31 +131,35 @@ class Planner:
         dtype: str,
         budget: int | None = None,
         follow: Callable[[int, int, Strategy], None] | None = None,
+        came_in: Callable[[], Mapping[str, float]] | None = None,
     ) -> None:
         self.budget = budget
-        self._rehearse, self._follow = rehearse, follow
+        self._rehearse, self._follow, self._came_in = rehearse, follow, came_in
         self._device, self._dtype = device, dtype
         self._rehearsal: Any = None
-        self._plans: OrderedDict[tuple[Any, ...], MemoryPlan] = OrderedDict()
+        self._usages: OrderedDict[tuple[Any, ...], Usage] = OrderedDict()
         self._lock = threading.Lock()
 
     def plan(self, fields: PredictionInput) -> MemoryPlan:
         """For a request. Raises RequestError where no strategy keeps to the budget."""
-        asked = {
-            "height": fields.height,
-            "width": fields.width,
-            "num_outputs": fields.num_outputs,
-            "guided": fields.guidance_scale > 1,
-            "num_inference_steps": fields.num_inference_steps,
-            "scheduler": fields.scheduler,
-        }
-        key = tuple(asked.values())
         with self._lock:
-            plan = self._plans.pop(key, None) or self._made(asked)
-            self._plans[key] = plan
-            while len(self._plans) > _KEPT_PLANS:
-                self._plans.popitem(last=False)
-        return plan
+            return self._made(_asked(fields))
+
+    def explained(self, fields: PredictionInput) -> MemoryPlan:
+        """The same, with the strategy of the next smaller budget, and what every operation reaches."""
+        asked = _asked(fields)
+        with self._lock:
+            plan = self._made(asked)
+            usage = self._usage(asked, None if self.budget is None else plan.strategy, course=True)
+            less = None if self.budget is None else self._less(asked, plan)
+        return replace(plan, usage=usage, less=less)
+
+    def largest(self) -> MemoryPlan:
+        """For the largest request of the schema, with all networks in memory and all pictures at once."""
+        asked = _smallest() | {"height": _MOST_SIDE, "width": _MOST_SIDE, "num_outputs": _MOST_PICTURES}
+        asked |= {"guided": True, "checked": True}
+        with self._lock:
+            return self._made(asked)
 
     def follow(self, fields: PredictionInput) -> MemoryPlan | None:
         """Make the runtime ready for a request, where there is a budget. Raises RequestError as `plan`."""
@@ -151,7 +171,7 @@ class Planner:
 
     def refuse_too_little(self) -> None:
         """Raises BackendError where the budget holds not even the smallest request."""
-        least = self._usage(_smallest(), Strategy(at_once=1, alone=True)).peak[1].most
+        least = self._most(_smallest(), _smallest_way())
         if self.budget is not None and least > self.budget:
             raise BackendError(
                 f"memory_budget is {mib(self.budget)}; the smallest request, one picture of {_LEAST_SIDE} x "
@@ -161,7 +181,7 @@ class Planner:
     def _made(self, asked: Mapping[str, Any]) -> MemoryPlan:
         if self.budget is None:
             usage = self._usage(asked, None)
-            return self._plan(asked, Strategy(at_once=asked["num_outputs"], alone=False), usage, None)
+            return self._plan(asked, Strategy(at_once=asked["num_outputs"]), usage, None)
         refused: list[tuple[int, Strategy]] = []
         for strategy in strategies(asked["num_outputs"]):
             usage = self._usage(asked, strategy)
@@ -194,17 +214,44 @@ class Planner:
             budget=self.budget,
             strategy=strategy,
             usage=usage,
-            # The autoencoder comes twice: before the loop and behind it.
-            read_again=sum(usage.weights.values()) + usage.weights["vae"] if strategy.alone else 0,
+            read_again=sum(_COMES[one] * usage.weights[one] for one in strategy.leaving),
+            read_again_seconds=self._seconds(strategy.leaving),
             more=more,
+            less=None,
         )
 
-    def _usage(self, asked: Mapping[str, Any], strategy: Strategy | None) -> Usage:
-        if self._rehearsal is None:
-            self._rehearsal = self._rehearse()
-        given = {} if strategy is None else {"at_once": strategy.at_once, "alone": strategy.alone}
-        usage: Usage = self._rehearsal.usage(**asked, **given)
+    def _less(self, asked: Mapping[str, Any], plan: MemoryPlan) -> tuple[int, Strategy] | None:
+        """What is taken where the budget is just below what the plan takes, and what that takes."""
+        for strategy in strategies(asked["num_outputs"]):
+            most = self._most(asked, strategy)
+            if most < plan.least:
+                return most, strategy
+        return None
+
+    def _most(self, asked: Mapping[str, Any], strategy: Strategy) -> int:
+        return self._usage(asked, strategy).peak[1].most
+
+    def _usage(self, asked: Mapping[str, Any], strategy: Strategy | None, *, course: bool = False) -> Usage:
+        key = (*asked.values(), strategy)
+        usage = None if course else self._usages.pop(key, None)
+        if usage is None:
+            if self._rehearsal is None:
+                self._rehearsal = self._rehearse()
+            given = {} if strategy is None else {"at_once": strategy.at_once, "leaving": strategy.leaving}
+            usage = self._rehearsal.usage(**asked, **given, **({"course": True} if course else {}))
+        if course:
+            return usage
+        self._usages[key] = usage
+        while len(self._usages) > _KEPT_USAGES:
+            self._usages.popitem(last=False)
         return usage
+
+    def _seconds(self, leaving: tuple[str, ...]) -> float | None:
+        """What the networks' coming takes in a request, where all of them came before."""
+        seconds = self._came_in() if self._came_in is not None else {}
+        if not all(one in seconds for one in leaving):
+            return None
+        return sum(_COMES[one] * seconds[one] for one in leaving)
 
     def _largest(self, asked: Mapping[str, Any]) -> str:
         """The largest square that the budget holds, in words."""
@@ -213,7 +260,7 @@ class Planner:
         while low <= high:
             middle = (low + high) // 2
             square = {**asked, "height": middle * _STEP, "width": middle * _STEP, "num_outputs": 1}
-            if self._usage(square, Strategy(at_once=1, alone=True)).peak[1].most <= (self.budget or 0):
+            if self._most(square, _smallest_way()) <= (self.budget or 0):
                 fits, low = middle, middle + 1
             else:
                 high = middle - 1
@@ -222,9 +269,26 @@ class Planner:
         return f"{held} is the largest square that it holds" if fits else f"{held} fits"
 
 
+def _smallest_way() -> Strategy:
+    return Strategy(at_once=1, leaving=_ALL)
+
+
 def mib(size: float) -> str:
     """For people."""
     return f"{size / 2**20:,.1f} MiB"
+
+
+def _asked(fields: PredictionInput) -> dict[str, Any]:
+    """What a plan depends on."""
+    return {
+        "height": fields.height,
+        "width": fields.width,
+        "num_outputs": fields.num_outputs,
+        "guided": fields.guidance_scale > 1,
+        "num_inference_steps": fields.num_inference_steps,
+        "scheduler": fields.scheduler,
+        "checked": not fields.disable_safety_checker,
+    }
 
 
 def _smallest() -> dict[str, Any]:
@@ -235,4 +299,5 @@ def _smallest() -> dict[str, Any]:
         "guided": False,
         "num_inference_steps": 2,
         "scheduler": "DPMSolverMultistep",
+        "checked": False,
     }

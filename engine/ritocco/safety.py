@@ -114,7 +114,7 @@ class SafetyChecker:
                 f"feature_extractor config: pictures become {made} pixels; "
                 f"the safety checker reads {size} x {size}"
             )
-        self._network = network
+        self.network = network
         self._preparation = preparation
 
     @classmethod
@@ -135,13 +135,8 @@ class SafetyChecker:
             raise TypeError(f"images are {images.dtype} {list(images.shape)}; uint8 [N,H,W,3] is needed")
         if not len(images):
             return []
-        import torch
-
-        net = self._network
-        weight = net.visual_projection.weight
-        pixels = torch.from_numpy(self._preparation(images)).to(device=weight.device, dtype=weight.dtype)
-        with torch.inference_mode():
-            embeds = net.image_embeds(pixels)
+        net = self.network
+        embeds = self.embeds(self._preparation(images))
         concepts, thresholds, care, care_thresholds = (
             t.detach().float().cpu().numpy()
             for t in (
@@ -152,6 +147,21 @@ class SafetyChecker:
             )
         )
         return flag_embeds(embeds.float().cpu().numpy(), concepts, thresholds, care, care_thresholds)
+
+    def embeds(self, pixels: npt.NDArray[np.float32]) -> torch.Tensor:
+        """pixels: [N,3,side,side], prepared -> [N,D] on the network's device."""
+        import torch
+
+        weight = self.network.visual_projection.weight
+        with torch.inference_mode():
+            return self.network.image_embeds(
+                torch.from_numpy(pixels).to(device=weight.device, dtype=weight.dtype)
+            )
+
+    @property
+    def side(self) -> int:
+        """Of the pictures that the network reads, in pixels."""
+        return self.network.spec.image_size
 
 
 def flag_embeds(

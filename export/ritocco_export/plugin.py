@@ -205,7 +205,7 @@ def _write(
 
 
 def _say_memory(out: Path) -> None:
-    from ritocco.backends.host_memory import peak_bytes
+    from ritocco.high_water import peak_bytes
 
     graphs = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
     if (peak := peak_bytes()) and graphs:

@@ -20,7 +20,8 @@ from ritocco.checkpoint import open_checkpoint
 from ritocco.cli import app
 from ritocco.memory import Phase, Rehearsal, Usage
 from ritocco.parameters import MemoryTensor, without_tensors
-from ritocco.plan_report import measured, planned
+from ritocco.plan_report import planned
+from ritocco.plan_verify import allocated
 from ritocco.plans import MemoryPlan, Planner, Strategy, parse_budget, strategies
 from ritocco.schema import PredictionInput, parse_input
 from ritocco.track import Tracker
@@ -54,59 +55,77 @@ def test_other_budgets_are_refused(budget: Any) -> None:
 
 
 def test_strategies_go_from_the_fastest_to_the_smallest() -> None:
-    assert [(one.at_once, one.alone) for one in strategies(4)] == [
-        *((4, False), (2, False), (1, False)),
-        *((4, True), (2, True), (1, True)),
-    ]
-    assert [one.at_once for one in strategies(3)] == [3, 1, 3, 1]
-    assert str(strategies(1)[1]) == "one network at a time in memory, one picture at once"
+    found = [(one.at_once, one.leaving) for one in strategies(4)]
+    assert found == [(count, leaving) for leaving in (NONE, TEXT, ALL) for count in (4, 2, 1)]
+    assert [one.at_once for one in strategies(3)] == [3, 1] * 3
+    assert str(strategies(1)[2]) == "one network at a time in memory, one picture at once"
+
+
+Way = tuple[int, tuple[str, ...]]
+NONE: tuple[str, ...] = ()
+TEXT = ("text_encoder",)
+ALL = ("text_encoder", "vae", "unet")
 
 
 class Made:
-    """Of a runtime whose weights take 100, and each picture 10 of what is computed."""
+    """Of a runtime whose weights take 100, without the text encoder 85, the UNet alone 60, and each picture
+    10 of what is computed.
+    """
 
     def __init__(self) -> None:
         self.asked = 0
 
-    def usage(self, *, num_outputs: int, at_once: int | None = None, alone: bool = False, **_: Any) -> Usage:
+    def usage(
+        self, *, num_outputs: int, at_once: int | None = None, leaving: tuple[str, ...] = (), **_: Any
+    ) -> Usage:
         self.asked += 1
-        most = (60 if alone else 100) + 10 * (at_once or num_outputs)
+        most = {NONE: 100, TEXT: 85, ALL: 60}[leaving] + 10 * (at_once or num_outputs)
         weights = {"unet": 60, "vae": 10, "text_encoder": 30}
         return Usage(weights=weights, phases={"denoise": Phase(most=most, moment="cat")})
 
 
 @pytest.mark.parametrize(
-    ("budget", "strategy", "more"),
+    ("budget", "strategy", "more", "less"),
     [
-        (140, (4, False), None),
-        (139, (2, False), (140, (4, False))),
-        (119, (1, False), (120, (2, False))),
-        (109, (4, True), (110, (1, False))),
-        (99, (2, True), (100, (4, True))),
-        (70, (1, True), (80, (2, True))),
+        (140, (4, NONE), None, (120, (2, NONE))),
+        (139, (2, NONE), (140, (4, NONE)), (110, (1, NONE))),
+        (119, (1, NONE), (120, (2, NONE)), (105, (2, TEXT))),
+        (109, (2, TEXT), (110, (1, NONE)), (95, (1, TEXT))),
+        (104, (1, TEXT), (105, (2, TEXT)), (80, (2, ALL))),
+        (94, (2, ALL), (95, (1, TEXT)), (70, (1, ALL))),
+        (70, (1, ALL), (80, (2, ALL)), None),
     ],
 )
 def test_the_first_strategy_that_fits_is_taken(
-    budget: int, strategy: tuple[int, bool], more: tuple[int, tuple[int, bool]] | None
+    budget: int, strategy: Way, more: tuple[int, Way] | None, less: tuple[int, Way] | None
 ) -> None:
     made = Made()
-    planner = Planner(lambda: made, device="cpu", dtype="float32", budget=budget)
+    seconds: dict[str, float] = {}
+    planner = Planner(lambda: made, device="cpu", dtype="float32", budget=budget, came_in=lambda: seconds)
     fields, *_ = parse_input({**ASKED, "num_outputs": 4}, allow_local=True)
-    plan = planner.plan(fields)
-    assert (plan.strategy.at_once, plan.strategy.alone) == strategy
-    found = plan.more and (plan.more[0], (plan.more[1].at_once, plan.more[1].alone))
-    assert found == more
-    assert plan.read_again == (110 if strategy[1] else 0)
+    plan = planner.explained(fields)
+    assert (plan.strategy.at_once, plan.strategy.leaving) == strategy
+    for found, said in ((plan.more, more), (plan.less, less)):
+        assert (found and (found[0], (found[1].at_once, found[1].leaving))) == said
+    assert plan.read_again == {NONE: 0, TEXT: 30, ALL: 110}[strategy[1]]
+    assert plan.read_again_seconds == (0 if strategy[1] == NONE else None)
+    seconds.update(text_encoder=0.5, vae=1, unet=2)
     before = made.asked
-    assert planner.plan(fields) is plan
+    again = planner.plan(fields)
     assert made.asked == before
+    assert again.strategy == plan.strategy
+    assert again.read_again_seconds == {NONE: 0, TEXT: 0.5, ALL: 4.5}[strategy[1]]
 
 
 def test_what_fits_in_no_way_is_refused() -> None:
-    planner = Planner(Made, device="cpu", dtype="float32", budget=69)
+    made = Made()
+    planner = Planner(lambda: made, device="cpu", dtype="float32", budget=69)
     fields, *_ = parse_input({**ASKED, "num_outputs": 4}, allow_local=True)
-    with pytest.raises(RequestError, match=r"4 pictures of 512 x 512 need at least .*\. No picture fits"):
-        planner.plan(fields)
+    for _ in range(2):
+        with pytest.raises(RequestError, match=r"4 pictures of 512 x 512 need at least .*\. No picture fits"):
+            planner.plan(fields)
+        asked = made.asked
+    assert made.asked == asked
     with pytest.raises(BackendError, match="the smallest request, one picture of 64 x 64, unguided, takes"):
         planner.refuse_too_little()
 
@@ -131,7 +150,7 @@ def switching(tiny: Path) -> dict[Strategy, int]:
             num_outputs=2,
             num_inference_steps=2,
             at_once=one.at_once,
-            alone=one.alone,
+            leaving=one.leaving,
         )
         found[one] = usage.peak[1].most
     return found
@@ -151,7 +170,7 @@ def test_budgets_on_both_sides_of_each_switch_are_kept(tiny: Path, switching: di
             continue
         fields, plan = plan_for(tiny, budget)
         assert switching[plan.strategy] <= budget
-        taken = measured(tiny, fields, dtype="float32", memory_budget=budget)
+        taken = allocated(tiny, fields, dtype="float32", memory_budget=budget)
         assert max(taken.values()) <= budget
 
 
@@ -160,7 +179,7 @@ def test_the_smallest_budget_is_kept_and_paints_the_same(tiny: Path, switching: 
     whole = ritocco.load(tiny, device="cpu", dtype="float32", backend="torch").predict({**ASKED, **LARGER})
     with ritocco.load(tiny, device="cpu", dtype="float32", memory_budget=budget) as engine:
         plan = engine.plan(**LARGER)
-        assert plan.strategy.alone
+        assert plan.strategy.leaving == ALL
         assert plan.least <= budget
         assert engine.plan(width=64, height=64).strategy != plan.strategy
         with Tracker() as tracker:
@@ -185,7 +204,7 @@ def test_a_budget_that_holds_nothing_is_refused_before_weights_are_read(
 
 def test_requests_of_many_sizes_take_no_more_and_more(tiny: Path, switching: dict[Strategy, int]) -> None:
     """The later rounds hold what the first did; networks that came for one request leave for the next."""
-    budget = switching[Strategy(at_once=1, alone=True)]
+    budget = switching[Strategy(at_once=1, leaving=ALL)]
     sizes: list[dict[str, int]] = [{"width": 64, "height": 64, "num_outputs": 1}, dict(LARGER)]
     sizes += [{"width": 192, "height": 64, "num_outputs": 2}]
     with ritocco.load(tiny, device="cpu", dtype="float32", memory_budget=budget) as engine:

@@ -1,4 +1,4 @@
-"""This process's memory: its peak, and what glibc does with freed blocks where its rule makes a network slow.
+"""What glibc does with freed blocks, where its rule makes a network slow.
 
 glibc keeps a freed block for the next request up to 32 MiB; a larger one goes back to the kernel at once, and
 the next of its size is faulted in page by page again. A full-size network frees and asks for such blocks in
@@ -10,7 +10,6 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
-from pathlib import Path
 
 LARGEST_KEPT_BYTES = 32 << 20  # glibc's DEFAULT_MMAP_THRESHOLD_MAX on 64-bit platforms
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # M_* of <malloc.h>
@@ -37,15 +36,6 @@ def give_back_freed_memory() -> None:
     trim = _glibc("malloc_trim")
     if trim is not None:
         trim(ctypes.c_size_t(0))
-
-
-def peak_bytes() -> int | None:
-    """Most memory that this process had resident so far, mapped files included; None where unknown."""
-    status = Path("/proc/self/status")
-    if not status.is_file():
-        return None
-    lines = status.read_text(encoding="utf-8").splitlines()
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM")), None)
 
 
 def _glibc(name: str) -> ctypes._NamedFuncPointer | None:

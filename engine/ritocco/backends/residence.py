@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import time
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import nn
@@ -14,15 +15,16 @@ from ritocco.parameters import place
 class Residence:
     """The networks of one runtime, which come to the device when they are needed.
 
-    alone: whether the others leave when one comes, which takes least memory, and reads the weights again at
-    every turn; else who came stays.
+    leaving: those that leave when another comes, which takes less memory, and reads their weights again at
+    every turn; the others stay. seconds: of each network, how long its latest coming took.
     """
 
     def __init__(
         self, networks: Mapping[str, nn.Module], *, device: torch.device, dtype: torch.dtype, packed: bool
     ) -> None:
         """networks: their parameters as stored, all of them away. packed: whether a UNet is packed here."""
-        self.alone = False
+        self.leaving: frozenset[str] = frozenset()
+        self.seconds: dict[str, float] = {}
         self._networks, self._device, self._dtype, self._packed = networks, device, dtype, packed
         self._homes = {
             name: [parameter.data for parameter in network.parameters()] for name, network in networks.items()
@@ -30,26 +32,28 @@ class Residence:
         self._here: set[str] = set()
 
     def need(self, name: str) -> None:
-        """Let a network come, and where it is to be alone, the others leave before."""
-        if self.alone:
-            for other in self._here - {name}:
-                self._leave(other)
+        """Let a network come; those that leave for another do so before."""
+        for other in (self._here & self.leaving) - {name}:
+            self._leave(other)
         if name not in self._here:
             self._here.add(name)
+            began = time.perf_counter()
             try:
                 self._come(self._networks[name])
             except BaseException:
                 self._leave(name)  # what had come of it
                 raise
+            self.seconds[name] = time.perf_counter() - began
 
-    def settle(self, *, alone: bool) -> None:
-        """From now on; where nobody is to be alone, all of them come."""
-        if alone and not self.alone:
-            for name in tuple(self._here):
+    def settle(self, leaving: Collection[str]) -> None:
+        """Who leaves from now on; those who stay come."""
+        if self.leaving != set(leaving):
+            for name in self._here & set(leaving):
                 self._leave(name)
-        self.alone = alone
-        for name in () if alone else self._networks:
-            self.need(name)
+        self.leaving = frozenset(leaving)
+        for name in self._networks:
+            if name not in self.leaving:
+                self.need(name)
 
     def _come(self, network: nn.Module) -> None:
         place(network, device=self._device, dtype=self._dtype)

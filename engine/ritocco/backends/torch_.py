@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
@@ -100,13 +100,13 @@ class TorchRuntime:
             if self.path.graphs:
                 self._capture()
 
-    def follow(self, size: LatentSize, *, at_once: int, alone: bool) -> None:
-        """Of a movable runtime: how many lanes of a size move together, and whether a network that works is
-        the only one on the device.
+    def follow(self, size: LatentSize, *, at_once: int, leaving: Collection[str]) -> None:
+        """Of a movable runtime: how many lanes of a size move together, and the networks that leave the
+        device when another is needed.
         """
         self.planned[size] = at_once
         with self.path.active(self.device), _memory_for("the networks", self.device):
-            cast(Residence, self.residence).settle(alone=alone)
+            cast(Residence, self.residence).settle(leaving)
 
     def need(self, network: str) -> None:
         """Where networks come and go, let one come. Raises BackendError where memory runs out."""
