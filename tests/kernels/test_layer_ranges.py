@@ -83,8 +83,11 @@ def summed_case(*shape: int, most: float = 30000.0) -> tuple[Tensor, ...]:
 
 
 def gated_case() -> tuple[Tensor, ...]:
-    """Products of 30,000: of a large gate and a half, and of a large value and a gate of a half."""
-    values, gates = torch.tensor([0.5, -0.5, 60000.0]), torch.tensor([60000.0, 50000.0, 0.5])
+    """Products of 30,000: of a large gate and a half, and of a large value and a gate of a half. And one of
+    200, on the way to which value times gate is 150,000.
+    """
+    values = torch.tensor([0.5, -0.5, 60000.0, 50000.0])
+    gates = torch.tensor([60000.0, 50000.0, 0.5, -3.0])
     return (torch.cat([values, gates]).half()[None],)
 
 
@@ -155,7 +158,7 @@ def naive_shifted(x: Tensor, shift: Tensor, weight: Tensor, bias: Tensor) -> Ten
 OPS: dict[str, tuple[Given, Callable[..., Tensor], float]] = {
     # So large that its kernel reads the input twice; that of the others reads it once.
     "groupnorm": (
-        partial(norm_case, 1, 16, 72, 80),
+        partial(norm_case, 1, 68, 27, 19),
         lambda x, *affine: naive_groupnorm(x, 4, *affine),
         GROUPNORM.tolerance[torch.float16],
     ),
@@ -187,7 +190,7 @@ OPS: dict[str, tuple[Given, Callable[..., Tensor], float]] = {
     ),
     "geglu": (
         gated_case,
-        lambda projected: naive_gelu(projected[:, 3:]) * projected[:, :3],
+        lambda projected: naive_gelu(projected[:, 4:]) * projected[:, :4],
         GEGLU.tolerance[torch.float16],
     ),
 }
