@@ -255,6 +255,7 @@ def plan(
     """
     from ritocco import plan_report, plan_verify
     from ritocco.device import check_names
+    from ritocco.known import KNOWN
     from ritocco.loading import model_path
 
     check_names(device, dtype, "torch")
@@ -264,12 +265,12 @@ def plan(
     given |= {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
     path = model_path(model)
     where: dict[str, Any] = {"variant": variant, "tokenizer": tokenizer}
+    if check and str(path) in KNOWN and not path.exists():
+        rule = "a model that is known by name has no weights to run; name its folder"
+        raise RequestError(f"--model is {shown(str(path))}; {rule}", field="--verify")
     fields, found = plan_report.planned(path, given, dtype=dtype, device=device, budget=budget, **where)
     taken: list[Any] = []
     if check:
-        if not path.exists():
-            rule = "a model that is known by name has no weights to run; name its folder"
-            raise RequestError(f"--model is {shown(model)}; {rule}", field="--verify")
         how = {"dtype": found.dtype, "memory_budget": budget, **where}
         taken = [plan_verify.allocated(path, fields, **how), plan_verify.resident(path, fields, **how)]
     if plot is not None:

