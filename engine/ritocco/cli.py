@@ -253,7 +253,8 @@ def plan(
 
     --model may be a name that lies nowhere: sd2-inpainting or sd1.5-inpainting.
     """
-    from ritocco import plan_report, plan_verify
+    from ritocco import graph_report
+    from ritocco.artefacts import is_artefacts
     from ritocco.device import check_names
     from ritocco.known import KNOWN
     from ritocco.loading import model_path
@@ -268,6 +269,16 @@ def plan(
     if check and str(path) in KNOWN and not path.exists():
         rule = "a model that is known by name has no weights to run; name its folder"
         raise RequestError(f"--model is {shown(str(path))}; {rule}", field="--verify")
+    if is_artefacts(path):
+        idle: dict[str, Any] = {"budget": budget, "verify": check, "plot": plot, **where}
+        asked, arenas = graph_report.planned_graphs(path, given, dtype=dtype, **idle)
+        if as_json:
+            typer.echo(json.dumps(graph_report.graphs_as_json(asked, arenas), indent=2))
+        else:
+            typer.echo(graph_report.graphs_as_text(asked, arenas))
+        return
+    from ritocco import plan_report, plan_verify
+
     fields, found = plan_report.planned(path, given, dtype=dtype, device=device, budget=budget, **where)
     taken: list[Any] = []
     if check:

@@ -150,7 +150,8 @@ class Engine:
 
         input: fields of `PredictionInput`; picture and mask may be left out. The first plan of a size takes
         seconds, those after it none. Raises RequestError for bad fields and where `memory_budget` does not
-        hold the request, and BackendError where the engine runs exported graphs, which have no plan yet.
+        hold the request, and BackendError where the engine runs exported graphs; `ritocco plan` tells what
+        those take.
         """
         planner = self._planner
         self._refuse_closed()

@@ -81,7 +81,7 @@ def load(
     device = "cpu" if device == "cpu:0" else device  # torch's other name of it
     path = model_path(model)
     if budget is not None and (is_artefacts(path) or backend in SESSION_BACKENDS):
-        raise BackendError("memory_budget is for checkpoints on torch; exported graphs have no plan yet")
+        raise BackendError("memory_budget is for checkpoints on torch; exported graphs keep to none")
     if is_artefacts(path):
         if variant is not None or tokenizer is not None:
             raise CheckpointError(f"{path}: exported graphs; variant and tokenizer are for checkpoints")

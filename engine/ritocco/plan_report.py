@@ -45,8 +45,8 @@ def planned(
         raise RequestError(f"--device is {shown(device)}; it must be cpu or cuda", field="--device")
     kept = None if budget is None else parse_budget(budget)
     if is_artefacts(model):
-        rule = "plans are of checkpoints so far"
-        raise RequestError(f"--model is {shown(str(model))}, exported graphs; {rule}", field="--model")
+        rule = "exported graphs; see graph_report"
+        raise RequestError(f"--model is {shown(str(model))}, {rule}", field="--model")
     checkpoint = (
         open_checkpoint(model, variant=variant, tokenizer=tokenizer)
         if model.exists()

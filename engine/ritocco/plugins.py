@@ -6,7 +6,7 @@ somebody asks.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, cast
@@ -20,6 +20,7 @@ if TYPE_CHECKING:  # what is exported already is run without torch
     from ritocco.backends.engine_store import EngineOptions
     from ritocco.backends.tensorrt_library import Library
     from ritocco.checkpoint import Checkpoint
+    from ritocco.graph_plan import GraphPlan, Sizes
     from ritocco.nets.io import GraphName
 
 GROUP = "ritocco.plugins"
@@ -62,6 +63,11 @@ class Exporter(Plugin, Protocol):
 
     def structure(self, artefacts: Artefacts, graph: GraphName) -> str:
         """A digest of a graph without its weights."""
+
+    def arenas(self, artefacts: Artefacts, asked: Mapping[GraphName, Sizes]) -> Mapping[GraphName, GraphPlan]:
+        """What each graph takes in one allocation at the sizes that are asked of it; nothing is run, no
+        weight is read.
+        """
 
 
 def plugins() -> list[Plugin]:

@@ -84,7 +84,7 @@ def prepare(
     """
     seed = secrets.randbelow(RANDOM_SEEDS) if fields.seed is None else fields.seed
     log.note(f"Using seed: {seed}")
-    _check_size(fields, traits)
+    check_size(fields, traits)
     shape = (4, fields.height // 8, fields.width // 8)
     noise = None
     if options.latents is not None:
@@ -125,7 +125,8 @@ def prepare(
     return request
 
 
-def _check_size(fields: PredictionInput, traits: Traits) -> None:
+def check_size(fields: PredictionInput, traits: Traits) -> None:
+    """Raises RequestError for a width or height that a runtime does not take."""
     multiple = CELL * traits.size_multiple
     sides = (("width", fields.width, traits.widths), ("height", fields.height, traits.heights))
     for name, side, cells in sides:

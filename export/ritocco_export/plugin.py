@@ -5,6 +5,7 @@ Light to import: the work is behind the functions.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, cast
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from ritocco.backends.engine_store import EngineOptions
     from ritocco.backends.tensorrt_library import Library
     from ritocco.checkpoint import Checkpoint
+    from ritocco.graph_plan import GraphPlan, Sizes
     from ritocco.nets.io import GraphName, Layout
     from ritocco.plugins import Say
 
@@ -289,6 +291,17 @@ class Plugin:
         from ritocco_export.tensorrt_build import structure
 
         return structure(artefacts.graph(graph))
+
+    def arenas(self, artefacts: Artefacts, asked: Mapping[GraphName, Sizes]) -> Mapping[GraphName, GraphPlan]:
+        """See `ritocco.plugins.Exporter`."""
+        if not installed("onnx"):
+            raise BackendError('a plan of exported graphs needs onnx; pip install "ritocco[onnx]"')
+        from ritocco_export.graph_memory import graph_plan
+
+        return {
+            graph: graph_plan(artefacts.graph(graph), artefacts.contract[graph], sizes)
+            for graph, sizes in asked.items()
+        }
 
 
 PLUGIN = Plugin()

@@ -325,8 +325,8 @@ def test_bfloat16_has_no_plan_without_onednn(tiny_checkpoint: Path, monkeypatch:
     assert (asked.exit_code == 0) == HAS_BFLOAT16
 
 
-def test_graphs_have_no_plan_yet(tiny_graphs: Path) -> None:
-    with pytest.raises(RequestError, match="plans are of checkpoints so far"):
+def test_graphs_have_no_plan_on_torch(tiny_graphs: Path) -> None:
+    with pytest.raises(RequestError, match="exported graphs; see graph_report"):
         planned(tiny_graphs, {}, dtype="auto", variant=None, tokenizer=None)
     with pytest.raises(BackendError, match="memory_budget is for checkpoints on torch"):
         ritocco.load(tiny_graphs, memory_budget="8GiB")

@@ -106,7 +106,7 @@ class SessionRuntime:
                 io["unet_once"],
                 sessions["unet_step"],
                 io["unet_step"],
-                _ranges_at(size, self._artefacts.profiles("unet_step"), io["unet_step"]),
+                ranges_at(size, self._artefacts.profiles("unet_step"), io["unet_step"]),
             )
             channels = self._artefacts.unet.out_channels
             return HoistedBatch(unet, size, channels=channels, capacity=capacity)
@@ -161,8 +161,10 @@ def refuse_other_dtype(
     return held
 
 
-def _ranges_at(size: LatentSize, profiles: Sequence[Ranges], io: NetworkIO) -> Ranges:
-    """Of the profile that takes most lanes at a size; of all as one where none takes the size by itself."""
+def ranges_at(size: LatentSize, profiles: Sequence[Ranges], io: NetworkIO) -> Ranges:
+    """Of a hoisted step: those of the profile that takes most lanes at a size; of all as one where none takes
+    the size by itself.
+    """
     sizes = {"H": size.height, "W": size.width}
     fitting = [one for one in profiles if all(one[s][0] <= n <= one[s][2] for s, n in sizes.items())]
     return max(fitting, key=lambda one: one["N"][2], default=io.ranges)
