@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
+import onnx
 import pytest
 from typer.testing import CliRunner
 
@@ -19,6 +21,8 @@ from ritocco.errors import BackendError, CheckpointError, RequestError
 from ritocco.graph_plan import asked_of
 from ritocco.nets.io import GRAPHS, HOISTED_GRAPHS, GraphName
 from ritocco.plans import asked_without_pictures
+from ritocco_export.graph_memory import graph_plan
+from ritocco_export.liveness import read_graph
 
 Ask = Callable[..., dict[str, Any]]
 Shapes = dict[str, tuple[int, ...]]
@@ -147,8 +151,6 @@ def test_a_graph_that_has_no_plan_is_named(
     tiny_optimum_graphs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By its file, the node and the tensor; so is an installation without onnx."""
-    from ritocco_export.graph_memory import graph_plan
-
     artefacts: Artefacts = open_artefacts(tiny_optimum_graphs)
     file = tmp_path / "model.onnx"
     whole = artefacts.graph("vae_decoder").read_bytes()
@@ -164,6 +166,28 @@ def test_a_graph_that_has_no_plan_is_named(
     )
     assert isinstance(told.exception, BackendError)
     assert 'pip install "ritocco[onnx]"' in str(told.exception)
+
+
+def test_older_exports_of_optimum_have_the_timestep_in_brackets(
+    tiny_optimum_graphs: Path, tmp_path: Path
+) -> None:
+    artefacts = open_artefacts(tiny_optimum_graphs)
+    model = onnx.load(str(artefacts.graph("unet")), load_external_data=False)
+    port = next(one for one in model.graph.input if one.name == "timestep")
+    port.type.tensor_type.shape.dim.add().dim_value = 1
+    onnx.save(model, tmp_path / "model.onnx")
+    sizes = {"M": 2, "H": 8, "W": 8}
+    files = (artefacts.graph("unet"), tmp_path / "model.onnx")
+    new, old = (graph_plan(file, artefacts.contract["unet"], sizes) for file in files)
+    assert new == old
+
+
+def test_what_follows_from_sizes_alone_lies_beside_the_weights(tiny_graphs: Path) -> None:
+    """The text encoder's causal mask."""
+    artefacts = open_artefacts(tiny_graphs)
+    file, io = artefacts.graph("text_encoder"), artefacts.contract["text_encoder"]
+    stored = sum(math.prod(one.dims) * 4 for one in read_graph(file).graph.initializer)
+    assert graph_plan(file, io, {"N": 2}).weights - stored >= 4 * 77 * 77
 
 
 def test_a_plan_of_graphs_needs_no_torch(tiny_graphs: Path) -> None:
