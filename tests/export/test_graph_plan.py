@@ -7,6 +7,7 @@ import math
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,7 +20,7 @@ from ritocco.artefacts import Artefacts, open_artefacts
 from ritocco.cli import app
 from ritocco.errors import BackendError, CheckpointError, RequestError
 from ritocco.graph_plan import asked_of
-from ritocco.nets.io import GRAPHS, HOISTED_GRAPHS, GraphName
+from ritocco.nets.io import GRAPHS, HOISTED_GRAPHS, GraphName, Range
 from ritocco.plans import asked_without_pictures
 from ritocco_export.graph_memory import graph_plan
 from ritocco_export.liveness import read_graph
@@ -78,6 +79,32 @@ def test_what_is_asked_of_each_graph_is_its_largest_call(
     for name, io in artefacts.contract.items():
         wanted = {port.name: port.resolve(asked[name]) for port in io.inputs}
         assert max(shapes[name], key=lambda one: sum(shape[0] for shape in one.values() if shape)) == wanted
+
+
+@pytest.mark.parametrize(
+    ("lanes", "rows", "count", "guidance", "wanted"),
+    [
+        ((1, 1, 4), (1, 2, 4), 3, 7.5, (2, 4)),  # as many lanes as their rows allow
+        ((1, 1, 4), (1, 2, 4), 3, 1.0, (3, 3)),
+        ((1, 1, 4), (1, 1, 1), 1, 7.5, (1, 1)),
+        ((2, 2, 2), (4, 4, 4), 1, 1.0, (2, 4)),  # filled up to the least
+    ],
+)
+def test_lanes_and_rows_of_a_step_go_together(
+    lanes: Range,
+    rows: Range,
+    count: int,
+    guidance: float,
+    wanted: tuple[int, int],
+    tiny_hoisted_graphs: Path,
+) -> None:
+    opened = open_artefacts(tiny_hoisted_graphs)
+    step = opened.contract["unet_step"]
+    held = replace(step, ranges={**step.ranges, "N": lanes, "M": rows})
+    artefacts = replace(opened, contract={**opened.contract, "unet_step": held}, manifest=None)
+    wishes = {"width": 64, "height": 64, "num_outputs": count, "guidance_scale": guidance}
+    asked = asked_of(artefacts, asked_without_pictures(wishes))
+    assert (asked["unet_step"]["N"], asked["unet_step"]["M"]) == wanted
 
 
 def test_a_plan_of_graphs(tiny_graphs: Path) -> None:
