@@ -1,7 +1,7 @@
 """The engine: a checkpoint on a device, and `predict`, which takes a request through every stage.
 
-Read this file first. Each stage is a function; what does not depend on the noisy latents happens before the
-loop, once for all outputs.
+Read this file first. Each stage is a function of `stages.py`; what does not depend on the noisy latents
+happens before the loop, once for all outputs.
 """
 
 from __future__ import annotations
@@ -14,21 +14,19 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
 
+from ritocco import stages
 from ritocco.backends.host_memory import give_back_freed_memory
-from ritocco.backends.runtime import Floats, Lane, LatentSize, Runtime
+from ritocco.backends.runtime import Floats, Lane, Runtime
 from ritocco.denoise import denoise
-from ritocco.errors import BackendError, NonFiniteError
+from ritocco.errors import BackendError
 from ritocco.fetch import Fetcher
-from ritocco.images import data_uri, encode, paste_back
-from ritocco.noise import normal
-from ritocco.pixels import Pixels, mask_to_latent
+from ritocco.pixels import Pixels
 from ritocco.plans import asked_without_pictures, mib
-from ritocco.prediction import MODEL, Prediction, timestamp
+from ritocco.prediction import MODEL, Prediction
 from ritocco.progress import Log
 from ritocco.request import Request, prepare
-from ritocco.safety import NSFW_ERROR, SafetyChecker
+from ritocco.safety import SafetyChecker
 from ritocco.schema import Options, PredictionInput, parse_input
 from ritocco.shown import plain
 
@@ -95,12 +93,46 @@ class Engine:
         Returns a Prediction: `succeeded`, `canceled` by on_step, or `failed` where every picture was flagged.
         Raises RequestError and FetchError before anything is computed, NonFiniteError after.
         """
+        job = self.check(
+            input,
+            output_format=output_format,
+            mask_feather=mask_feather,
+            paste_back=paste_back,
+            strength=strength,
+            latents=latents,
+            allow_local=allow_local,
+        )
+        job.prediction.status, job.prediction.started_at = "processing", job.prediction.created_at
+        with self.on_device(job.request.fields):
+            pixels = self._painted(job, on_step)
+        if pixels is None:
+            stages.conclude(job, "canceled")
+        else:
+            with job.request.timed("outputs"):
+                status = stages.publish(job, *self._judged(job.request, pixels))
+            stages.conclude(job, status)
+        return job.prediction
+
+    def check(
+        self,
+        input: Mapping[str, Any] | PredictionInput,
+        *,
+        output_format: str | None = None,
+        mask_feather: float | None = None,
+        paste_back: bool | None = None,
+        strength: float | None = None,
+        latents: npt.NDArray[np.floating[Any]] | None = None,
+        allow_local: bool = True,
+    ) -> stages.Job:
+        """Everything that needs no network, for `predict`, whose arguments these are, and for a batcher.
+
+        Raises what `predict` raises before anything is computed.
+        """
         self._refuse_closed()
         if isinstance(input, PredictionInput):
             # Not `model_dump`, which writes pictures as their names.
             input = {name: getattr(input, name) for name in input.model_fields_set}
-        prediction = Prediction(model=MODEL, version=self.version, status="processing")
-        prediction.started_at = prediction.created_at
+        prediction = Prediction(model=MODEL, version=self.version)
         begun = time.perf_counter()
         log = Log()
         fields, options, ignored = parse_input(input, allow_local=allow_local)
@@ -130,20 +162,7 @@ class Engine:
         if planner is not None and planner.budget is not None:
             plan = planner.plan(fields)
             log.note(f"Memory: {plan.strategy}, at most {mib(plan.least)} of {mib(planner.budget)}")
-        with self._on_device():
-            self._refuse_closed()
-            if planner is not None:
-                planner.follow(fields)
-            painted = self._paint(request, on_step)
-        if painted is None:
-            prediction.status = "canceled"
-        else:
-            self._finish(prediction, request, painted)
-        prediction.completed_at = timestamp()
-        request.seconds["predict_time"] = time.perf_counter() - begun
-        prediction.metrics = {name: round(seconds, 4) for name, seconds in request.seconds.items()}
-        prediction.logs = log.text()
-        return prediction
+        return stages.Job(prediction, request, begun)
 
     def plan(self, **input: Any) -> MemoryPlan:
         """What a request will take, and how it will be computed; nothing is loaded or computed.
@@ -168,6 +187,18 @@ class Engine:
             give_back_freed_memory()
 
     @contextmanager
+    def on_device(self, fields: PredictionInput) -> Iterator[Runtime]:
+        """The runtime, for this thread alone, ready for a request of these fields.
+
+        Raises BackendError where the engine is closed, or where this thread has the device already.
+        """
+        with self._on_device():
+            self._refuse_closed()
+            if self._planner is not None:
+                self._planner.follow(fields)
+            yield self.runtime
+
+    @contextmanager
     def _on_device(self) -> Iterator[None]:
         """The device is this thread's. Raises BackendError instead of waiting for itself."""
         if self._holder == threading.get_ident():
@@ -189,106 +220,36 @@ class Engine:
     def __exit__(self, *exc: object) -> None:
         self.close()
 
-    def _paint(self, request: Request, on_step: OnStep | None) -> Pixels | None:
+    def _painted(self, job: stages.Job, on_step: OnStep | None) -> Pixels | None:
         """Text, condition, loop, decode: uint8 [N,H,W,3], or None where `on_step` cancelled."""
-        with request.timed("text"):
-            context, unconditional = self._contexts(request)
-            _refuse_non_finite("text encoder", context, unconditional)
-        with request.timed("encode"):
-            condition = self._condition(request)
-            starts = self._starts(request)
-            _refuse_non_finite("autoencoder's encoder", condition, *starts)
-        lanes = [
-            Lane(
-                table=request.table,
-                seed=request.seed_of(i),
-                guidance=request.fields.guidance_scale,
-                latents=start,
-                context=context,
-                unconditional=unconditional,
-                condition=condition,
-            )
-            for i, start in enumerate(starts)
-        ]
+        request = job.request
+        lanes = stages.lanes(self.runtime, request)
         with request.timed("denoise"):
-            latents = self._loop(request, lanes, on_step)
-        if latents is None:
-            return None
-        with request.timed("decode"):
-            whole = request.options.paste_back and not request.options.mask_feather
-            kept = (request.inputs.pixels, request.inputs.mask) if whole else None
-            return self.runtime.decode_pixels(latents, kept)
+            latents = self._loop(job, lanes, on_step)
+        return None if latents is None else stages.decoded(self.runtime, request, latents)
 
-    def _contexts(self, request: Request) -> tuple[Floats, Floats | None]:
-        """[77,D] of the prompt, and of the negative prompt where guidance is over 1."""
-        encoded = self.runtime.encode_text(request.tokens)
-        return encoded[0], encoded[1] if len(encoded) == 2 else None
-
-    def _condition(self, request: Request) -> Floats:
-        """[5,h,w]: the mask, then the latents of the image without the part to repaint."""
-        inputs = request.inputs
-        masked = self.runtime.encode_pixels(inputs.pixels, inputs.mask)[0]
-        return np.concatenate([mask_to_latent(inputs.mask)[0], masked])
-
-    def _starts(self, request: Request) -> list[Floats]:
-        """The latents [4,h,w] that each output starts from, in the scheduler's space."""
-        table, fields = request.table, request.fields
-        noise = request.noise
-        if noise is None:
-            shape = (4, fields.height // 8, fields.width // 8)
-            noise = [normal(request.seed_of(i), 0, shape) for i in range(fields.num_outputs)]
-        signal, scale = np.float32(table.start_signal[0]), np.float32(table.start_noise[0])
-        if not signal:
-            return [scale * one for one in noise]
-        image = self.runtime.encode_pixels(request.inputs.pixels, None)[0]
-        return [signal * image + scale * one for one in noise]
-
-    def _loop(self, request: Request, lanes: Sequence[Lane], on_step: OnStep | None) -> Floats | None:
-        total = len(request.table)
-        size = LatentSize(height=lanes[0].latents.shape[1], width=lanes[0].latents.shape[2])
-        run = denoise(self.runtime.open(size, len(lanes)), lanes)
-        request.log.start()
+    def _loop(self, job: stages.Job, lanes: Sequence[Lane], on_step: OnStep | None) -> list[Floats] | None:
+        log, total = job.request.log, len(job.request.table)
+        run = denoise(self.runtime.open(job.size, len(lanes)), lanes)
+        log.start()
         while True:
             try:
                 done = next(run)
             except StopIteration as end:
-                return np.stack([state.latents for state in end.value])
-            request.log.progress(done, total)
+                return [state.latents for state in end.value]
+            log.progress(done, total)
             if on_step is not None and on_step(done, total) is False:
                 run.close()
-                request.log.note(f"Canceled after {done} of {total} steps")
+                log.note(f"Canceled after {done} of {total} steps")
                 return None
 
-    def _finish(self, prediction: Prediction, request: Request, pixels: Pixels) -> None:
-        """Soft seams, safety, files."""
-        options, inputs = request.options, request.inputs
-        with request.timed("outputs"):
-            if options.paste_back and options.mask_feather:
-                pixels = paste_back(pixels, inputs.pixels, inputs.mask, options.mask_feather)
-            kept = self._checked(request, pixels)
-            prediction.images = [Image.fromarray(pixels[i]) for i in kept]
-            uris = [data_uri(encode(pixels[i], options.output_format), options.output_format) for i in kept]
-        if not kept:
-            prediction.status, prediction.error = "failed", NSFW_ERROR
-        else:
-            prediction.status, prediction.output = "succeeded", uris
-
-    def _checked(self, request: Request, pixels: Pixels) -> list[int]:
-        """Indices of the pictures that the safety checker lets through."""
-        everything = list(range(len(pixels)))
+    def _judged(self, request: Request, pixels: Pixels) -> tuple[Pixels, list[int]]:
+        """The pictures with their seams, and the indices of those that may be shown."""
+        pixels = stages.seamed(request, pixels)
         if request.safety is None:
-            return everything
+            return pixels, stages.allowed(request, pixels)
         with self._on_device():
-            flagged = request.safety.flag(pixels)
-        if any(flagged):
-            request.log.note(f"NSFW content detected in {sum(flagged)} of {len(pixels)} outputs; dropped")
-        return [i for i in everything if not flagged[i]]
-
-
-def _refuse_non_finite(network: str, *outputs: Floats | None) -> None:
-    if not all(np.isfinite(output).all() for output in outputs if output is not None):
-        message = f"the {network} gave NaN or infinity before the first step; try dtype float32 or bfloat16"
-        raise NonFiniteError(message, step=-1)
+            return pixels, stages.allowed(request, pixels)
 
 
 def _listed(keys: Sequence[str]) -> str:
