@@ -46,6 +46,8 @@ MAX_TRACKED_BYTES = 45 << 20
 MACHINE_PATH = re.compile(r"/(?:work|root|home/\w+|Users/\w+)/|\b[A-Z]:\\+Users\\")
 PUBLIC_NAMES = [
     "BackendError",
+    "Batcher",
+    "BusyError",
     "CheckpointError",
     "Engine",
     "FetchError",
@@ -55,6 +57,8 @@ PUBLIC_NAMES = [
     "PredictionInput",
     "RequestError",
     "RitoccoError",
+    "Ticket",
+    "TimeLimitError",
     "from_diffusers",
     "load",
     "predict",

@@ -1,21 +1,27 @@
 """Stable Diffusion inpainting on your own hardware. `predict(input)` repaints the white part of a mask."""
 
+from ritocco.batcher import Batcher
 from ritocco.engine import Engine
 from ritocco.errors import (
     BackendError,
+    BusyError,
     CheckpointError,
     FetchError,
     NonFiniteError,
     RequestError,
     RitoccoError,
+    TimeLimitError,
 )
 from ritocco.fetch import Fetcher
 from ritocco.loading import from_diffusers, load, predict
 from ritocco.prediction import Prediction
 from ritocco.schema import PredictionInput
+from ritocco.tickets import Ticket
 
 __all__ = [
     "BackendError",
+    "Batcher",
+    "BusyError",
     "CheckpointError",
     "Engine",
     "FetchError",
@@ -25,6 +31,8 @@ __all__ = [
     "PredictionInput",
     "RequestError",
     "RitoccoError",
+    "Ticket",
+    "TimeLimitError",
     "from_diffusers",
     "load",
     "predict",

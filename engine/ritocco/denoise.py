@@ -27,11 +27,12 @@ def denoise(batch: Batch, lanes: Sequence[Lane]) -> Generator[int, None, list[La
     finally:
         states = [batch.leave(slot) for slot in range(joined)]
     for lane, state in zip(lanes, states, strict=True):
-        _refuse_broken(lane, state)
+        refuse_broken(lane, state)
     return states
 
 
-def _refuse_broken(lane: Lane, state: LaneState) -> None:
+def refuse_broken(lane: Lane, state: LaneState) -> None:
+    """Raises NonFiniteError where a lane's latents were not finite after some step."""
     if state.broken_row is None:
         return
     step, count = state.broken_row, len(lane.table)

@@ -180,7 +180,7 @@ class Engine:
 
     def close(self) -> None:
         """Let go of the networks' memory. Waits for a running prediction; later ones raise BackendError."""
-        with self._on_device():
+        with self.holding():
             self._closed = True
             self.__dict__.pop("runtime", None)
             self._safety = self._planner = None
@@ -192,15 +192,25 @@ class Engine:
 
         Raises BackendError where the engine is closed, or where this thread has the device already.
         """
-        with self._on_device():
+        with self.holding():
             self._refuse_closed()
             if self._planner is not None:
                 self._planner.follow(fields)
             yield self.runtime
 
+    @property
+    def closed(self) -> bool:
+        """Whether `close` was called."""
+        return self._closed
+
+    @property
+    def budgeted(self) -> bool:
+        """Whether requests have to keep to a budget of memory."""
+        return self._planner is not None and self._planner.budget is not None
+
     @contextmanager
-    def _on_device(self) -> Iterator[None]:
-        """The device is this thread's. Raises BackendError instead of waiting for itself."""
+    def holding(self) -> Iterator[None]:
+        """The device is this thread's, closed or not. Raises BackendError instead of waiting for itself."""
         if self._holder == threading.get_ident():
             raise BackendError("on_step called the engine that is painting; return False to cancel instead")
         with self._device:
@@ -248,7 +258,7 @@ class Engine:
         pixels = stages.seamed(request, pixels)
         if request.safety is None:
             return pixels, stages.allowed(request, pixels)
-        with self._on_device():
+        with self.holding():
             return pixels, stages.allowed(request, pixels)
 
 

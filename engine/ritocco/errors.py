@@ -7,6 +7,8 @@
   + CheckpointError     (a model folder or file: missing, damaged, not an inpainting model, not trusted)
   + BackendError        (a device, dtype or backend that this machine does not have)
   + NonFiniteError      (the network produced NaN or infinity; names the step)
+  + BusyError           (a batcher has as many requests waiting as it takes)   HTTP 429
+  + TimeLimitError      (a batcher's time limit for a request is over)
 """
 
 from __future__ import annotations
@@ -50,3 +52,18 @@ class NonFiniteError(RitoccoError, ArithmeticError):
     def __init__(self, message: str, *, step: int) -> None:
         super().__init__(message)
         self.step = step
+
+
+class BusyError(RitoccoError, RuntimeError):
+    """A batcher has as many requests waiting as it takes; nothing was looked at.
+
+    retry_after: seconds after which a place is likely to be free, over 0.
+    """
+
+    def __init__(self, message: str, *, retry_after: float) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class TimeLimitError(RitoccoError, RuntimeError):
+    """A request was not done within the batcher's time limit."""

@@ -1,0 +1,295 @@
+"""The thread that owns an engine's device: one turn after the other, as the policy says."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+
+from ritocco import stages
+from ritocco.backends.runtime import Runtime
+from ritocco.engine import Engine
+from ritocco.errors import BackendError, TimeLimitError
+from ritocco.pixels import Pixels
+from ritocco.policy import Turn, decide, in_order
+from ritocco.pool import INTERRUPTED, Pool
+from ritocco.prediction import timestamp
+from ritocco.seats import Seats
+from ritocco.step_times import StepTimes
+from ritocco.tickets import Entry
+
+_log = logging.getLogger(__name__)
+
+LEAST_SEATS = 4
+"""Pictures of the largest request, which move together."""
+BROKEN = 3
+"""Failures one after the other, of whatever requests, after which an engine is not called healthy."""
+
+
+class DeviceLoop:
+    """Takes requests from the pool, moves them, and puts those back that others have to pass.
+
+    failures: turns that failed since one did not. steps: how many, by lanes.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        pool: Pool,
+        *,
+        capacity: int,
+        ageing: float,
+        clock: Callable[[], float],
+        shared: bool,
+    ) -> None:
+        """shared: whether other loops take from the pool, so that nobody keeps a seat without moving."""
+        self.times = StepTimes()
+        self.failures = 0
+        self.steps: Counter[int] = Counter()
+        self._engine, self._pool, self._clock = engine, pool, clock
+        # A plan of memory is of one request: under a budget nobody else is on the device.
+        self._crowded = not engine.budgeted
+        self._capacity, self._ageing = capacity if self._crowded else 1, ageing
+        self._settles = self._crowded and not shared
+        self._seats = Seats(max(capacity, LEAST_SEATS))
+
+    @property
+    def entries(self) -> list[Entry]:
+        """Those on the device, for a look from outside."""
+        return self._seats.entries
+
+    def run(self) -> None:
+        """Until the pool is closed and empty. Whatever happens, nobody is left waiting."""
+        held: list[Entry] = []
+        error: BaseException | None = None
+        try:
+            while self._turn(held):
+                held.clear()
+        except BaseException as caught:
+            error, self.failures = caught, BROKEN
+            if not self._engine.closed:
+                _log.exception("a batcher's thread on %s has ended", self._engine.traits.device)
+            for entry in {*held, *self._seats.entries}:
+                self._pool.end(entry, "failed", error)
+        self._seats.forget()
+        self._pool.stopped(error)
+
+    def _turn(self, held: list[Entry]) -> bool:
+        """held: filled with what was taken from the pool, for whoever has to clean up. False at the end."""
+        pool = self._pool
+        with pool.changed:
+            while not pool.entries and not self._seats.entries:
+                if pool.closing:
+                    return False
+                pool.changed.wait()
+            now = self._clock()
+            everybody = [*pool.entries, *self._seats.entries]
+            over = [one for one in everybody if self._is_over(one, now)]
+            if over:
+                held += over
+            else:
+                works = [one.work(now) for one in everybody]
+                turn = decide(works, self.times, capacity=self._capacity, ageing=self._ageing)
+                by_key = {one.key: one for one in everybody}
+                held += [by_key[key] for key in turn.keys]
+            pool.entries = [one for one in pool.entries if one not in held]
+        seated = self._seats.entries
+        if over:
+            self._end_over(over, now)
+        elif turn.act == "step":
+            self._step(held, now)
+        else:
+            self._pass(turn, held[0])
+        here = self._seats.entries
+        pool.put(one for one in {*seated, *held} if one not in here and not one.left_the_device)
+        return True
+
+    def _is_over(self, entry: Entry, now: float) -> bool:
+        late = entry.deadline is not None and now >= entry.deadline
+        return entry.ticket.cancelled or late or self._pool.interrupted
+
+    def _end_over(self, entries: list[Entry], now: float) -> None:
+        for entry in entries:
+            self._discard(entry)
+            if self._pool.interrupted:
+                self._end(entry, BackendError(INTERRUPTED))
+            elif entry.ticket.cancelled:
+                self._cancel(entry)
+            else:
+                limit = (entry.deadline or now) - entry.arrived
+                words = f"not done within the time limit of {limit:g} seconds, after {entry.taken} of "
+                self._end(entry, TimeLimitError(f"{words}{entry.steps} steps"))
+
+    def _pass(self, turn: Turn, entry: Entry) -> None:
+        """Start or finish a request. Where that fails, it fails, and the loop goes on."""
+        work = self._start if turn.act == "start" else self._finish
+        try:
+            with self._engine.on_device(entry.job.request.fields) as runtime:
+                if not self._crowded:
+                    self._vacate([])
+                try:
+                    work(runtime, entry)
+                except BackendError:
+                    if not self._seats.entries:
+                        raise
+                    self._vacate([])  # memory may have been what was missing
+                    work(runtime, entry)
+        except Exception as error:
+            self._failed(entry, error)
+        else:
+            self.failures = 0
+
+    def _start(self, runtime: Runtime, entry: Entry) -> None:
+        prediction, request = entry.job.prediction, entry.job.request
+        if prediction.status == "starting":
+            prediction.started_at = timestamp()
+            prediction.status = "processing"
+            waited = time.perf_counter() - entry.job.begun - request.seconds["inputs"]
+            request.seconds["waited"] = waited
+            entry.job = replace(entry.job, begun=entry.job.begun + waited)
+        began = self._clock()
+        lanes = stages.lanes(runtime, request)
+        self.times.took("start", entry.job.size, self._clock() - began)
+        entry.first, entry.lanes = lanes, list(lanes)
+        request.log.start()
+
+    def _finish(self, runtime: Runtime, entry: Entry) -> None:
+        began, request = self._clock(), entry.job.request
+        pixels = stages.decoded(runtime, request, [lane.latents for lane in entry.lanes])
+        with request.timed("outputs"):
+            pixels = stages.seamed(request, pixels)
+            kept = stages.allowed(request, pixels)
+        self.times.took("finish", entry.job.size, (self._clock() - began) / len(pixels))
+        entry.left_the_device = True
+        self._pool.outputs.put(partial(self._publish, entry, pixels, kept))
+
+    def _publish(self, entry: Entry, pixels: Pixels, kept: list[int]) -> None:
+        """In the thread that makes files."""
+        try:
+            if entry.ticket.cancelled:
+                self._pool.cancel(entry)
+                return
+            with entry.job.request.timed("outputs"):
+                status = stages.publish(entry.job, pixels, kept)
+            self._pool.end(entry, status)
+        except Exception as error:
+            self._pool.end(entry, "failed", error)
+
+    def _step(self, entries: list[Entry], now: float) -> None:
+        """Move requests by one step. Where that fails, one that was alone fails; several start again, each
+        by itself, since nobody knows which of them it was, or how far the others came.
+        """
+        try:
+            with self._engine.on_device(entries[0].job.request.fields) as runtime:
+                entries = [one for one in entries if self._seat(runtime, one, entries, now)]
+                if entries:
+                    self._move(entries)
+        except Exception as error:
+            for entry in entries:
+                self._discard(entry)
+                if len(entries) == 1 or entry.alone:
+                    self._failed(entry, error)
+                else:
+                    entry.again(error)
+            return
+        self.failures = 0
+        for entry in entries:
+            self._tell(entry)
+
+    def _seat(self, runtime: Runtime, entry: Entry, moving: list[Entry], now: float) -> bool:
+        """Whether it sits. Others leave for it, those with the most work first."""
+        if entry in self._seats.entries:
+            return True
+        others = [one for one in self._seats.entries if one not in moving]
+        if self._settles:
+            works = in_order([one.work(now) for one in others], self.times, ageing=self._ageing)
+            by_key = {one.key: one for one in others}
+            while works and not self._seats.room_for(entry):
+                self._leave(by_key[works.pop().key])
+        else:
+            self._vacate(moving)
+        try:
+            try:
+                self._seats.seat(runtime, entry)
+            except Exception:
+                self._vacate(moving)  # memory may have been what was missing
+                self._seats.seat(runtime, entry)
+        except Exception as error:
+            self._failed(entry, error)
+            return False
+        return True
+
+    def _move(self, entries: list[Entry]) -> None:
+        size, began = entries[0].job.size, self._clock()
+        self._seats.step(entries)
+        ended = self._clock()
+        lanes = sum(len(one.lanes) for one in entries)
+        rows = sum(len(one.lanes) * one.rows for one in entries)
+        self.times.stepped(size, rows, frozenset(one.key for one in entries), began, ended)
+        self.steps[lanes] += 1
+        for entry in entries:
+            seconds = entry.job.request.seconds
+            seconds["denoise"] = seconds.get("denoise", 0.0) + ended - began
+        done = [one for one in entries if one.taken == one.steps]
+        for entry in done:
+            self._leave(entry)
+        if done:
+            self.times.waited(self._clock())
+
+    def _tell(self, entry: Entry) -> None:
+        """Whoever asked for it, about the step. What `on_step` raises is the end of its request alone."""
+        if entry.ticket.done():
+            return
+        log = entry.job.request.log
+        log.progress(entry.taken, entry.steps)
+        entry.job.prediction.logs = log.text()
+        if entry.on_step is None:
+            return
+        try:
+            wanted = entry.on_step(entry.taken, entry.steps) is not False
+        except BaseException as error:
+            self._discard(entry)
+            self._end(entry, error)
+        else:
+            if not wanted:
+                self._discard(entry)
+                self._cancel(entry)
+
+    def _vacate(self, kept: list[Entry]) -> None:
+        for entry in self._seats.entries:
+            if entry not in kept:
+                self._leave(entry)
+
+    def _leave(self, entry: Entry) -> None:
+        """Set aside."""
+        try:
+            self._seats.leave(entry)
+        except Exception as error:
+            self._drop(entry)
+            self._end(entry, error)
+
+    def _discard(self, entry: Entry) -> None:
+        """Take a request off the device that goes no further, or begins again."""
+        with self._engine.holding():
+            self._drop(entry)
+
+    def _drop(self, entry: Entry) -> None:
+        for other in self._seats.discard(entry):
+            other.again(BackendError("others could not be taken out of its batch"))
+
+    def _failed(self, entry: Entry, error: Exception) -> None:
+        if self._engine.closed:
+            raise error  # nothing will run here any more
+        self.failures += 1
+        self._end(entry, error)
+
+    def _end(self, entry: Entry, error: BaseException) -> None:
+        entry.left_the_device = True
+        self._pool.end(entry, "failed", error)
+
+    def _cancel(self, entry: Entry) -> None:
+        entry.left_the_device = True
+        self._pool.cancel(entry)
