@@ -16,7 +16,7 @@ from itertools import count
 from typing import Any
 
 from ritocco.backends.runtime import LatentSize
-from ritocco.device_loop import BROKEN, DeviceLoop
+from ritocco.device_loop import DeviceLoop
 from ritocco.engine import Engine, OnStep
 from ritocco.errors import BackendError, BusyError, RequestError
 from ritocco.policy import remaining
@@ -184,7 +184,7 @@ class Batcher:
     def healthy(self) -> bool:
         """Whether requests are taken, and some engine works: the last ones on it did not all fail."""
         core = self._core
-        return not core.pool.closing and any(loop.failures < BROKEN for loop in core.loops)
+        return not core.pool.closing and any(loop.healthy for loop in core.loops)
 
     def snapshot(self) -> Snapshot:
         """How it stands."""
@@ -262,11 +262,8 @@ class _Core:
             with pool.changed:
                 pool.interrupted = True
                 pool.changed.notify_all()
-            if drain and _joined(self._devices, timeout):
-                pass
-            else:
+            if not drain or not _joined(self._devices, timeout):
                 self._give_up()
-        pool.outputs.put(None)
         _joined([self._files], timeout)
 
     def _give_up(self) -> None:
@@ -276,6 +273,7 @@ class _Core:
             left, pool.entries = pool.entries, []
         for entry in (*left, *(entry for loop in self.loops for entry in loop.entries)):
             pool.end(entry, "failed", BackendError(INTERRUPTED))
+        pool.outputs.put(None)
 
 
 class _HeldTicket(Ticket):

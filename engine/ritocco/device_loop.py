@@ -55,46 +55,59 @@ class DeviceLoop:
         self._capacity, self._ageing = capacity if self._crowded else 1, ageing
         self._settles = self._crowded and not shared
         self._seats = Seats(max(capacity, LEAST_SEATS))
+        self._held: list[Entry] = []  # whose turn it is
 
     @property
     def entries(self) -> list[Entry]:
         """Those on the device, for a look from outside."""
-        return self._seats.entries
+        held = self._held.copy()
+        return held + [one for one in self._seats.entries if one not in held]
+
+    @property
+    def healthy(self) -> bool:
+        """Whether the latest requests here did not all fail."""
+        return self.failures < BROKEN and not self._engine.closed
 
     def run(self) -> None:
         """Until the pool is closed and empty. Whatever happens, nobody is left waiting."""
-        held: list[Entry] = []
         error: BaseException | None = None
         try:
-            while self._turn(held):
-                held.clear()
+            while self._turn():
+                self._held = []
         except BaseException as caught:
             error, self.failures = caught, BROKEN
             if not self._engine.closed:
                 _log.exception("a batcher's thread on %s has ended", self._engine.traits.device)
-            for entry in {*held, *self._seats.entries}:
+            held, seated = self._held, self._seats.entries
+            # What had not begun to move here may move elsewhere.
+            elsewhere = [one for one in held if self._others() and one not in seated]
+            for entry in {*held, *seated}.difference(elsewhere):
                 self._pool.end(entry, "failed", error)
+            self._pool.put(one for one in elsewhere if not one.left_the_device)
+        self._held = []
         self._seats.forget()
         self._pool.stopped(error)
 
-    def _turn(self, held: list[Entry]) -> bool:
-        """held: filled with what was taken from the pool, for whoever has to clean up. False at the end."""
+    def _turn(self) -> bool:
+        """The next thing that is to be done. False at the end."""
         pool = self._pool
         with pool.changed:
             while not pool.entries and not self._seats.entries:
                 if pool.closing:
                     return False
                 pool.changed.wait()
+            self._engine.refuse_closed()
             now = self._clock()
             everybody = [*pool.entries, *self._seats.entries]
             over = [one for one in everybody if self._is_over(one, now)]
             if over:
-                held += over
+                held = over
             else:
                 works = [one.work(now) for one in everybody]
                 turn = decide(works, self.times, capacity=self._capacity, ageing=self._ageing)
                 by_key = {one.key: one for one in everybody}
-                held += [by_key[key] for key in turn.keys]
+                held = [by_key[key] for key in turn.keys]
+            self._held = held
             pool.entries = [one for one in pool.entries if one not in held]
         seated = self._seats.entries
         if over:
@@ -106,6 +119,10 @@ class DeviceLoop:
         here = self._seats.entries
         pool.put(one for one in {*seated, *held} if one not in here and not one.left_the_device)
         return True
+
+    def _others(self) -> bool:
+        with self._pool.changed:
+            return self._pool.loops > 1
 
     def _is_over(self, entry: Entry, now: float) -> bool:
         late = entry.deadline is not None and now >= entry.deadline

@@ -128,7 +128,7 @@ class Engine:
 
         Raises what `predict` raises before anything is computed.
         """
-        self._refuse_closed()
+        self.refuse_closed()
         if isinstance(input, PredictionInput):
             # Not `model_dump`, which writes pictures as their names.
             input = {name: getattr(input, name) for name in input.model_fields_set}
@@ -173,7 +173,7 @@ class Engine:
         those take.
         """
         planner = self._planner
-        self._refuse_closed()
+        self.refuse_closed()
         if planner is None:
             raise BackendError("this engine has no plans: they are of checkpoints on torch")
         return planner.explained(asked_without_pictures(input))
@@ -193,7 +193,7 @@ class Engine:
         Raises BackendError where the engine is closed, or where this thread has the device already.
         """
         with self.holding():
-            self._refuse_closed()
+            self.refuse_closed()
             if self._planner is not None:
                 self._planner.follow(fields)
             yield self.runtime
@@ -220,7 +220,8 @@ class Engine:
             finally:
                 self._holder = None
 
-    def _refuse_closed(self) -> None:
+    def refuse_closed(self) -> None:
+        """Raises BackendError where `close` was called."""
         if self._closed:
             raise BackendError("this engine is closed; load another")
 

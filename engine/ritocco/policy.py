@@ -90,14 +90,30 @@ class Turn:
 
 def remaining(work: Work, times: Times) -> float:
     """Seconds of work that are left of a request, were it alone."""
-    steps = work.left * times.step(work.size, work.rows)
-    before = 0.0 if work.started else times.start(work.size)
-    return before + steps + work.lanes * times.finish(work.size)
+    step, start, finish = _costs(work, times)
+    return work.left * step + finish + (0.0 if work.started else start)
+
+
+def _costs(work: Work, times: Times) -> tuple[float, float, float]:
+    """Seconds of a step, of the start, of all that comes after the last step."""
+    size = work.size
+    return times.step(size, work.rows), times.start(size), work.lanes * times.finish(size)
 
 
 def in_order(works: Sequence[Work], times: Times, *, ageing: float) -> list[Work]:
     """The first in order first. ageing: seconds of work that a second of waiting weighs, over 0."""
-    return sorted(works, key=lambda one: (remaining(one, times) - ageing * one.age, one.key))
+    costs: dict[Size, dict[tuple[int, int], tuple[float, float, float]]] = {}
+    keyed = []
+    for place, one in enumerate(works):
+        of_size = costs.setdefault(one.size, {})
+        cost = of_size.get((one.rows, one.lanes))
+        if cost is None:
+            cost = of_size[one.rows, one.lanes] = _costs(one, times)
+        step, start, finish = cost
+        left = one.left * step + finish + (0.0 if one.started else start)
+        keyed.append((left - ageing * one.age, one.key, place))
+    keyed.sort()
+    return [works[place] for _, _, place in keyed]
 
 
 def buckets(capacity: int) -> list[int]:

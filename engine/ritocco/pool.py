@@ -69,6 +69,7 @@ class Pool:
             left, self.entries = self.entries, []
         for entry in left:
             self.end(entry, "failed", self.error)
+        self.outputs.put(None)
 
     def write_outputs(self) -> None:
         """For the thread that makes files of pictures: until it is told None."""

@@ -19,7 +19,7 @@ KEPT = 7
 STALE = 2000
 """Steps after which a number of rows that was given up may have another try."""
 GUESS = 1e-5
-"""Seconds for each row and latent cell, before anything is measured: only the order depends on it."""
+"""Seconds for each row and latent cell, before the first step; then what that one took does."""
 
 
 @dataclass(slots=True)
@@ -57,11 +57,13 @@ class StepTimes:
         self._others: dict[tuple[str, LatentSize], deque[float]] = defaultdict(lambda: deque(maxlen=KEPT))
         self._run: _Run | None = None
         self._steps = 0
+        self._rough = GUESS
+        self._drawn: dict[tuple[str, LatentSize, int], float] = {}  # until the next measurement
 
     def took(self, what: str, size: LatentSize, seconds: float) -> None:
         """what: `start`, or `finish` for each picture."""
         self._others[what, size].append(seconds)
-        self._run = None
+        self._run, self._drawn = None, {}
 
     def stepped(self, size: LatentSize, rows: int, who: Hashable, began: float, ended: float) -> None:
         """A step of these lanes was asked for. who: equal for the same lanes."""
@@ -74,6 +76,8 @@ class StepTimes:
         if run.steps > SETTLED:
             run.settled += 1
             self._note((size, rows), ended - run.last)
+        elif not self._known:
+            self._rough, self._drawn = max((ended - run.began) / (run.steps * _cells(size) * rows), GUESS), {}
         run.last = ended
 
     def waited(self, now: float) -> None:
@@ -87,12 +91,19 @@ class StepTimes:
 
     def step(self, size: Any, rows: int) -> float:
         """See `policy.Times`."""
+        drawn, key = self._drawn, ("step", size, rows)
+        value = drawn.get(key)
+        if value is None:
+            value = drawn[key] = self._step(size, rows)
+        return value
+
+    def _step(self, size: LatentSize, rows: int) -> float:
         here = self._known.get(size)
         if here:
             return _at(here, rows)
         for other, known in self._known.copy().items():
             return _at(known, rows) * _cells(size) / _cells(other)
-        return GUESS * _cells(size) * rows
+        return self._rough * _cells(size) * rows
 
     def start(self, size: Any) -> float:
         """See `policy.Times`."""
@@ -121,9 +132,17 @@ class StepTimes:
         seen.values.append(seconds)
         seen.at = self._steps
         known = dict(self._known.get(size, ()))
+        self._drawn = {}
         self._known[size] = sorted((known | {rows: statistics.median(seen.values)}).items())
 
     def _other(self, what: str, size: LatentSize) -> float:
+        drawn, key = self._drawn, (what, size, 0)
+        value = drawn.get(key)
+        if value is None:
+            value = drawn[key] = self._one_of(what, size)
+        return value
+
+    def _one_of(self, what: str, size: LatentSize) -> float:
         values = self._others.get((what, size))
         if values:
             return statistics.median(values)
