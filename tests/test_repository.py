@@ -41,7 +41,7 @@ FILES = {
     "constraints.txt",
     "pyproject.toml",
 }
-BESIDE_THE_PACKAGE = {"benchmarks": {"gpu_suite.sh", "pocket", "results"}}
+BESIDE_THE_PACKAGE = {"benchmarks": {"gpu_suite.sh", "pocket", "results", "traces"}}
 MAX_TRACKED_BYTES = 45 << 20
 MACHINE_PATH = re.compile(r"/(?:work|root|home/\w+|Users/\w+)/|\b[A-Z]:\\+Users\\")
 PUBLIC_NAMES = [

@@ -25,7 +25,7 @@ from ritocco.prediction import Prediction
 from ritocco.schema import PredictionInput
 from ritocco.tickets import Entry, Ticket
 
-AGEING = 0.2
+AGEING = 0.1
 """Seconds of work that a second of waiting weighs; see `policy.py`."""
 _LEAST_RETRY = 0.1
 
