@@ -6,14 +6,13 @@ each engine; `pool.py` holds who waits.
 
 from __future__ import annotations
 
-import asyncio
 import threading
 import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ritocco.backends.runtime import LatentSize
 from ritocco.device_loop import DeviceLoop
@@ -24,6 +23,9 @@ from ritocco.pool import INTERRUPTED, Pool
 from ritocco.prediction import Prediction
 from ritocco.schema import PredictionInput
 from ritocco.tickets import Entry, Ticket
+
+if TYPE_CHECKING:
+    import asyncio
 
 AGEING = 0.1
 """Seconds of work that a second of waiting weighs; see `policy.py`."""
@@ -147,6 +149,8 @@ class Batcher:
         The request is checked, and its URLs fetched, in a thread of asyncio's. Raises as `submit` and
         `Ticket.result` do.
         """
+        import asyncio  # which takes a while, and who calls this has it
+
         loop = asyncio.get_running_loop()
         ended: asyncio.Future[None] = loop.create_future()
 
@@ -175,7 +179,8 @@ class Batcher:
         """Take no more requests, and wait for the threads; the engines stay open.
 
         drain: finish what was submitted; else it ends as `failed`, between two steps, with the text that
-        tells clients to ask again. timeout: seconds for the draining, and again for the rest.
+        tells clients to ask again. timeout: seconds for the draining, and again for the rest. In one of the
+        batcher's own threads (`on_step`, a callback) it does not wait.
         """
         self._core.close(drain=drain, timeout=timeout)
         self._finalizer.detach()
@@ -258,6 +263,8 @@ class _Core:
             pool.closing = True
             pool.interrupted = pool.interrupted or not drain
             pool.changed.notify_all()
+        if self.is_own_thread():
+            return
         if not _joined(self._devices, timeout):
             with pool.changed:
                 pool.interrupted = True
@@ -292,12 +299,11 @@ class _HeldTicket(Ticket):
 
 
 def _joined(threads: Sequence[threading.Thread], timeout: float | None) -> bool:
-    """Whether they have ended; a thread does not wait for itself."""
+    """Whether they have ended within so many seconds, for all of them."""
     until = None if timeout is None else time.monotonic() + timeout
     for thread in threads:
-        if thread is not threading.current_thread():
-            thread.join(None if until is None else max(0.0, until - time.monotonic()))
-    return not any(one.is_alive() for one in threads if one is not threading.current_thread())
+        thread.join(None if until is None else max(0.0, until - time.monotonic()))
+    return not any(one.is_alive() for one in threads)
 
 
 def _cancel_submitted(submitted: asyncio.Future[Ticket]) -> None:

@@ -201,9 +201,12 @@ class DeviceLoop:
         """
         try:
             with self._engine.on_device(entries[0].job.request.fields) as runtime:
+                if not self._settles:
+                    self._vacate(entries)
                 entries = [one for one in entries if self._seat(runtime, one, entries, now)]
-                if entries:
-                    self._move(entries)
+                if not entries:
+                    return
+                self._move(entries)
         except Exception as error:
             for entry in entries:
                 self._discard(entry)
@@ -220,14 +223,10 @@ class DeviceLoop:
         """Whether it sits. Others leave for it, those with the most work first."""
         if entry in self._seats.entries:
             return True
-        others = [one for one in self._seats.entries if one not in moving]
-        if self._settles:
-            works = in_order([one.work(now) for one in others], self.times, ageing=self._ageing)
-            by_key = {one.key: one for one in others}
-            while works and not self._seats.room_for(entry):
-                self._leave(by_key[works.pop().key])
-        else:
-            self._vacate(moving)
+        others = {one.key: one for one in self._seats.entries if one not in moving}
+        works = in_order([one.work(now) for one in others.values()], self.times, ageing=self._ageing)
+        while works and not self._seats.room_for(entry):
+            self._leave(others[works.pop().key])
         try:
             try:
                 self._seats.seat(runtime, entry)

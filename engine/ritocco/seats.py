@@ -29,8 +29,8 @@ class Seats:
 
     @property
     def entries(self) -> list[Entry]:
-        """Whose lanes are seated."""
-        return [entry for table in self._tables.values() for entry in table.slots]
+        """Whose lanes are seated. Other threads may ask."""
+        return [entry for table in list(self._tables.values()) for entry in list(table.slots)]
 
     @property
     def lanes(self) -> int:
