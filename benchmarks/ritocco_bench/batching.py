@@ -16,7 +16,7 @@ import json
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -130,7 +130,7 @@ def said(found: dict[str, Any]) -> str:
     return f"{', '.join(parts)}; {found['fill']:.2f} pictures a step"
 
 
-def draw(folder: Path, name: str, drawn: dict[str, Sequence[Pair]]) -> Path:
+def draw(folder: Path, name: str, drawn: Mapping[str, Sequence[Pair]]) -> Path:
     """How many requests are done after how long, both ways, for each kind of arrivals.
 
     Raises BenchError where matplotlib is not installed.
@@ -262,7 +262,7 @@ def _interval(values: Sequence[float]) -> tuple[float, float, float]:
     return float(array.mean()), float(low), float(high)
 
 
-def _mean(values: Any) -> float:
+def _mean(values: Iterable[float]) -> float:
     held = list(values)
     return sum(held) / len(held)
 

@@ -44,7 +44,10 @@ def draw(seed: int) -> Trace:
 def read(file: Path = FILE) -> list[Trace]:
     """The traces of a file."""
     lines = file.read_text(encoding="utf-8").splitlines()
-    return [Trace(**{k: v if k == "seed" else tuple(v) for k, v in json.loads(one).items()}) for one in lines]
+    return [
+        Trace(seed=one["seed"], steps=tuple(one["steps"]), sizes=tuple(one["sizes"]), gaps=tuple(one["gaps"]))
+        for one in map(json.loads, lines)
+    ]
 
 
 def write(file: Path, traces: Sequence[Trace]) -> None:

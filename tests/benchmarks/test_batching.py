@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from ritocco import Engine
+from ritocco.batcher import AGEING
 from ritocco_bench import batching, traces
 from ritocco_bench.batching_times import from_json, measured, of_ladder, to_json
 from ritocco_bench.processes import BenchError
@@ -86,7 +88,7 @@ def test_what_was_promised_holds_on_the_virtual_clock(
     monkeypatch.chdir(ROOT)
     held, given = traces.read()[:6], times or of_ladder()
     for load, mean, slowest in ((None, 1.6, 1.2), (0.9, 1.3, 1.5)):
-        found = batching.figures(batching.simulate(held, given, load, capacity=8, ageing=batching.AGEING))
+        found = batching.figures(batching.simulate(held, given, load, capacity=8, ageing=AGEING))
         assert found["mean_times_better"][0] >= mean
         assert found["slowest_times_worse"][0] <= slowest
         assert found["throughput"][0] >= 0.999
@@ -103,7 +105,7 @@ def test_a_small_run_for_real_and_the_commands(
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(batching, "_engine", lambda arguments: tiny_engine)
-    monkeypatch.setattr(batching, "measured", lambda *a, **k: measured(*a, lanes=(1, 2), **k))
+    monkeypatch.setattr(batching, "measured", partial(measured, lanes=(1, 2)))
     assert run("simulate") == 1
     assert "run `python -m ritocco_bench.batching times` first" in capsys.readouterr().err
     assert run("times", "--sizes", "64,128", "--repeats", "1") == 0

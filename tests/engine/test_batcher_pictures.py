@@ -131,7 +131,7 @@ def test_options_reach_the_pictures(tiny_engine: Engine, ask: Ask) -> None:
         {"latents": noise},
         {"output_format": "webp"},
     ):
-        theirs: Any = tiny_engine.predict(ask(), **options)  # type: ignore[arg-type]
+        theirs: Any = tiny_engine.predict(ask(), **options)
         with Batcher(tiny_engine) as batcher:
             (ours,) = run(batcher, [ask()], **options)
         assert ours.output == theirs.output
