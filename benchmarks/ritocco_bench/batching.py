@@ -206,11 +206,11 @@ def _real(arguments: argparse.Namespace) -> None:
 def _tune(arguments: argparse.Namespace) -> None:
     """Prints alone: what is chosen is a constant of the batcher."""
     held = [traces.draw(seed) for seed in TUNING_SEEDS[: arguments.traces]]
-    for name, times in (("gpu", of_ladder()), ("here", _measured(arguments))):
-        for ageing in (0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5):
-            for load in ARRIVALS[1:]:
-                pairs = simulate(held, times, load, capacity=arguments.capacity, ageing=ageing)
-                print(f"{name}, ageing {ageing}, {_title(load)}: {said(figures(pairs))}", flush=True)
+    name, times = ("gpu", of_ladder()) if arguments.gpu else ("here", _measured(arguments))
+    for ageing in (0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5):
+        for load in ARRIVALS[1:]:
+            pairs = simulate(held, times, load, capacity=arguments.capacity, ageing=ageing)
+            print(f"{name}, ageing {ageing}, {_title(load)}: {said(figures(pairs))}", flush=True)
 
 
 def _draw(arguments: argparse.Namespace) -> None:
@@ -299,7 +299,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--sizes", default="256,512", help="times: pixels per side of the two sizes")
     parser.add_argument("--repeats", type=int, default=5, help="times: how often each is measured")
-    parser.add_argument("--gpu", action="store_true", help="simulate: on the step times of ladder.jsonl")
+    parser.add_argument(
+        "--gpu", action="store_true", help="simulate, tune: on the step times of ladder.jsonl"
+    )
     parser.add_argument("--times", type=Path, help="file with the step times; default --out")
     parser.add_argument("--file", type=Path, default=traces.FILE, help="the traces")
     parser.add_argument("--traces", type=int, default=50, help="how many of them")
