@@ -1,0 +1,155 @@
+"""The SQLite file under the data folder: one process at a time, one writer, readers beside it.
+
+WAL with `synchronous=FULL`: what a transaction wrote is on the disk when it returns, so a prediction that was
+accepted outlives a lost process and a lost machine. [sqlite.org/wal.html, sqlite.org/pragma.html]
+"""
+
+from __future__ import annotations
+
+import sqlite3
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from ritocco.errors import BackendError, RitoccoError
+
+FORMAT = 1
+_SCHEMA = """
+CREATE TABLE predictions (
+    seq INTEGER PRIMARY KEY AUTOINCREMENT,
+    id TEXT NOT NULL UNIQUE,
+    key TEXT UNIQUE,
+    digest TEXT NOT NULL,
+    status TEXT NOT NULL,
+    version TEXT NOT NULL,
+    base TEXT NOT NULL,
+    stream TEXT NOT NULL UNIQUE,
+    webhook TEXT,
+    webhook_events TEXT,
+    webhook_due INTEGER NOT NULL DEFAULT 0,
+    logs TEXT NOT NULL DEFAULT '',
+    error TEXT,
+    created_at TEXT NOT NULL,
+    started_at TEXT,
+    completed_at TEXT,
+    metrics TEXT NOT NULL DEFAULT '{}',
+    data_removed INTEGER NOT NULL DEFAULT 0,
+    ended REAL
+);
+CREATE INDEX unfinished ON predictions (status) WHERE status IN ('starting', 'processing');
+CREATE INDEX due ON predictions (seq) WHERE webhook_due;
+CREATE INDEX ended ON predictions (ended) WHERE ended IS NOT NULL;
+-- Apart, since pictures come as data URIs of megabytes, and every update of a row writes all of it.
+CREATE TABLE inputs (id TEXT PRIMARY KEY, json TEXT NOT NULL);
+CREATE TABLE files (
+    id TEXT PRIMARY KEY,
+    prediction TEXT,
+    place INTEGER,
+    name TEXT NOT NULL,
+    content_type TEXT NOT NULL,
+    size INTEGER NOT NULL,
+    sha256 TEXT NOT NULL,
+    metadata TEXT NOT NULL DEFAULT '{}',
+    created_at TEXT NOT NULL,
+    created REAL NOT NULL
+);
+CREATE INDEX outputs ON files (prediction, place) WHERE prediction IS NOT NULL;
+CREATE TABLE settings (name TEXT PRIMARY KEY, value TEXT NOT NULL);
+"""
+
+
+class StorageError(RitoccoError):
+    """The data folder can't be written: the disk is full, or gone."""
+
+
+class Database:
+    """Two connections, each behind a lock: sqlite3's may be used from any thread, by one at a time."""
+
+    def __init__(self, folder: Path) -> None:
+        """Opens or makes `folder`. Raises BackendError where another process has it, or a later version made it."""
+        try:
+            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            self._held = _hold(folder)
+            self._writer = _connect(folder / "ritocco.sqlite")
+            self._prepare(folder)
+            self._reader = _connect(folder / "ritocco.sqlite")
+        except (OSError, sqlite3.Error) as error:
+            raise BackendError(f"--data is {str(folder)!r}, which can't be used: {error}") from error
+        self._writing, self._reading = threading.Lock(), threading.Lock()
+        self._closed = False
+
+    @contextmanager
+    def write(self) -> Iterator[sqlite3.Connection]:
+        """A transaction: all of it is on the disk afterwards, or none. Raises StorageError."""
+        with self._writing:
+            self._refuse_closed()
+            try:
+                self._writer.execute("BEGIN IMMEDIATE")
+                try:
+                    yield self._writer
+                    self._writer.execute("COMMIT")
+                except BaseException:
+                    if self._writer.in_transaction:
+                        self._writer.execute("ROLLBACK")
+                    raise
+            except sqlite3.OperationalError as error:
+                raise StorageError(f"nothing can be stored: {error}") from error
+
+    @contextmanager
+    def read(self) -> Iterator[sqlite3.Connection]:
+        """What was committed last. Raises StorageError."""
+        with self._reading:
+            self._refuse_closed()
+            try:
+                yield self._reader
+            except sqlite3.OperationalError as error:
+                raise StorageError(f"nothing can be read: {error}") from error
+
+    def setting(self, name: str, default: str) -> str:
+        """A value that is kept; the default is, where none was."""
+        with self.write() as db:
+            db.execute("INSERT OR IGNORE INTO settings VALUES (?, ?)", (name, default))
+            return str(db.execute("SELECT value FROM settings WHERE name = ?", (name,)).fetchone()[0])
+
+    def close(self) -> None:
+        """Lets go of the folder."""
+        with self._writing, self._reading:
+            if not self._closed:
+                self._closed = True
+                for connection in (self._reader, self._writer, self._held):
+                    connection.close()
+
+    def _refuse_closed(self) -> None:
+        if self._closed:
+            raise StorageError("the server has stopped")
+
+    def _prepare(self, folder: Path) -> None:
+        found = int(self._writer.execute("PRAGMA user_version").fetchone()[0])
+        if found not in (0, FORMAT):
+            raise BackendError(
+                f"--data is {str(folder)!r}, of format {found}; this version of ritocco reads format {FORMAT}"
+            )
+        if not found:
+            self._writer.executescript(f"BEGIN; {_SCHEMA} PRAGMA user_version = {FORMAT}; COMMIT;")
+
+
+def _connect(file: Path) -> sqlite3.Connection:
+    connection = sqlite3.connect(file, isolation_level=None, check_same_thread=False, timeout=30)
+    connection.row_factory = sqlite3.Row
+    connection.execute("PRAGMA journal_mode = WAL")
+    connection.execute("PRAGMA synchronous = FULL")
+    return connection
+
+
+def _hold(folder: Path) -> sqlite3.Connection:
+    """The folder is this process's until it ends, however it ends: SQLite's own locks go with it everywhere."""
+    held = sqlite3.connect(folder / "in-use.sqlite", isolation_level=None, check_same_thread=False, timeout=0)
+    try:
+        held.execute("BEGIN EXCLUSIVE")
+    except sqlite3.OperationalError as error:
+        held.close()
+        if "locked" not in str(error):
+            raise
+        raise BackendError(f"--data is {str(folder)!r}, which another process is using") from error
+    return held

@@ -1,0 +1,151 @@
+"""Files on disk: uploads and outputs. A row comes after its file and goes before it, so none is half there."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sqlite3
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from ritocco.disk import write_whole
+from ritocco.prediction import new_id, timestamp
+from ritocco.server.database import Database, StorageError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StoredFile:
+    """A file that is there whole.
+
+    id: 130 random bits, also its name on disk; whoever knows it may read an output. prediction, place: whose
+    output it is, and which; None for an upload. size: bytes. name: what the client called it, for show only.
+    metadata: the client's own, JSON text of an object.
+    """
+
+    id: str
+    name: str
+    content_type: str
+    size: int
+    sha256: str
+    created_at: str
+    metadata: str = "{}"
+    prediction: str | None = None
+    place: int | None = None
+
+
+class Files:
+    """The folder `files` under the data folder."""
+
+    def __init__(self, database: Database, folder: Path) -> None:
+        self._database = database
+        self._folder = folder
+        try:
+            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        except OSError as error:
+            raise StorageError(f"{folder}: {error}") from error
+
+    def write(
+        self,
+        data: bytes | memoryview,
+        *,
+        name: str,
+        content_type: str,
+        metadata: str = "{}",
+        prediction: str | None = None,
+        place: int | None = None,
+    ) -> StoredFile:
+        """Bytes to a new file, which is on the disk afterwards; `record` makes it known. Raises StorageError."""
+        made = StoredFile(
+            id=new_id(),
+            name=name,
+            content_type=content_type,
+            size=len(data),
+            sha256=hashlib.sha256(data).hexdigest(),
+            created_at=timestamp(),
+            metadata=metadata,
+            prediction=prediction,
+            place=place,
+        )
+        try:
+            write_whole(self._folder / made.id, data)
+            _sync_folder(self._folder)
+        except OSError as error:
+            raise StorageError(f"nothing can be stored: {error}") from error
+        return made
+
+    def record(self, *files: StoredFile) -> None:
+        """Make files known. Raises StorageError."""
+        with self._database.write() as db:
+            insert_files(db, files)
+
+    def find(self, id: str) -> StoredFile | None:
+        """The file of an id, or None."""
+        with self._database.read() as db:
+            row = db.execute(f"SELECT {_COLUMNS} FROM files WHERE id = ?", (id,)).fetchone()  # noqa: S608
+        return None if row is None else StoredFile(**dict(row))
+
+    def outputs(self, prediction: str) -> list[StoredFile]:
+        """A prediction's pictures, in their order."""
+        asked = f"SELECT {_COLUMNS} FROM files WHERE prediction = ? ORDER BY place"  # noqa: S608
+        with self._database.read() as db:
+            return [StoredFile(**dict(row)) for row in db.execute(asked, (prediction,))]
+
+    def path(self, file: StoredFile) -> Path:
+        """Where its bytes are."""
+        return self._folder / file.id
+
+    def delete(self, id: str) -> bool:
+        """Forget an upload and delete it; False where there is none."""
+        with self._database.write() as db:
+            gone = db.execute("DELETE FROM files WHERE id = ? AND prediction IS NULL", (id,)).rowcount
+        if gone:
+            self.unlink([id])
+        return bool(gone)
+
+    def expire(self, before: float) -> None:
+        """Delete the uploads made before a time in seconds since the epoch."""
+        with self._database.write() as db:
+            gone = "DELETE FROM files WHERE prediction IS NULL AND created < ? RETURNING id"
+            ids = [row["id"] for row in db.execute(gone, (before,)).fetchall()]
+        self.unlink(ids)
+
+    def unlink(self, ids: Sequence[str]) -> None:
+        """Delete the bytes of files that nobody knows any more; what can't be now goes at the next start."""
+        for id in ids:
+            with suppress(OSError):
+                (self._folder / id).unlink(missing_ok=True)
+
+    def sweep(self) -> None:
+        """Delete what an interrupted process left: files without a row. Only while nothing is written."""
+        with self._database.read() as db:
+            known = {row["id"] for row in db.execute("SELECT id FROM files")}
+        with suppress(OSError):
+            for path in self._folder.iterdir():
+                if path.name not in known:
+                    with suppress(OSError):
+                        path.unlink()
+
+
+_NAMES = ("id", "name", "content_type", "size", "sha256", "created_at", "metadata", "prediction", "place")
+_COLUMNS = ", ".join(_NAMES)
+
+
+def insert_files(db: sqlite3.Connection, files: Sequence[StoredFile]) -> None:
+    """Rows of files, inside a transaction of the caller's."""
+    rows = [(*(getattr(one, name) for name in _NAMES), time.time()) for one in files]
+    marks = ", ".join("?" * (len(_NAMES) + 1))
+    db.executemany(f"INSERT INTO files ({_COLUMNS}, created) VALUES ({marks})", rows)  # noqa: S608
+
+
+def _sync_folder(folder: Path) -> None:
+    """A rename is on the disk once its folder is; Windows has no such call, nor the need."""
+    if os.name == "nt":
+        return
+    opened = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)

@@ -1,0 +1,272 @@
+"""Predictions and their queue on disk: accepted once, finished once, whatever happens to the process.
+
+    starting ── processing ── succeeded | failed | canceled
+
+A prediction that was `starting` when its process ended runs after the next start; one that was `processing`
+fails with the words on which clients of the original try again.
+"""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ritocco.errors import BusyError, RequestError
+from ritocco.prediction import Status, timestamp
+from ritocco.server.database import Database
+from ritocco.server.files import Files, StoredFile, insert_files
+
+INTERRUPTED = "Prediction interrupted; please retry (code: PA)"
+ENDED: tuple[Status, ...] = ("succeeded", "failed", "canceled")
+_DAY_S = 24 * 60 * 60
+_KEPT_WITHOUT_DATA_S = 30 * _DAY_S
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Record:
+    """One prediction as it lies on disk.
+
+    seq: its place in the order of creation; 0 before it is stored. version: as it was asked for. base: URL
+    under which its API was reached, without a slash at the end. stream: random, names its event stream.
+    webhook_events: of `start`, `output`, `logs` and `completed`. webhook_due: the last event is still to be
+    delivered. digest: of what was asked. key: the client's, of a creation that may be repeated.
+    """
+
+    id: str
+    input: Mapping[str, Any]
+    version: str
+    base: str
+    stream: str
+    digest: str
+    seq: int = 0
+    key: str | None = None
+    status: Status = "starting"
+    webhook: str | None = None
+    webhook_events: tuple[str, ...] = ()
+    webhook_due: bool = False
+    logs: str = ""
+    error: str | None = None
+    created_at: str = field(default_factory=timestamp)
+    started_at: str | None = None
+    completed_at: str | None = None
+    metrics: Mapping[str, Any] = field(default_factory=dict)
+    data_removed: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Outcome:
+    """How a prediction ended."""
+
+    status: Status
+    logs: str = ""
+    error: str | None = None
+    metrics: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Page:
+    """Predictions, the latest first. newer, older: whether there are some beyond."""
+
+    records: Sequence[Record]
+    newer: bool
+    older: bool
+
+
+class Store:
+    """The data folder: `ritocco.sqlite` and `files/`. Safe to call from several threads.
+
+    Its methods raise StorageError where the disk refuses.
+    """
+
+    def __init__(self, folder: Path, *, waiting: int = 64) -> None:
+        """Opens or makes the folder and puts right what an interrupted process left.
+
+        waiting: the most predictions that may be unfinished at a time.
+        Raises BackendError where another process has the folder.
+        """
+        self.database = Database(folder)
+        self.files = Files(self.database, folder / "files")
+        self._waiting = waiting
+        self._recover()
+
+    def accept(self, new: Record) -> tuple[Record, bool]:
+        """Store a prediction, on the disk when this returns; or find the one that was stored under its key or id.
+
+        Returns the record, and whether it is new. Raises BusyError where `waiting` are unfinished, and
+        RequestError where the key or id stands for another request.
+        """
+        with self.database.write() as db:
+            if (held := self._accepted_before(db, new)) is not None:
+                return held, False
+            unfinished = _unfinished(db)
+            if unfinished >= self._waiting:
+                raise BusyError(f"{unfinished} predictions are waiting", retry_after=1.0)
+            asked = (
+                "INSERT INTO predictions (id, key, digest, status, version, base, stream, webhook, "
+                "webhook_events, created_at) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
+            )
+            events = json.dumps(new.webhook_events)
+            ours = (new.id, new.key, new.digest, new.status, new.version, new.base, new.stream, new.webhook)
+            db.execute(asked, (*ours, events, new.created_at))
+            db.execute("INSERT INTO inputs VALUES (?, ?)", (new.id, json.dumps(new.input)))
+            return _one(db, "id", new.id), True  # type: ignore[return-value]
+
+    def repeated(self, *, key: str | None, id: str | None) -> bool:
+        """Whether a creation under this key or id was accepted before."""
+        with self.database.read() as db:
+            return _one(db, "key", key) is not None or _one(db, "id", id) is not None
+
+    def _accepted_before(self, db: sqlite3.Connection, new: Record) -> Record | None:
+        held = _one(db, "key", new.key) or _one(db, "id", new.id)
+        if held is not None and held.digest != new.digest:
+            name = "the id" if held.id == new.id else "Idempotency-Key"
+            raise RequestError(f"{name} was used for another request before", field=name)
+        return held
+
+    def get(self, id: str) -> Record | None:
+        """The prediction of an id, or None."""
+        with self.database.read() as db:
+            return _one(db, "id", id)
+
+    def by_stream(self, stream: str) -> Record | None:
+        """The prediction whose event stream has this name, or None."""
+        with self.database.read() as db:
+            return _one(db, "stream", stream)
+
+    def unfinished(self) -> int:
+        """How many are starting or processing."""
+        with self.database.read() as db:
+            return _unfinished(db)
+
+    def queued(self) -> list[str]:
+        """Ids of what is still to run, in order."""
+        with self.database.read() as db:
+            asked = "SELECT id FROM predictions WHERE status = 'starting' ORDER BY seq"
+            return [row["id"] for row in db.execute(asked)]
+
+    def due(self) -> list[str]:
+        """Ids of the ended predictions whose last event is still to be delivered."""
+        with self.database.read() as db:
+            asked = "SELECT id FROM predictions WHERE webhook_due AND ended IS NOT NULL ORDER BY seq"
+            return [row["id"] for row in db.execute(asked)]
+
+    def start(self, id: str) -> bool:
+        """From `starting` to `processing`; False where it is not `starting`."""
+        asked = "UPDATE predictions SET status = 'processing', started_at = ? WHERE id = ? AND status = 'starting'"
+        with self.database.write() as db:
+            return db.execute(asked, (timestamp(), id)).rowcount == 1
+
+    def requeue(self, id: str) -> bool:
+        """From `processing` back to `starting`: it is run once more, from its beginning."""
+        asked = "UPDATE predictions SET status = 'starting', started_at = NULL WHERE id = ? AND status = 'processing'"
+        with self.database.write() as db:
+            return db.execute(asked, (id,)).rowcount == 1
+
+    def finish(self, id: str, outcome: Outcome, outputs: Sequence[StoredFile] = ()) -> bool:
+        """An end, with its pictures, at once; False where it had ended before, and then the pictures go."""
+        assert outcome.status in ENDED  # noqa: S101 - our own callers
+        asked = (
+            "UPDATE predictions SET status = ?, logs = ?, error = ?, metrics = ?, completed_at = ?, ended = ?, "
+            "started_at = coalesce(started_at, ?), webhook_due = webhook IS NOT NULL "
+            "WHERE id = ? AND ended IS NULL"
+        )
+        now = timestamp()
+        figures = (outcome.status, outcome.logs, outcome.error, json.dumps(outcome.metrics), now, time.time())
+        started = None if outcome.status == "canceled" else now
+        with self.database.write() as db:
+            ended = db.execute(asked, (*figures, started, id)).rowcount == 1
+            if ended:
+                insert_files(db, outputs)
+        if not ended:
+            self.files.unlink([one.id for one in outputs])
+        return ended
+
+    def delivered(self, id: str) -> None:
+        """Its last event was delivered, or given up."""
+        with self.database.write() as db:
+            db.execute("UPDATE predictions SET webhook_due = 0 WHERE id = ?", (id,))
+
+    def page(self, *, before: int | None = None, after: int | None = None, size: int = 100) -> Page:
+        """Predictions older than `before`, or the oldest that are newer than `after`; else the latest."""
+        columns = f"SELECT {_COLUMNS} FROM {_TABLES} WHERE"  # noqa: S608
+        with self.database.read() as db:
+            if after is not None:
+                asked = f"{columns} seq > ? ORDER BY seq LIMIT ?"
+                rows = [_record(row) for row in db.execute(asked, (after, size + 1))]
+                return Page(records=rows[:size][::-1], newer=len(rows) > size, older=True)
+            asked = f"{columns} seq < ? ORDER BY seq DESC LIMIT ?"
+            rows = [
+                _record(row) for row in db.execute(asked, (2**62 if before is None else before, size + 1))
+            ]
+            return Page(records=rows[:size], newer=before is not None, older=len(rows) > size)
+
+    def clean(self, retention_s: float) -> int:
+        """Remove inputs, logs, outputs and uploads older than so many seconds; returns of how many predictions.
+
+        What is left of a prediction, its status and times, goes after thirty days more.
+        """
+        before = time.time() - retention_s
+        held = "SELECT id FROM predictions WHERE ended < ? AND NOT data_removed"
+        with self.database.write() as db:
+            ids = [(row["id"],) for row in db.execute(held, (before,)).fetchall()]
+            removed = "UPDATE predictions SET data_removed = 1, logs = '', webhook_due = 0 WHERE id = ?"
+            db.executemany(removed, ids)
+            db.executemany("DELETE FROM inputs WHERE id = ?", ids)
+            files: list[str] = []
+            for id in ids:
+                gone = db.execute("DELETE FROM files WHERE prediction = ? RETURNING id", id)
+                files += [row["id"] for row in gone.fetchall()]
+            db.execute("DELETE FROM predictions WHERE ended < ?", (before - _KEPT_WITHOUT_DATA_S,))
+        self.files.unlink(files)
+        self.files.expire(before)
+        return len(ids)
+
+    def close(self) -> None:
+        """Let go of the folder."""
+        self.database.close()
+
+    def _recover(self) -> None:
+        ended = (
+            "UPDATE predictions SET status = 'failed', error = ?, completed_at = ?, ended = ?, "
+            "webhook_due = webhook IS NOT NULL WHERE status = 'processing'"
+        )
+        with self.database.write() as db:
+            db.execute(ended, (INTERRUPTED, timestamp(), time.time()))
+        self.files.sweep()
+
+
+_NAMES = (
+    *("seq", "id", "key", "digest", "status", "version", "base", "stream", "webhook", "webhook_events"),
+    *("webhook_due", "logs", "error", "created_at", "started_at", "completed_at", "metrics", "data_removed"),
+)
+_COLUMNS = ", ".join(_NAMES) + ", inputs.json AS input"
+_COLUMNS = _COLUMNS.replace(" id,", " predictions.id AS id,")
+_TABLES = "predictions LEFT JOIN inputs ON inputs.id = predictions.id"
+
+
+def _one(db: sqlite3.Connection, column: str, value: str | None) -> Record | None:
+    if value is None:
+        return None
+    asked = f"SELECT {_COLUMNS} FROM {_TABLES} WHERE predictions.{column} = ?"  # noqa: S608
+    row = db.execute(asked, (value,)).fetchone()
+    return None if row is None else _record(row)
+
+
+def _record(row: sqlite3.Row) -> Record:
+    held: dict[str, Any] = dict(row)
+    for name in ("input", "metrics"):
+        held[name] = json.loads(held[name] or "{}")
+    held["webhook_events"] = tuple(json.loads(held["webhook_events"] or "[]"))
+    for name in ("webhook_due", "data_removed"):
+        held[name] = bool(held[name])
+    return Record(**held)
+
+
+def _unfinished(db: sqlite3.Connection) -> int:
+    asked = "SELECT count(*) FROM predictions WHERE status IN ('starting', 'processing')"
+    return int(db.execute(asked).fetchone()[0])
