@@ -1,7 +1,8 @@
 """The one hardened fetcher: nobody else in ritocco opens a URL.
 
-A picture's URL comes from whoever sends the request, so it may point anywhere: at this machine, at the
-network behind it, at a cloud's metadata service. The rules, in the order in which they apply to every hop:
+A picture's URL, or a webhook's, comes from whoever sends the request, so it may point anywhere: at this
+machine, at the network behind it, at a cloud's metadata service. The rules, in the order in which they apply
+to every hop:
 
 1. http and https only, no user name or password, plain host spelling, port 80, 443 or 1024 and above;
 2. the host stands in `allow_hosts`, where that is given;
@@ -23,7 +24,7 @@ import re
 import socket
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
@@ -131,30 +132,62 @@ class Fetcher:
         except _Refused as why:
             raise FetchError(f"{field or 'url'}: {shown}: {why}", field=field) from why.__cause__
 
-    def _follow(self, url: str, deadline: float) -> bytes:
-        import httpcore
+    def post(self, url: str, body: bytes, headers: Mapping[str, str], *, field: str = "") -> int:
+        """Send a body to an http(s) URL; returns the status of the answer, of which nothing more is read.
 
+        headers: in ASCII, beside Host and such. A redirect is not followed: its status is returned.
+        field: as of `get`. Raises FetchError where a rule refuses the URL or no answer comes in time.
+        """
+        deadline = time.monotonic() + self.timeout_s
+        shown = redacted(url)
+        try:
+            with _network_errors(deadline, self.timeout_s):
+                target = self._check(url, deadline)
+                added = [(name.encode("ascii"), value.encode("ascii")) for name, value in headers.items()]
+                added.append((b"Content-Length", str(len(body)).encode("ascii")))
+                with self._asked("POST", target, deadline, added, body) as response:
+                    return response.status
+        except _Refused as why:
+            raise FetchError(f"{field or 'url'}: {shown}: {why}", field=field) from why.__cause__
+
+    def _follow(self, url: str, deadline: float) -> bytes:
         target = self._check(url, deadline)
         for _ in range(self.max_redirects + 1):
-            is_tls = target.url.scheme == "https"
-            with httpcore.ConnectionPool(
-                ssl_context=self._tls() if is_tls else None,
-                http2=False,
-                retries=0,
-                network_backend=cast("httpcore.NetworkBackend", _PinnedBackend(target, deadline)),
-            ) as pool:
-                request = httpcore.URL(
-                    scheme=target.url.raw_scheme,
-                    host=target.url.raw_host.lower().rstrip(b"."),  # certificates spell it without the dot
-                    port=target.port,
-                    target=target.url.raw_path,
-                )
-                with pool.stream("GET", request, headers=_headers(target)) as response:
-                    if response.status not in (301, 302, 303, 307, 308):
-                        return self._body(response)
-                    location = _header(response, b"location").decode("utf-8", errors="replace")
+            with self._asked("GET", target, deadline) as response:
+                if response.status not in (301, 302, 303, 307, 308):
+                    return self._body(response)
+                location = _header(response, b"location").decode("utf-8", errors="replace")
             target = self._redirect(target, location, deadline)
         raise _Refused(f"redirects more than {self.max_redirects} times")
+
+    @contextmanager
+    def _asked(
+        self,
+        method: str,
+        target: _Target,
+        deadline: float,
+        added: Iterable[tuple[bytes, bytes]] = (),
+        body: bytes | None = None,
+    ) -> Iterator[httpcore.Response]:
+        """The answer to one request, its body unread."""
+        import httpcore
+
+        is_tls = target.url.scheme == "https"
+        with httpcore.ConnectionPool(
+            ssl_context=self._tls() if is_tls else None,
+            http2=False,
+            retries=0,
+            network_backend=cast("httpcore.NetworkBackend", _PinnedBackend(target, deadline)),
+        ) as pool:
+            request = httpcore.URL(
+                scheme=target.url.raw_scheme,
+                host=target.url.raw_host.lower().rstrip(b"."),  # certificates spell it without the dot
+                port=target.port,
+                target=target.url.raw_path,
+            )
+            headers = [*_headers(target), *added]
+            with pool.stream(method, request, headers=headers, content=body) as response:
+                yield response
 
     def _redirect(self, target: _Target, location: str, deadline: float) -> _Target:
         if not location:

@@ -82,7 +82,8 @@ class InputError(RequestError):
         self.violations = violations
 
 
-def _type_error(expected: str, value: object) -> PydanticCustomError:
+def type_error(expected: str, value: object) -> PydanticCustomError:
+    """What a validator raises for a value of another JSON type than `expected`."""
     given = next((name for kind, name in _JSON_NAMES if isinstance(value, kind)), type(value).__name__)
     text = "Invalid type. Expected: {expected}, given: {given}"
     return PydanticCustomError("invalid_type", text, {"expected": expected, "given": given})
@@ -94,7 +95,7 @@ def _integer(value: object) -> int:
         return int(value)
     if isinstance(value, float) and value.is_integer():
         return int(value)
-    raise _type_error("integer", value)
+    raise type_error("integer", value)
 
 
 def _number(value: object) -> float:
@@ -107,19 +108,19 @@ def _number(value: object) -> float:
         if math.isfinite(number):
             return number
         raise PydanticCustomError("invalid_type", "Must be a finite number")
-    raise _type_error("number", value)
+    raise type_error("number", value)
 
 
 def _boolean(value: object) -> bool:
     if isinstance(value, bool):
         return value
-    raise _type_error("boolean", value)
+    raise type_error("boolean", value)
 
 
 def _string(value: object) -> str:
     """A text that UTF-8 can hold: JSON lets half of a surrogate pair through."""
     if not isinstance(value, str):
-        raise _type_error("string", value)
+        raise type_error("string", value)
     if _storable(value) != value:
         raise PydanticCustomError("invalid_type", "Must be valid Unicode text")
     return value
@@ -142,7 +143,7 @@ def _seed(value: object) -> int:
 def _source(value: object, info: ValidationInfo) -> object:
     """An image or mask: an http(s) URL or a data URI; anything where the context says `allow_local`."""
     if value is None:
-        raise _type_error("string", value)
+        raise type_error("string", value)
     if info.context and info.context.get("allow_local"):
         return value
     text = _string(value)
@@ -293,7 +294,7 @@ class Options(BaseModel):
     def override(self, **keywords: Any) -> Options:
         """These options with the keywords that are not None put over them; raises InputError."""
         given = {name: value for name, value in keywords.items() if value is not None}
-        return _validated(Options, {**self.model_dump(), "latents": self.latents, **given}, prefix="")
+        return validated(Options, {**self.model_dump(), "latents": self.latents, **given}, prefix="")
 
 
 def parse_input(
@@ -306,7 +307,7 @@ def parse_input(
     Raises InputError, which names field, value and rule of the first violation and lists all.
     """
     if not isinstance(mapping, Mapping):
-        description = str(_type_error("object", mapping))
+        description = str(type_error("object", mapping))
         violation = Violation(type="invalid_type", field="input", description=description)
         raise InputError(f"input: {description}", field="input", violations=(violation,))
     context = {"allow_local": allow_local}
@@ -314,7 +315,7 @@ def parse_input(
     parsed: PredictionInput | None = None
     options: Options | None = None
     try:
-        parsed = _validated(PredictionInput, mapping, prefix="input", context=context)
+        parsed = validated(PredictionInput, mapping, prefix="input", context=context)
     except InputError as error:
         problems.append(error)
     extensions = mapping.get(EXTENSIONS_KEY)
@@ -333,7 +334,7 @@ def parse_input(
 def _options(extensions: object) -> Options:
     field = f"input.{EXTENSIONS_KEY}"
     if not isinstance(extensions, Mapping):
-        description = str(_type_error("object", extensions))
+        description = str(type_error("object", extensions))
         violation = Violation(type="invalid_type", field=field, description=description)
         raise InputError(f"{field}: {description}", field=field, violations=(violation,))
     if "latents" in extensions:
@@ -346,10 +347,11 @@ def _options(extensions: object) -> Options:
         for key, value in extensions.items()
         if value is not None or key not in Options.model_fields
     }
-    return _validated(Options, given, prefix=field)
+    return validated(Options, given, prefix=field)
 
 
-def _validated(model: type[_M], data: Any, *, prefix: str, context: Any = None) -> _M:
+def validated(model: type[_M], data: Any, *, prefix: str, context: Any = None) -> _M:
+    """A model of data, or an InputError that lists every violation. prefix: of the fields' names."""
     try:
         return model.model_validate(data, context=context)
     except ValidationError as error:

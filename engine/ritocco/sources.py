@@ -250,6 +250,14 @@ def _from_data_uri(uri: str, max_bytes: int) -> bytes:
         raise _Unusable(f"is not valid base64 ({error})") from error
 
 
+def decode_data_uri(uri: str, max_bytes: int = MAX_BYTES) -> tuple[str, bytes]:
+    """Media type and bytes of a data URI. Raises RequestError."""
+    try:
+        return uri[5:].partition(",")[0].partition(";")[0], _from_data_uri(uri, max_bytes)
+    except _Unusable as why:
+        raise RequestError(f"{describe(uri)} {why}") from why.__cause__
+
+
 def _read_local(source: Any, max_bytes: int) -> bytes:
     if isinstance(source, bytes | bytearray | memoryview):
         return bytes(source)

@@ -258,8 +258,8 @@ def work(pipe, first):
             store.start(id)
             say("started", id)
             data = id.encode() * 50
-            made = [store.files.write(data, name=f"out-{i}.png", content_type="image/png", prediction=id, place=i)
-                    for i in range(2)]
+            kind = {"content_type": "image/png", "prediction": id}
+            made = [store.files.write(data, name=f"out-{i}.png", place=i, **kind) for i in range(2)]
             if store.finish(id, Outcome(status="succeeded"), made):
                 say("finished", id)
 

@@ -67,7 +67,7 @@ class Database:
     """Two connections, each behind a lock: sqlite3's may be used from any thread, by one at a time."""
 
     def __init__(self, folder: Path) -> None:
-        """Opens or makes `folder`. Raises BackendError where another process has it, or a later version made it."""
+        """Opens or makes a folder. Raises BackendError where another process or a later version has it."""
         try:
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
             self._held = _hold(folder)
@@ -143,7 +143,7 @@ def _connect(file: Path) -> sqlite3.Connection:
 
 
 def _hold(folder: Path) -> sqlite3.Connection:
-    """The folder is this process's until it ends, however it ends: SQLite's own locks go with it everywhere."""
+    """The folder is this process's until it ends, however it ends: SQLite's locks go with it."""
     held = sqlite3.connect(folder / "in-use.sqlite", isolation_level=None, check_same_thread=False, timeout=0)
     try:
         held.execute("BEGIN EXCLUSIVE")

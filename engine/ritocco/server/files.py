@@ -1,4 +1,4 @@
-"""Files on disk: uploads and outputs. A row comes after its file and goes before it, so none is half there."""
+"""Files on disk: uploads and outputs. A row comes after its file and goes before it: none is half there."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class Files:
         prediction: str | None = None,
         place: int | None = None,
     ) -> StoredFile:
-        """Bytes to a new file, which is on the disk afterwards; `record` makes it known. Raises StorageError."""
+        """Bytes to a new file, on the disk afterwards; `record` makes it known. Raises StorageError."""
         made = StoredFile(
             id=new_id(),
             name=name,
@@ -87,6 +87,12 @@ class Files:
             row = db.execute(f"SELECT {_COLUMNS} FROM files WHERE id = ?", (id,)).fetchone()  # noqa: S608
         return None if row is None else StoredFile(**dict(row))
 
+    def uploads(self, most: int) -> list[StoredFile]:
+        """Clients' files, the latest first."""
+        asked = f"SELECT {_COLUMNS} FROM files WHERE prediction IS NULL ORDER BY created DESC LIMIT ?"  # noqa: S608
+        with self._database.read() as db:
+            return [StoredFile(**dict(row)) for row in db.execute(asked, (most,))]
+
     def outputs(self, prediction: str) -> list[StoredFile]:
         """A prediction's pictures, in their order."""
         asked = f"SELECT {_COLUMNS} FROM files WHERE prediction = ? ORDER BY place"  # noqa: S608
@@ -96,6 +102,13 @@ class Files:
     def path(self, file: StoredFile) -> Path:
         """Where its bytes are."""
         return self._folder / file.id
+
+    def read(self, file: StoredFile) -> bytes:
+        """Its bytes. Raises StorageError where they are gone."""
+        try:
+            return self.path(file).read_bytes()
+        except OSError as error:
+            raise StorageError(f"a file can't be read: {error}") from error
 
     def delete(self, id: str) -> bool:
         """Forget an upload and delete it; False where there is none."""

@@ -77,6 +77,10 @@ class Page:
     older: bool
 
 
+class ConflictError(RequestError):
+    """An id or key that stands for another request."""
+
+
 class Store:
     """The data folder: `ritocco.sqlite` and `files/`. Safe to call from several threads.
 
@@ -95,10 +99,10 @@ class Store:
         self._recover()
 
     def accept(self, new: Record) -> tuple[Record, bool]:
-        """Store a prediction, on the disk when this returns; or find the one that was stored under its key or id.
+        """Store a prediction, on the disk when this returns; or find the one under its key or id.
 
         Returns the record, and whether it is new. Raises BusyError where `waiting` are unfinished, and
-        RequestError where the key or id stands for another request.
+        ConflictError where the key or id stands for another request.
         """
         with self.database.write() as db:
             if (held := self._accepted_before(db, new)) is not None:
@@ -125,7 +129,7 @@ class Store:
         held = _one(db, "key", new.key) or _one(db, "id", new.id)
         if held is not None and held.digest != new.digest:
             name = "the id" if held.id == new.id else "Idempotency-Key"
-            raise RequestError(f"{name} was used for another request before", field=name)
+            raise ConflictError(f"{name} was used for another request before", field=name)
         return held
 
     def get(self, id: str) -> Record | None:
@@ -143,6 +147,11 @@ class Store:
         with self.database.read() as db:
             return _unfinished(db)
 
+    def count(self) -> int:
+        """How many were ever accepted."""
+        with self.database.read() as db:
+            return int(db.execute("SELECT coalesce(max(seq), 0) FROM predictions").fetchone()[0])
+
     def queued(self) -> list[str]:
         """Ids of what is still to run, in order."""
         with self.database.read() as db:
@@ -157,13 +166,15 @@ class Store:
 
     def start(self, id: str) -> bool:
         """From `starting` to `processing`; False where it is not `starting`."""
-        asked = "UPDATE predictions SET status = 'processing', started_at = ? WHERE id = ? AND status = 'starting'"
+        change = "UPDATE predictions SET status = 'processing', started_at = ?"
+        asked = f"{change} WHERE id = ? AND status = 'starting'"
         with self.database.write() as db:
             return db.execute(asked, (timestamp(), id)).rowcount == 1
 
     def requeue(self, id: str) -> bool:
         """From `processing` back to `starting`: it is run once more, from its beginning."""
-        asked = "UPDATE predictions SET status = 'starting', started_at = NULL WHERE id = ? AND status = 'processing'"
+        change = "UPDATE predictions SET status = 'starting', started_at = NULL"
+        asked = f"{change} WHERE id = ? AND status = 'processing'"
         with self.database.write() as db:
             return db.execute(asked, (id,)).rowcount == 1
 
@@ -171,8 +182,8 @@ class Store:
         """An end, with its pictures, at once; False where it had ended before, and then the pictures go."""
         assert outcome.status in ENDED  # noqa: S101 - our own callers
         asked = (
-            "UPDATE predictions SET status = ?, logs = ?, error = ?, metrics = ?, completed_at = ?, ended = ?, "
-            "started_at = coalesce(started_at, ?), webhook_due = webhook IS NOT NULL "
+            "UPDATE predictions SET status = ?, logs = ?, error = ?, metrics = ?, completed_at = ?, "
+            "ended = ?, started_at = coalesce(started_at, ?), webhook_due = webhook IS NOT NULL "
             "WHERE id = ? AND ended IS NULL"
         )
         now = timestamp()
@@ -206,7 +217,7 @@ class Store:
             return Page(records=rows[:size], newer=before is not None, older=len(rows) > size)
 
     def clean(self, retention_s: float) -> int:
-        """Remove inputs, logs, outputs and uploads older than so many seconds; returns of how many predictions.
+        """Remove inputs, logs, outputs and uploads older than so many seconds; says of how many predictions.
 
         What is left of a prediction, its status and times, goes after thirty days more.
         """

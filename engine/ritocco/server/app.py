@@ -1,0 +1,180 @@
+"""`create_app`: the routes, the gate before them, the queue behind them. The server's file to read first."""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+import threading
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from fastapi import FastAPI
+from starlette.concurrency import run_in_threadpool
+from starlette.middleware.cors import CORSMiddleware
+
+from ritocco.batcher import Batcher
+from ritocco.engine import Engine
+from ritocco.fetch import Fetcher
+from ritocco.prediction import VERSION, timestamp
+from ritocco.server import health, models, predictions, uploads
+from ritocco.server.database import StorageError
+from ritocco.server.document import document
+from ritocco.server.gate import PREFIXES, BodyLimits, Gate
+from ritocco.server.jobs import Jobs
+from ritocco.server.logs import AccessLog
+from ritocco.server.metrics import Metrics
+from ritocco.server.problems import install
+from ritocco.server.settings import Settings
+from ritocco.server.state import Shared
+from ritocco.server.store import Store
+from ritocco.server.webhooks import Webhooks
+
+_CLEAN_EVERY_S = 600.0
+
+_log = logging.getLogger(__name__)
+
+
+class App(FastAPI):
+    """Owns threads and a folder: `close` it where nobody runs its lifespan, as under another app."""
+
+    _parts: _Parts
+
+    def begin_stop(self) -> None:
+        """Accept nothing more; `close` has to follow."""
+        self._parts.shared.jobs.begin_stop()
+
+    def close(self) -> None:
+        """Finish what runs, within the settings' `grace_s`, and let go of everything. Again does nothing."""
+        self._parts.close()
+
+
+def create_app(engine: Engine | Sequence[Engine] | Batcher, settings: Settings | None = None) -> App:
+    """Replicate's API as an ASGI app, to run with uvicorn or to mount under a prefix of another app.
+
+    engine: one, several of one checkpoint, or a Batcher, which is the caller's to close.
+    Raises BackendError where the data folder can't be used.
+    """
+    settings = settings or Settings()
+    parts = _Parts(engine, settings)
+    shared = parts.shared
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        yield
+        await run_in_threadpool(app.close)
+
+    app = App(
+        title="ritocco",
+        version=version("ritocco"),
+        summary="Stable Diffusion inpainting with Replicate's API.",
+        openapi_url=None,  # a route of ours, since it is behind the gate under every prefix
+        docs_url=None,  # these pages load scripts from other hosts
+        redoc_url=None,
+        lifespan=lifespan,
+    )
+    app.state.shared, app._parts = shared, parts
+    made: dict[str, Any] = {}
+
+    def described() -> dict[str, Any]:
+        if not made:
+            made.update(document(app, protected=bool(settings.tokens)))
+        return made
+
+    app.openapi = described  # type: ignore[method-assign]
+    for prefix in PREFIXES:
+        shown = prefix == "/v1"
+        for router in (
+            predictions.routes(shared, prefix),
+            uploads.routes(shared, prefix),
+            models.routes(shared, prefix, described),
+        ):
+            app.include_router(router, include_in_schema=shown)
+    app.include_router(health.routes(shared))
+
+    @app.get("/openapi.json", include_in_schema=False)
+    def openapi() -> dict[str, Any]:
+        """The OpenAPI document."""
+        return described()
+
+    install(app, shared.metrics)
+    # Outermost last.
+    app.add_middleware(
+        BodyLimits,
+        most=settings.max_body_bytes,
+        most_upload=settings.max_upload_bytes,
+        seconds=settings.body_timeout_s,
+    )
+    app.add_middleware(Gate, tokens=settings.tokens, origins=settings.cors_origins, metrics=shared.metrics)
+    if settings.cors_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=list(settings.cors_origins),
+            allow_methods=["GET", "POST", "PUT", "DELETE"],
+            allow_headers=["Authorization", "Content-Type", "Idempotency-Key", "Prefer"],
+        )
+    app.add_middleware(AccessLog)
+    shared.jobs.resume()
+    return app
+
+
+class _Parts:
+    """What has to be closed, in its order."""
+
+    def __init__(self, engine: Engine | Sequence[Engine] | Batcher, settings: Settings) -> None:
+        self._temporary = tempfile.TemporaryDirectory(prefix="ritocco-") if settings.data is None else None
+        folder = settings.data if self._temporary is None else Path(self._temporary.name)
+        store = Store(folder or Path(), waiting=settings.waiting)
+        self._owned: Batcher | None = None
+        if isinstance(engine, Engine | Sequence):
+            engines = [engine] if isinstance(engine, Engine) else list(engine)
+            served = engines[0].version
+            batcher = self._owned = Batcher(
+                engines, waiting=settings.waiting, time_limit=settings.time_limit_s
+            )
+        else:
+            batcher, served = engine, getattr(engine, "version", "")
+        metrics = Metrics()
+        webhooks = Webhooks(store, settings.fetcher or Fetcher.from_environment())
+        self.shared = Shared(
+            settings=settings,
+            store=store,
+            jobs=Jobs(store, batcher, webhooks, metrics, settings),
+            webhooks=webhooks,
+            metrics=metrics,
+            version=served or VERSION,
+            began=store.database.setting("began", timestamp()),
+        )
+        self._closing = threading.Lock()
+        self._closed = False
+        self._wake = threading.Event()
+        self._cleaner = threading.Thread(target=self._clean, name="ritocco-clean", daemon=True)
+        self._cleaner.start()
+
+    def close(self) -> None:
+        with self._closing:
+            if self._closed:
+                return
+            self._closed = True
+            self._wake.set()
+            self.shared.jobs.stop()
+            if self._owned is not None:
+                self._owned.close(drain=False, timeout=self.shared.settings.grace_s)
+            self.shared.webhooks.close()
+            self._cleaner.join()
+            self.shared.store.close()
+            if self._temporary is not None:
+                self._temporary.cleanup()
+
+    def _clean(self) -> None:
+        every = min(_CLEAN_EVERY_S, self.shared.settings.retention_s / 10)
+        while not self._wake.wait(every):
+            try:
+                removed = self.shared.store.clean(self.shared.settings.retention_s)
+            except StorageError as error:
+                _log.error("not cleaned", extra={"error": str(error)})
+            else:
+                if removed:
+                    _log.info("cleaned", extra={"predictions": removed})

@@ -1,0 +1,125 @@
+"""What every request passes before a route sees it: the token, and the limits on its body.
+
+One gate for all prefixes: whatever is not named here as open needs a token, known route or not.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import hmac
+import re
+import time
+from collections.abc import Sequence
+
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from ritocco.server.metrics import Metrics
+from ritocco.server.problems import ProblemError, unauthenticated
+from ritocco.shown import plain
+
+PREFIXES = ("", "/v1", "/replicate/v1")
+_PREFIX = "(?:" + "|".join(PREFIXES) + ")"
+_HEALTH = re.compile(r"/(?:livez|readyz|health-check)")
+# Their names are 130 random bits: whoever knows one was told, and clients fetch them without a token.
+_BY_NAME = re.compile(_PREFIX + r"/(?:outputs/[0-9a-z]{26}/[^/]+|stream/[0-9a-z]{26})")
+_UPLOAD = re.compile(_PREFIX + r"/files/?")
+_SAFE = ("GET", "HEAD", "OPTIONS")
+_FORM_BYTES = 1 << 20  # of an upload's other parts
+
+
+def local_path(scope: Scope) -> str:
+    """The path inside this app, wherever it is mounted."""
+    path, root = str(scope["path"]), str(scope.get("root_path", ""))
+    return path[len(root) :] if root and path.startswith(root) else path
+
+
+class Gate:
+    """Answers 401 to whoever has no token, and 403 to other sites' pages where there are no tokens."""
+
+    def __init__(
+        self, app: ASGIApp, *, tokens: Sequence[str], origins: Sequence[str], metrics: Metrics
+    ) -> None:
+        self._app = app
+        self._known = [hashlib.sha256(token.encode("ascii")).digest() for token in tokens]
+        self._origins = frozenset(origins)
+        self._metrics = metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """ASGI."""
+        if scope["type"] == "http" and (refused := self._refusal(scope)) is not None:
+            self._metrics.refused.labels(str(refused.status)).inc()
+            await refused.response()(scope, receive, send)
+        elif scope["type"] != "websocket":  # there are none
+            await self._app(scope, receive, send)
+
+    def _refusal(self, scope: Scope) -> ProblemError | None:
+        headers, path, safe = Headers(scope=scope), local_path(scope), scope["method"] in _SAFE
+        if safe and (_HEALTH.fullmatch(path) or _BY_NAME.fullmatch(path)):
+            return None
+        if self._known:
+            return None if self._admits(headers) else unauthenticated()
+        origin = headers.get("origin")
+        if not safe and origin is not None and origin not in self._origins and not _same(origin, headers):
+            return ProblemError(403, "Forbidden", f"Pages of {plain(origin)!r} may not call this server")
+        return None
+
+    def _admits(self, headers: Headers) -> bool:
+        given = headers.getlist("authorization")
+        scheme, _, token = given[0].partition(" ") if len(given) == 1 else ("", "", "")
+        digest = hashlib.sha256(token.strip().encode("utf-8", errors="replace")).digest()
+        # All of them, and all of each: the time taken tells nothing.
+        found = False
+        for known in self._known:
+            found |= hmac.compare_digest(known, digest)
+        return found and scheme.lower() in ("bearer", "token")
+
+
+def _same(origin: str, headers: Headers) -> bool:
+    return origin.partition("://")[2] == headers.get("host", "")
+
+
+class BodyLimits:
+    """Counts a body as it comes: 413 beyond the limit, 408 where it takes too long."""
+
+    def __init__(self, app: ASGIApp, *, most: int, most_upload: int, seconds: float) -> None:
+        self._app, self._most, self._seconds = app, most, seconds
+        self._most_upload = most_upload + _FORM_BYTES
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """ASGI."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        most = self._most_upload if _UPLOAD.fullmatch(local_path(scope)) else self._most
+        announced = Headers(scope=scope).get("content-length", "")
+        if announced.isascii() and announced.isdigit() and int(announced[:20]) > most:
+            await _too_large(most).response()(scope, receive, send)
+            return
+        deadline = time.monotonic() + self._seconds
+        seen, whole = 0, False
+
+        async def counted() -> Message:
+            nonlocal seen, whole
+            if whole:  # what is awaited now is the client's leaving
+                return await receive()
+            try:
+                async with asyncio.timeout(max(0.0, deadline - time.monotonic())):
+                    message = await receive()
+            except TimeoutError:
+                detail = f"The body was not here in full within {self._seconds:g} seconds"
+                closing = {"Connection": "close"}
+                raise ProblemError(408, "Request timeout", detail, headers=closing) from None
+            seen += len(message.get("body", b""))
+            whole = not message.get("more_body", False)
+            if seen > most:
+                raise _too_large(most)
+            return message
+
+        await self._app(scope, counted, send)
+
+
+def _too_large(most: int) -> ProblemError:
+    detail = f"The body may have at most {most} bytes"
+    return ProblemError(413, "Payload too large", detail, headers={"Connection": "close"})

@@ -1,0 +1,55 @@
+"""Is it alive, is it ready, how much is it doing. Health needs no token; the figures do."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import APIRouter
+from fastapi.responses import JSONResponse, Response
+
+from ritocco.server.database import StorageError
+from ritocco.server.document import problems
+from ritocco.server.state import Shared
+
+_OPEN: dict[str, Any] = {"security": []}
+
+
+def routes(shared: Shared) -> APIRouter:
+    """At the root."""
+    router = APIRouter(tags=["health"])
+
+    def unready() -> str:
+        """Why nothing would be accepted; empty where it would."""
+        if shared.jobs.stopping:
+            return "stopping"
+        try:
+            return "full" if shared.store.unfinished() >= shared.settings.waiting else ""
+        except StorageError:
+            return "storage"
+
+    @router.get("/livez", openapi_extra=_OPEN)
+    async def livez() -> dict[str, str]:
+        """The process answers."""
+        return {"status": "ok"}
+
+    @router.get("/readyz", openapi_extra=_OPEN, responses={503: {"description": "Stopping, or no storage"}})
+    def readyz() -> JSONResponse:
+        """Predictions are accepted, if perhaps not this moment: a full queue is no reason to be replaced."""
+        why = unready()
+        ready = why in ("", "full")
+        return JSONResponse({"status": "ok" if ready else why}, 200 if ready else 503)
+
+    @router.get("/health-check", openapi_extra=_OPEN)
+    def health_check() -> dict[str, Any]:
+        """Cog's words for it."""
+        why = unready()
+        status = {"": "READY", "full": "BUSY"}.get(why, "DEFUNCT")
+        setup = {"started_at": shared.began, "completed_at": shared.began, "logs": "", "status": "succeeded"}
+        return {"status": status, "setup": setup}
+
+    @router.get("/metrics", responses={200: {"content": {"text/plain": {}}}, **problems(401)})
+    def metrics() -> Response:
+        """Figures for Prometheus."""
+        return Response(shared.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    return router

@@ -1,0 +1,61 @@
+"""Figures for Prometheus, of one app: its own registry, so that two apps in a process do not meet."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.process_collector import ProcessCollector
+
+from ritocco.server.store import Record
+
+_STEP_BUCKETS = (0.002, 0.004, 0.008, 0.016, 0.03, 0.06, 0.12, 0.25, 0.5, 1, 2, 4, 8)
+_TIME_BUCKETS = (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500)
+
+
+class Metrics:
+    """Counted where it happens; the queue is looked at when somebody asks."""
+
+    def __init__(self) -> None:
+        self._registry = registry = CollectorRegistry()
+        ProcessCollector(registry=registry)
+        self.accepted = Counter("ritocco_predictions_accepted", "Predictions accepted.", registry=registry)
+        self.refused = Counter(
+            "ritocco_requests_refused", "Requests refused, by status.", ["status"], registry=registry
+        )
+        self.step_seconds = Histogram(
+            "ritocco_step_seconds",
+            "From one step of a prediction to its next.",
+            buckets=_STEP_BUCKETS,
+            registry=registry,
+        )
+        self._outcomes = Counter(
+            "ritocco_predictions_ended", "Predictions ended, by status.", ["status"], registry=registry
+        )
+        self._seconds = Histogram(
+            "ritocco_prediction_seconds",
+            "Seconds of predictions that succeeded, without their wait.",
+            buckets=_TIME_BUCKETS,
+            registry=registry,
+        )
+        self._queue = Gauge("ritocco_queue_depth", "Predictions that wait.", registry=registry)
+        self._running = Gauge("ritocco_predictions_running", "Predictions that run.", registry=registry)
+        self._lanes = Gauge("ritocco_lanes", "Pictures that are painted.", registry=registry)
+        for status in ("succeeded", "failed", "canceled"):
+            self._outcomes.labels(status)
+
+    def watch(self, figures: Callable[[], tuple[int, int, int]]) -> None:
+        """Where to look for waiting and running predictions, and the latter's pictures."""
+        self._queue.set_function(lambda: figures()[0])
+        self._running.set_function(lambda: figures()[1])
+        self._lanes.set_function(lambda: figures()[2])
+
+    def ended(self, record: Record) -> None:
+        """One more."""
+        self._outcomes.labels(record.status).inc()
+        if record.status == "succeeded":
+            self._seconds.observe(float(record.metrics.get("predict_time", 0.0)))
+
+    def text(self) -> bytes:
+        """In Prometheus' text format."""
+        return generate_latest(self._registry)

@@ -1,0 +1,163 @@
+"""What the routes share, and how a request's words become a prediction."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from dataclasses import dataclass
+
+from fastapi import Request
+from starlette.concurrency import run_in_threadpool
+
+from ritocco.errors import BusyError
+from ritocco.prediction import MODEL, VERSION, Prediction, new_id
+from ritocco.schema import InputError, PredictionInput, Violation, echo, parse_input
+from ritocco.server.answers import answer
+from ritocco.server.bodies import PredictionRequest
+from ritocco.server.jobs import Jobs
+from ritocco.server.metrics import Metrics
+from ritocco.server.problems import ProblemError
+from ritocco.server.settings import MAX_WAIT_S, Settings
+from ritocco.server.store import ENDED, Record, Store
+from ritocco.server.webhooks import Webhooks
+
+_HOST = re.compile(r"[A-Za-z0-9._-]+(:[0-9]{1,5})?|\[[0-9a-fA-F:.]+\](:[0-9]{1,5})?")
+_HEX = re.compile(r"[0-9a-f]{64}")
+_ID = re.compile(r"[A-Za-z0-9_-]{1,128}")
+_KEY = re.compile(r"[\x21-\x7e]{1,255}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Shared:
+    """Parts of one app. version: of the checkpoint that is served. began: when its data folder was made."""
+
+    settings: Settings
+    store: Store
+    jobs: Jobs
+    webhooks: Webhooks
+    metrics: Metrics
+    version: str
+    began: str
+
+    def base(self, request: Request, prefix: str) -> str:
+        """The API's URL as this client reaches it, without a slash at the end."""
+        root = self.settings.public_url
+        if root is None:
+            host = request.headers.get("host", "")
+            if not _HOST.fullmatch(host):
+                name, port = request.scope.get("server") or ("localhost", None)
+                host = name if port is None else f"{name}:{port}"
+            root = f"{request.scope.get('scheme', 'http')}://{host}{request.scope.get('root_path', '')}"
+        return root.rstrip("/") + prefix
+
+    def version_of(self, asked: str | None) -> str:
+        """The version that a request means: 64 hex digits. Raises ProblemError for one that is not served."""
+        if asked is None or asked == MODEL:
+            return self.version
+        hexes = asked.removeprefix(f"{MODEL}:")
+        if _HEX.fullmatch(hexes) and hexes in (self.version, VERSION):
+            return hexes
+        detail = "The specified version does not exist (or perhaps you don't have permission to use it?)"
+        raise ProblemError(422, "Invalid version or not permitted", detail)
+
+    async def refuse_if_full(self, *, key: str | None = None, id: str | None = None) -> None:
+        """Before a body is read, so that refusing costs little. Raises BusyError."""
+
+        def full() -> bool:
+            held = self.store.unfinished() >= self.settings.waiting
+            return held and not self.store.repeated(key=key, id=id)
+
+        if await run_in_threadpool(full):
+            raise BusyError("the queue is full", retry_after=1.0)
+
+    def record(self, asked: PredictionRequest, *, base: str, key: str | None, id: str | None) -> Record:
+        """The prediction that a request asks for. Raises InputError and ProblemError."""
+        version = self.version_of(asked.version)
+        fields, _, _ = parse_input(asked.input, allow_local=False)
+        self._refuse_too_much(fields)
+        held = echo(asked.input)
+        told = [version, held, asked.webhook, asked.webhook_events_filter]
+        return Record(
+            id=id or new_id(),
+            key=key,
+            input=held,
+            version=version,
+            base=base,
+            stream=new_id(),
+            digest=hashlib.sha256(json.dumps(told, sort_keys=True).encode("ascii")).hexdigest(),
+            webhook=asked.webhook,
+            webhook_events=asked.webhook_events_filter or (),
+        )
+
+    def _refuse_too_much(self, fields: PredictionInput) -> None:
+        most = self.settings.max_work
+        work = fields.num_inference_steps * fields.num_outputs * fields.width * fields.height
+        if most is not None and work > most:
+            name = "input.num_inference_steps"
+            description = (
+                f"num_inference_steps x num_outputs x width x height is {work}; "
+                f"it must be less than or equal to {most} on this server"
+            )
+            violation = Violation(type="number_lte", field=name, description=description)
+            raise InputError(f"{name}: {description}", field=name, violations=(violation,))
+
+    async def answer(
+        self, record: Record, base: str, *, patient: bool = True, brief: bool = False
+    ) -> Prediction:
+        """The prediction as clients get it. patient: false says `starting` of whatever has not ended: clients
+        take any other status of a creation for its end.
+        """
+
+        def made() -> Prediction:
+            live = self.jobs.live(record.id)
+            running = None if live is None or not patient else live.prediction
+            held = self.store.get(record.id) or record
+            outputs = self.settings.outputs
+            said = answer(self.store, held, running, base=base, outputs=outputs, brief=brief)
+            if not patient and held.status not in ENDED:
+                said.status, said.started_at = "starting", None
+            return said
+
+        return await run_in_threadpool(made)
+
+    async def wait(self, id: str, seconds: float | None) -> None:
+        """Until the prediction ended, the time is up, or the server stops before it begins."""
+        live = self.jobs.live(id)
+        if live is not None:
+            await live.changed.until(lambda: live.ended or live.set_aside, seconds)
+
+
+def preferences(request: Request) -> tuple[bool, float]:
+    """Whether the client wants its answer at once, and the seconds that it waits at most. [RFC 7240]"""
+    at_once, seconds = False, 0.0
+    for line in request.headers.getlist("prefer"):
+        for part in line.split(","):
+            name, _, value = part.partition(";")[0].strip().partition("=")
+            value = value.strip().strip('"')
+            if name.strip().lower() == "respond-async":
+                at_once = True
+            elif name.strip().lower() == "wait":
+                if not value:
+                    seconds = MAX_WAIT_S
+                elif value.isascii() and value.isdigit():
+                    seconds = min(float(value[:9]), MAX_WAIT_S)
+    return at_once, seconds
+
+
+def idempotency_key(request: Request) -> str | None:
+    """The header Idempotency-Key, or None. Raises ProblemError for one that is none."""
+    given = request.headers.get("idempotency-key")
+    if given is not None and not _KEY.fullmatch(given):
+        rule = "must be 1 to 255 printable ASCII characters without spaces"
+        raise ProblemError(422, "Invalid header", f"Idempotency-Key {rule}")
+    return given
+
+
+def prediction_id(given: str) -> str:
+    """An id of the client's own. Raises ProblemError for one that is none."""
+    if not _ID.fullmatch(given):
+        rule = "Must be 1 to 128 letters, digits, hyphens and underscores"
+        violation = Violation(type="invalid_type", field="id", description=rule)
+        raise ProblemError(422, "Input validation failed", f"- id: {rule}\n", fields=[violation])
+    return given
