@@ -1,4 +1,4 @@
-"""A batcher that does what a test tells it: runs wait for `step`, `succeed` and `fail`, or end by themselves."""
+"""A batcher in the test's hand: runs wait for `step`, `succeed` and `fail`, or end by themselves."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ class Run:
 
 
 class HandBatcher:
-    """runs: those submitted, in order. by_itself: whether they end without the test. busy: refuse the next."""
+    """runs: those submitted. by_itself: whether they end without the test. busy: how many to refuse."""
 
     version = "c" * 64
 

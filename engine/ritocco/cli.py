@@ -1,4 +1,4 @@
-"""The command line: `ritocco predict | demo | doctor | plan`, and what plug-ins add."""
+"""The command line: `ritocco predict | demo | doctor | plan | serve`, and what plug-ins add."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ import typer
 from tqdm import tqdm
 
 from ritocco.errors import RequestError, RitoccoError
+from ritocco.serve import serve
 from ritocco.shown import printable, shown
 
 if TYPE_CHECKING:
@@ -294,6 +295,9 @@ def plan(
         if as_json
         else plan_report.as_text(found, *taken)
     )
+
+
+app.command()(serve)
 
 
 @contextmanager

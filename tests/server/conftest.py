@@ -14,8 +14,6 @@ from ritocco.server import Settings, create_app
 from ritocco.server.app import App
 
 
-
-
 @pytest.fixture
 def batcher() -> HandBatcher:
     return HandBatcher()

@@ -74,7 +74,9 @@ def test_cogs_way_is_synchronous(make: Make, asked: dict[str, Any]) -> None:
 
 def test_cogs_way_without_waiting(make: Make, asked: dict[str, Any], batcher: HandBatcher) -> None:
     client = make(by_itself=False)
-    made = client.post("/predictions", json={"input": asked, "id": "mine"}, headers={"Prefer": "respond-async"})
+    made = client.post(
+        "/predictions", json={"input": asked, "id": "mine"}, headers={"Prefer": "respond-async"}
+    )
     assert (made.status_code, made.json()["id"]) == (202, "mine")
     assert made.json()["status"] in ("starting", "processing")
     batcher.next().succeed()
@@ -117,7 +119,9 @@ def test_a_wait_that_runs_out_says_starting(make: Make, asked: dict[str, Any], b
     answers: list[dict[str, Any]] = []
 
     def create() -> None:
-        answers.append(client.post("/v1/predictions", json={"input": asked}, headers={"Prefer": "wait=1"}).json())
+        answers.append(
+            client.post("/v1/predictions", json={"input": asked}, headers={"Prefer": "wait=1"}).json()
+        )
 
     thread = threading.Thread(target=create)
     thread.start()
@@ -243,7 +247,10 @@ def test_the_stream(make: Make, asked: dict[str, Any], batcher: HandBatcher) -> 
     ended(client, made["id"])
     got = client.get(made["urls"]["stream"])
     assert got.headers["content-type"].startswith("text/event-stream")
-    events = [dict(line.split(": ", 1) for line in one.splitlines() if ": " in line) for one in got.text.split("\n\n")]
+    events = [
+        dict(line.split(": ", 1) for line in one.splitlines() if ": " in line)
+        for one in got.text.split("\n\n")
+    ]
     kinds = [one["event"] for one in events if "event" in one]
     assert kinds == ["logs", "output", "output", "done"]
     assert all(one["id"] for one in events if "event" in one)
@@ -255,7 +262,10 @@ def test_the_stream(make: Make, asked: dict[str, Any], batcher: HandBatcher) -> 
 
 @pytest.mark.parametrize(
     ("end", "kinds", "data"),
-    [("fail", ["logs", "error", "done"], '{"reason": "error"}'), ("cancel", ["logs", "done"], '{"reason": "canceled"}')],
+    [
+        ("fail", ["logs", "error", "done"], '{"reason": "error"}'),
+        ("cancel", ["logs", "done"], '{"reason": "canceled"}'),
+    ],
 )
 def test_the_stream_of_what_does_not_succeed(
     make: Make, asked: dict[str, Any], batcher: HandBatcher, end: str, kinds: list[str], data: str
@@ -275,7 +285,12 @@ def test_the_stream_of_what_does_not_succeed(
 
 def test_what_is_not_there(make: Make) -> None:
     client = make()
-    for path in ("/v1/predictions/nothing", "/v1/stream/" + "a" * 26, "/v1/nothing", "/v1/outputs/" + "a" * 26 + "/x"):
+    for path in (
+        "/v1/predictions/nothing",
+        "/v1/stream/" + "a" * 26,
+        "/v1/nothing",
+        "/v1/outputs/" + "a" * 26 + "/x",
+    ):
         got = client.get(path)
         assert (got.status_code, got.json()["title"], got.json()["status"]) == (404, "Not found", 404)
     assert client.post("/v1/predictions/nothing/cancel").status_code == 404
@@ -334,7 +349,9 @@ def test_bodies_that_break_a_rule(make: Make, body: Any, kind: str, field: str) 
     assert (kind, field) in [(one["type"], one["field"]) for one in held.json()["invalid_fields"]]
 
 
-@pytest.mark.parametrize("version", ["", "x", "0" * 64, "someone/else", f"{MODEL}:", f"{MODEL}:abc", VERSION.upper()])
+@pytest.mark.parametrize(
+    "version", ["", "x", "0" * 64, "someone/else", f"{MODEL}:", f"{MODEL}:abc", VERSION.upper()]
+)
 def test_versions_that_are_not_served(make: Make, asked: dict[str, Any], version: str) -> None:
     got = make().post("/v1/predictions", json={"input": asked, "version": version})
     assert (got.status_code, got.json()["title"]) == (422, "Invalid version or not permitted")

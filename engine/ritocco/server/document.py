@@ -117,8 +117,9 @@ class SecretAnswer(BaseModel):
 
 
 def problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """A route's errors."""
-    return {status: {"model": Problem, "description": _WORDS[status]} for status in statuses}
+    """A route's errors. By reference: FastAPI would make a validator of each."""
+    content = {"application/json": {"schema": {"$ref": _REF.format(model="Problem")}}}
+    return {status: {"description": _WORDS[status], "content": content} for status in statuses}
 
 
 def body_of(model: type[BaseModel]) -> dict[str, Any]:
@@ -146,6 +147,8 @@ def document(app: FastAPI, *, protected: bool) -> dict[str, Any]:
         title=MODEL, version=app.version, routes=app.routes, summary=app.summary, description=app.description
     )
     schemas: dict[str, Any] = made["components"]["schemas"]
+    schemas["Problem"] = Problem.model_json_schema(ref_template=_REF)
+    schemas |= schemas["Problem"].pop("$defs")
     for model in (PredictionRequest, CogRequest):
         schemas[model.__name__] = model.model_json_schema(ref_template=_REF)
         schemas[model.__name__]["properties"]["input"] = {"$ref": _REF.format(model="Input")}
@@ -157,6 +160,14 @@ def document(app: FastAPI, *, protected: bool) -> dict[str, Any]:
     schemas["Input"]["properties"][EXTENSIONS_KEY] = {"$ref": _REF.format(model="Options"), "x-order": 12}
     uri = {"type": "string", "format": "uri"}
     schemas["Output"] = {"title": "Output", "type": "array", "items": uri}
+    # FastAPI writes OpenAPI 3.2's `itemSchema` into a document of 3.1.
+    made["paths"]["/v1/stream/{name}"]["get"]["responses"]["200"]["content"] = {
+        "text/event-stream": {"schema": {"type": "string"}}
+    }
+    # It expects that parameters can be wrong; these are texts, and whatever is wrong is a Problem.
+    for operation in (one for path in made["paths"].values() for one in path.values()):
+        if "HTTPValidationError" in str(operation["responses"].get("422")):
+            del operation["responses"]["422"]
     for name in ("HTTPValidationError", "ValidationError"):
         schemas.pop(name, None)
     if protected:

@@ -1,0 +1,191 @@
+"""`ritocco serve`: the server on the command line. What it needs is imported when it runs."""
+
+from __future__ import annotations
+
+import ipaddress
+import logging
+import sys
+import threading
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from ritocco.errors import BackendError, RequestError
+from ritocco.fetch import Fetcher
+
+if TYPE_CHECKING:
+    import uvicorn
+
+    from ritocco.server.app import App
+
+_DAY_H = 24.0
+_MIB = 1 << 20
+_MAX_HEADER_BYTES = 32 << 10
+_BACKLOG = 2048
+
+
+def serve(
+    model: Annotated[
+        str | None, typer.Option(help="As of `predict`. Default: RITOCCO_MODEL, else the embedded one.")
+    ] = None,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one, and prints it.")] = 5000,
+    token_file: Annotated[
+        Path | None, typer.Option(help="Bearer tokens, one a line. Needed beyond this machine.")
+    ] = None,
+    no_tokens: Annotated[
+        bool, typer.Option("--no-tokens", help="Let everybody in who can reach a public address.")
+    ] = False,
+    data: Annotated[Path, typer.Option(help="Folder of predictions and files.")] = Path("ritocco-data"),
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda:N; several with commas.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto, float32, float16 or bfloat16.")] = "auto",
+    backend: Annotated[str, typer.Option(help="As of `predict`.")] = "auto",
+    memory_budget: Annotated[str | None, typer.Option(help="As of `predict`, for each device.")] = None,
+    variant: Annotated[str | None, typer.Option(help="As of `predict`.")] = None,
+    tokenizer: Annotated[Path | None, typer.Option(help="As of `predict`.")] = None,
+    waiting: Annotated[int, typer.Option(min=1, help="Most predictions unfinished at a time.")] = 64,
+    retention_hours: Annotated[float, typer.Option(help="Hours that inputs and outputs are kept.")] = _DAY_H,
+    max_work: Annotated[
+        int | None, typer.Option(min=1, help="Most steps x outputs x pixels of a prediction.")
+    ] = None,
+    time_limit: Annotated[float | None, typer.Option(help="Seconds that a prediction may take.")] = None,
+    max_body_mib: Annotated[int, typer.Option(min=1, help="Largest request, MiB.")] = 64,
+    max_upload_mib: Annotated[int, typer.Option(min=1, help="Largest uploaded file, MiB.")] = 32,
+    outputs: Annotated[
+        str, typer.Option(help="url, data, or auto: URLs where reached by https, else data URIs.")
+    ] = "auto",
+    public_url: Annotated[str | None, typer.Option(help="Root under which clients reach it.")] = None,
+    allow_host: Annotated[
+        list[str] | None, typer.Option(help="Further names of this server, where it has no tokens.")
+    ] = None,
+    allow_network: Annotated[
+        list[str] | None, typer.Option(help="Network that pictures and webhooks may be in: 10.0.0.0/8.")
+    ] = None,
+    cors_origin: Annotated[
+        list[str] | None, typer.Option(help="Web page that may call: https://app.example.")
+    ] = None,
+    grace: Annotated[float, typer.Option(help="Seconds that running predictions get at SIGTERM.")] = 30.0,
+    log_level: Annotated[str, typer.Option(help="debug, info, warning or error.")] = "info",
+) -> None:
+    """Serve Replicate's API on this machine."""
+    try:
+        import uvicorn
+        from starlette.middleware.trustedhost import TrustedHostMiddleware
+
+        from ritocco.server.app import create_app
+        from ritocco.server.settings import Settings, read_tokens
+    except ModuleNotFoundError as error:
+        raise BackendError(f'the server needs {error.name}; pip install "ritocco[server]"') from error
+    tokens = () if token_file is None else read_tokens(token_file)
+    if not (tokens or no_tokens or _is_loopback(host)):
+        raise RequestError(
+            f"--host is {host!r}, which others can reach; name --token-file, or let everybody in with "
+            "--no-tokens",
+            field="host",
+        )
+    fetcher = Fetcher.from_environment(allow_networks=tuple(allow_network or ()))
+    settings = Settings(
+        tokens=tokens,
+        data=data,
+        waiting=waiting,
+        retention_s=retention_hours * 3600,
+        max_work=max_work,
+        time_limit_s=time_limit,
+        max_body_bytes=max_body_mib * _MIB,
+        max_upload_bytes=max_upload_mib * _MIB,
+        outputs=_one_of("outputs", outputs),
+        public_url=public_url,
+        cors_origins=tuple(cors_origin or ()),
+        fetcher=fetcher,
+        grace_s=grace,
+    )
+    _log_to_stderr(log_level)
+    load: dict[str, Any] = {"dtype": dtype, "backend": backend, "memory_budget": memory_budget}
+    load |= {"variant": variant, "tokenizer": tokenizer, "fetcher": fetcher}
+    engines = _engines(model, device, load)
+    app = create_app(engines, settings)
+    if not tokens and _is_loopback(host):
+        # A page of another site must not pass itself off as one of this machine (DNS rebinding).
+        names = ["localhost", "127.0.0.1", "[::1]", host, *(allow_host or ())]
+        app.add_middleware(TrustedHostMiddleware, allowed_hosts=names, www_redirect=False)
+    config = uvicorn.Config(
+        app,
+        host=host,
+        port=port,
+        log_config=None,
+        access_log=False,  # there is one of ours, without names that open something
+        server_header=False,
+        h11_max_incomplete_event_size=_MAX_HEADER_BYTES,
+        http="h11",
+        ws="none",
+        backlog=_BACKLOG,
+        timeout_graceful_shutdown=int(grace) + 15,
+    )
+    try:
+        _server(config, app).run()
+    finally:
+        app.close()
+        for engine in engines:
+            engine.close()
+
+
+def _server(config: uvicorn.Config, app: App) -> uvicorn.Server:
+    """Uvicorn's, which says where it listens, and at SIGTERM first lets go of whoever waits in the queue."""
+    import uvicorn
+
+    class Server(uvicorn.Server):
+        async def startup(self, sockets: Any = None) -> None:
+            await super().startup(sockets)
+            for server in self.servers:
+                for socket in server.sockets:
+                    address = socket.getsockname()
+                    name = f"[{address[0]}]" if ":" in address[0] else address[0]
+                    typer.echo(f"listening on http://{name}:{address[1]}", err=True)
+
+        def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+            # The handler interrupts whatever holds locks, so these are asked for elsewhere.
+            threading.Thread(target=app.begin_stop, name="ritocco-stop").start()
+            super().handle_exit(sig, frame)
+
+    return Server(config)
+
+
+def _engines(model: str | None, device: str, options: dict[str, Any]) -> list[Any]:
+    from ritocco.loading import load
+
+    return [load(model, device=name.strip(), **options) for name in device.split(",")]
+
+
+def _is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _one_of(name: str, given: str) -> Literal["auto", "url", "data"]:
+    match given:
+        case "auto" | "url" | "data":
+            return given
+    raise RequestError(f"--{name} is {given!r}; it must be auto, url or data", field=name)
+
+
+def _log_to_stderr(level: str) -> None:
+    from ritocco.server.logs import JsonLines
+
+    number = logging.getLevelNamesMapping().get(level.upper())
+    if number is None:
+        raise RequestError(
+            f"--log-level is {level!r}; it must be debug, info, warning or error", field="log_level"
+        )
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(JsonLines())
+    for name in ("ritocco", "uvicorn"):
+        logger = logging.getLogger(name)
+        logger.handlers = [handler]
+        logger.propagate = False
+        logger.setLevel(number)

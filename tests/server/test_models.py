@@ -1,0 +1,122 @@
+"""The model, its version, the OpenAPI document, health and figures."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+from openapi_spec_validator import validate
+
+from hand_batcher import HandBatcher, Make
+from ritocco.prediction import MODEL, VERSION
+from ritocco.schema import PredictionInput
+from ritocco.server.gate import PREFIXES
+
+
+@pytest.mark.parametrize("prefix", PREFIXES)
+@pytest.mark.parametrize("id", [VERSION, HandBatcher.version])
+def test_a_version(make: Make, prefix: str, id: str) -> None:
+    client = make()
+    held = client.get(f"{prefix}/models/{MODEL}/versions/{id}").json()
+    assert {"id", "created_at", "cog_version", "openapi_schema"} <= held.keys()
+    assert held["id"] == id
+    schemas = held["openapi_schema"]["components"]["schemas"]
+    # Clients make an iterator of an output that says so, and LangChain takes the first input for the prompt.
+    assert schemas["Output"]["type"] == "array"
+    assert "x-cog-array-type" not in schemas["Output"]
+    inputs = sorted(schemas["Input"]["properties"].items(), key=lambda one: one[1]["x-order"])
+    assert [name for name, _ in inputs][:-1] == sorted(
+        PredictionInput.model_fields, key=[name for name, _ in inputs].index
+    )
+    assert inputs[0][0] == "prompt"
+    assert schemas["Input"]["required"] == ["image", "mask"]
+    assert schemas["Input"]["properties"]["width"]["enum"] == list(range(64, 1025, 64))
+
+
+def test_the_model(make: Make, asked: dict[str, Any]) -> None:
+    client = make()
+    client.post("/predictions", json={"input": asked})
+    held = client.get(f"/v1/models/{MODEL}").json()
+    assert f"{held['owner']}/{held['name']}" == MODEL
+    assert held["url"] == f"http://testserver/v1/models/{MODEL}"
+    assert (held["run_count"], held["visibility"]) == (1, "private")
+    assert held["latest_version"]["id"] == HandBatcher.version
+    listed = client.get(f"/v1/models/{MODEL}/versions").json()
+    assert [one["id"] for one in listed["results"]] == [HandBatcher.version]
+
+
+def test_other_models_are_not_there(make: Make) -> None:
+    client = make()
+    for path in (
+        "someone/else",
+        f"{MODEL}/versions/{'0' * 64}",
+        "someone/else/versions",
+        "someone/else/versions/x",
+    ):
+        assert client.get(f"/v1/models/{path}").status_code == 404
+
+
+def test_the_document_is_valid(make: Make) -> None:
+    client = make(tokens=["correct-horse-battery-staple"])
+    client.headers["Authorization"] = "Token correct-horse-battery-staple"
+    document = client.get("/openapi.json").json()
+    validate(document)
+    assert document["security"] == [{"bearer": []}]
+    paths = document["paths"]
+    assert {"/v1/predictions", "/v1/files/{id}", "/v1/webhooks/default/secret", "/livez"} <= paths.keys()
+    assert {"201", "401", "422", "429"} <= paths["/v1/predictions"]["post"]["responses"].keys()
+    assert paths["/livez"]["get"]["security"] == []
+
+
+def test_health(make: Make) -> None:
+    client = make()
+    assert client.get("/livez").json() == {"status": "ok"}
+    assert client.get("/readyz").json() == {"status": "ok"}
+    assert client.get("/health-check").json()["status"] == "READY"
+    assert client.get("/health-check").json()["setup"]["status"] == "succeeded"
+
+
+def test_a_server_that_stops_is_not_ready(make: Make, asked: dict[str, Any]) -> None:
+    client = make()
+    client.app.begin_stop()  # type: ignore[attr-defined]
+    assert client.get("/livez").status_code == 200
+    assert (client.get("/readyz").status_code, client.get("/readyz").json()["status"]) == (503, "stopping")
+    assert client.get("/health-check").json()["status"] == "DEFUNCT"
+    got = client.post("/v1/predictions", json={"input": asked})
+    assert (got.status_code, got.headers["retry-after"]) == (503, "5")
+
+
+def figure(text: str, name: str) -> float:
+    (found,) = re.findall(rf"^{re.escape(name)} (\S+)$", text, re.MULTILINE)
+    return float(found)
+
+
+def test_figures(make: Make, asked: dict[str, Any], batcher: HandBatcher) -> None:
+    client = make(by_itself=False)
+    client.post("/v1/predictions", json={"input": asked | {"num_outputs": 3}})
+    run = batcher.next()
+    text = client.get("/metrics").text
+    assert figure(text, "ritocco_queue_depth") == 1
+    assert figure(text, "ritocco_predictions_running") == 0
+    run.step(1, 2)
+    run.step(2, 2)
+    text = client.get("/metrics").text
+    assert figure(text, "ritocco_queue_depth") == 0
+    assert figure(text, "ritocco_predictions_running") == 1
+    assert figure(text, "ritocco_lanes") == 3
+    assert figure(text, "ritocco_step_seconds_count") == 1
+    run.succeed()
+    client.get(client.get(f"/v1/predictions/{run.id}").json()["urls"]["stream"])
+    client.post("/v1/predictions", json={})
+    text = client.get("/metrics").text
+    assert figure(text, 'ritocco_predictions_ended_total{status="succeeded"}') == 1
+    assert figure(text, 'ritocco_requests_refused_total{status="422"}') == 1
+    assert figure(text, "ritocco_predictions_accepted_total") == 1
+    assert figure(text, "process_resident_memory_bytes") > 0
+
+
+def test_the_secret_of_webhooks(make: Make) -> None:
+    key = make().get("/v1/webhooks/default/secret").json()["key"]
+    assert key.startswith("whsec_")
+    assert len(key.split("_")) == 2

@@ -1,0 +1,185 @@
+"""Webhooks: signed, in order, the last one until it arrives, and never into networks that nobody opened."""
+
+from __future__ import annotations
+
+import http.server
+import json
+import queue
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from hand_batcher import HandBatcher, Make
+from ritocco.errors import FetchError
+from ritocco.fetch import Fetcher
+from ritocco.server import webhooks
+from ritocco.server.webhooks import new_secret, signed
+
+LOOPBACK = Fetcher(allow_networks=["127.0.0.0/8"], timeout_s=10)
+
+
+class Receiver(http.server.ThreadingHTTPServer):
+    """Keeps what it gets, as (headers, body), and answers the next of `statuses`, else 200."""
+
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.got: queue.Queue[tuple[dict[str, str], bytes]] = queue.Queue()
+        self.statuses: list[int] = []
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_address[1]}/hook?key=secret"
+
+    def next(self) -> tuple[dict[str, str], dict[str, Any]]:
+        headers, body = self.got.get(timeout=30)
+        return headers, json.loads(body)
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    server: Receiver
+
+    def log_message(self, *args: object) -> None:
+        """Quiet."""
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers["content-length"]))
+        self.server.got.put(({name.lower(): value for name, value in self.headers.items()}, body))
+        status = self.server.statuses.pop(0) if self.server.statuses else 200
+        self.send_response(status)
+        if status == 302:
+            self.send_header("Location", "http://169.254.169.254/")
+        self.end_headers()
+
+
+@pytest.fixture
+def receiver() -> Iterator[Receiver]:
+    with Receiver() as made:
+        thread = threading.Thread(target=made.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        yield made
+        made.shutdown()
+        thread.join()
+
+
+def test_a_signature_of_the_specification() -> None:
+    """The example of Standard Webhooks' libraries."""
+    secret = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"
+    made = signed(secret, "msg_p5jXN8AQM9LWM0D4loKWxJek", b'{"test": 2432232314}', at=1614265330)
+    assert made["webhook-signature"] == "v1,g0hM9SsE+OTPJTGt/tmIKtSyZlE3uFJELVlNIOLJ1OE="
+
+
+def test_secrets_are_split_at_one_underscore() -> None:
+    assert all(new_secret().count("_") == 1 for _ in range(200))
+
+
+def test_all_events(make: Make, asked: dict[str, Any], batcher: HandBatcher, receiver: Receiver) -> None:
+    client = make(by_itself=False, fetcher=LOOPBACK)
+    events = ["start", "output", "logs", "completed"]
+    body = {"input": asked, "webhook": receiver.url, "webhook_events_filter": events}
+    made = client.post("/v1/predictions", json=body).json()
+    run = batcher.next()
+    run.step(1, 2)
+    first = [receiver.next()[1] for _ in range(2)]
+    assert [one["status"] for one in first] == ["processing", "processing"]
+    assert first[0]["logs"].startswith("Using seed")
+    run.succeed()
+    second = [receiver.next() for _ in range(2)]
+    assert [one["status"] for _, one in second] == ["succeeded", "succeeded"]
+    headers, last = second[1]
+    assert last == client.get(f"/v1/predictions/{made['id']}").json()
+    assert headers["content-type"] == "application/json"
+    secret = client.get("/v1/webhooks/default/secret").json()["key"]
+    raw = json.dumps(last, separators=(",", ":"), ensure_ascii=False).encode()
+    at = int(headers["webhook-timestamp"])
+    assert (
+        headers["webhook-signature"] == signed(secret, headers["webhook-id"], raw, at=at)["webhook-signature"]
+    )
+
+
+def test_without_a_filter_output_and_completed(
+    make: Make, asked: dict[str, Any], batcher: HandBatcher, receiver: Receiver
+) -> None:
+    client = make(fetcher=LOOPBACK)
+    client.post("/predictions", json={"input": asked, "webhook": receiver.url})
+    assert [receiver.next()[1]["status"] for _ in range(2)] == ["succeeded"] * 2
+    assert receiver.got.empty()
+
+
+def test_logs_come_at_most_twice_a_second(
+    make: Make,
+    asked: dict[str, Any],
+    batcher: HandBatcher,
+    receiver: Receiver,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(webhooks, "LOGS_EVERY_S", 3600.0)
+    client = make(by_itself=False, fetcher=LOOPBACK)
+    events = ["logs", "completed"]
+    body = {"input": asked, "webhook": receiver.url, "webhook_events_filter": events}
+    client.post("/v1/predictions", json=body)
+    run = batcher.next()
+    for done in range(1, 6):
+        run.step(done, 5)
+    assert receiver.next()[1]["status"] == "processing"
+    run.succeed()
+    assert receiver.next()[1]["status"] == "succeeded"
+
+
+def test_only_the_last_one_is_repeated(
+    make: Make, asked: dict[str, Any], receiver: Receiver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(webhooks, "_FIRST_PAUSE_S", 0.01)
+    receiver.statuses = [500, 503, 302, 200]
+    client = make(fetcher=LOOPBACK)
+    made = client.post("/predictions", json={"input": asked, "webhook": receiver.url}).json()
+    output, *last = [receiver.next()[0] for _ in range(4)]
+    assert len({one["webhook-id"] for one in last}) == 1
+    assert output["webhook-id"] != last[0]["webhook-id"]
+    assert client.get(f"/v1/predictions/{made['id']}").json()["status"] == "succeeded"
+    client.app.close()  # type: ignore[attr-defined]
+    assert receiver.got.empty()
+
+
+def test_the_last_one_is_sent_after_a_restart(
+    make: Make, asked: dict[str, Any], receiver: Receiver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(webhooks, "_FIRST_PAUSE_S", 3600.0)
+    receiver.statuses = [500, 500]
+    client = make(fetcher=LOOPBACK)
+    made = client.post("/predictions", json={"input": asked, "webhook": receiver.url}).json()
+    assert [receiver.next()[1]["id"] for _ in range(2)] == [made["id"]] * 2
+    client.app.close()  # type: ignore[attr-defined]
+    make(fetcher=LOOPBACK)
+    assert receiver.next()[1] == made | {"logs": made["logs"]}
+    assert receiver.got.empty()
+
+
+def test_closed_networks_get_nothing(
+    make: Make, asked: dict[str, Any], receiver: Receiver, caplog: pytest.LogCaptureFixture
+) -> None:
+    client = make(fetcher=Fetcher())
+    with caplog.at_level("INFO"):
+        held = client.post("/predictions", json={"input": asked, "webhook": receiver.url}).json()
+        client.app.close()  # type: ignore[attr-defined]
+    assert held["status"] == "succeeded"
+    assert receiver.got.empty()
+    outcomes = [one.outcome for one in caplog.records if one.message == "webhook"]  # type: ignore[attr-defined]
+    assert outcomes
+    assert all("is not a public address" in one for one in outcomes)
+    assert "key=secret" not in caplog.text + str(outcomes)
+
+
+def test_the_fetcher_posts(receiver: Receiver) -> None:
+    receiver.statuses = [201, 302]
+    assert LOOPBACK.post(receiver.url, b"{}", {"X-A": "b"}) == 201
+    headers, body = receiver.next()
+    assert (headers["x-a"], headers["host"], body) == ("b", receiver.url.split("/")[2], {})
+    assert LOOPBACK.post(receiver.url, b"", {}) == 302
+    with pytest.raises(FetchError, match=r"webhook: http://127\.0\.0\.1.*not a public address"):
+        Fetcher().post(receiver.url, b"", {}, field="webhook")
+    with pytest.raises(FetchError, match="only http and https"):
+        LOOPBACK.post("ftp://127.0.0.1/", b"", {})
