@@ -231,6 +231,7 @@ sys.stdout.write(json.dumps(facts))
 """
 HEAVY = {
     *("torch", "triton", "transformers", "diffusers", "onnxruntime", "openvino"),
+    *("fastapi", "starlette", "uvicorn", "prometheus_client", "sqlite3"),
     *("httpx", "httpcore", "requests", "urllib3", "typer", "rich", "matplotlib", "scipy"),
     *("ritocco_kernels", "ritocco_export", "ritocco_bench"),
 }

@@ -1,0 +1,147 @@
+"""`ritocco serve`: what it refuses, how it ends, and what is left when it is killed under load."""
+
+from __future__ import annotations
+
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from hand_batcher import picture
+from ritocco import cli
+from ritocco.server.store import INTERRUPTED
+from served import TOKEN, served
+
+HEADERS = {"Authorization": f"Bearer {TOKEN}"}
+SMALL = {"image": picture(0), "mask": picture(255), "width": 64, "height": 64, "num_inference_steps": 2}
+
+Run = Callable[..., tuple[int, str]]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Run:
+    """Runs `ritocco serve` with these arguments, none of which lets it begin: (exit status, stderr)."""
+
+    def call(*args: object) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", ["ritocco", "serve", *map(str, args)])
+        with pytest.raises(SystemExit) as left:
+            cli.main()
+        err = capfd.readouterr().err
+        assert "Traceback" not in err
+        return int(left.value.code or 0), err
+
+    return call
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.5", "example.org"])  # noqa: S104 - refused
+def test_others_are_not_let_in_without_tokens(run: Run, host: str) -> None:
+    status, err = run("--host", host)
+    assert status == 2
+    assert f"--host is {host!r}" in err
+    assert "--token-file" in err
+
+
+def test_options_that_make_no_sense(run: Run, tmp_path: Path) -> None:
+    assert run("--token-file", tmp_path / "nowhere")[1].startswith("error: --token-file is ")
+    assert "outputs is 'x'" in run("--outputs", "x")[1]
+    assert "--log-level is 'x'" in run("--log-level", "x")[1]
+    assert "retention_s is -3600" in run("--retention-hours", "-1")[1]
+    assert "not a network in CIDR" in run("--allow-network", "x")[1]
+    assert run("--port", "70000")[0] == 2
+
+
+def test_the_error_without_the_packages_names_the_extra(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("uvicorn", "fastapi"):
+        with monkeypatch.context() as patch:
+            for module in [one for one in sys.modules if one.startswith("ritocco.server")]:
+                patch.delitem(sys.modules, module)
+            patch.setitem(sys.modules, name, None)
+            status, err = run()
+            assert (status, err) == (1, f'error: the server needs {name}; pip install "ritocco[server]"\n')
+
+
+def test_the_command_line_needs_none_of_it() -> None:
+    code = (
+        "import sys, ritocco.cli; print([n for n in ('fastapi', 'starlette', 'uvicorn') if n in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_it_ends_at_sigterm_and_takes_up_its_queue(tmp_path: Path) -> None:
+    many = SMALL | {"num_inference_steps": 20}
+    with served(tmp_path) as server, httpx.Client(base_url=server.url, headers=HEADERS, timeout=60) as client:
+        ids = [client.post("/v1/predictions", json={"input": many}).json()["id"] for _ in range(10)]
+        waiting: list[Any] = []
+        last = {"input": many, "id": "last"}
+        thread = threading.Thread(
+            target=lambda: waiting.append(client.post("/predictions", json=last).json())
+        )
+        thread.start()
+        while client.get("/v1/predictions/last").status_code == 404:
+            pass
+        assert server.end(signal.SIGTERM) in (0, 143, -signal.SIGTERM)
+        thread.join(60)
+        assert waiting[0]["status"] == "starting"
+        assert not any(TOKEN in line for line in server.log)
+    with (
+        served(tmp_path) as server,
+        httpx.Client(base_url=server.url, headers=HEADERS, timeout=300) as client,
+    ):
+        for id in (*ids, "last"):
+            client.get(client.get(f"/v1/predictions/{id}").json()["urls"]["stream"])
+            assert client.get(f"/v1/predictions/{id}").json()["status"] == "succeeded"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_killed_under_load_nothing_is_lost_or_doubled(tmp_path: Path) -> None:
+    chance = random.Random(5)  # noqa: S311
+    known: dict[str, str] = {}
+    number = 0
+    for _ in range(6):
+        with (
+            served(tmp_path) as server,
+            httpx.Client(base_url=server.url, headers=HEADERS, timeout=60) as client,
+        ):
+            # What was not answered is asked again, under its key.
+            until = time.monotonic() + chance.uniform(0.2, 4)
+            while time.monotonic() < until:
+                body = {"input": SMALL | {"seed": number}}
+                key = {"Idempotency-Key": f"key-{number}"}
+                answer = client.post("/v1/predictions", json=body, headers=key)
+                if answer.status_code == 201:
+                    known[f"key-{number}"] = answer.json()["id"]
+                    number += chance.random() < 0.8
+            server.end(signal.SIGKILL)
+    with (
+        served(tmp_path) as server,
+        httpx.Client(base_url=server.url, headers=HEADERS, timeout=600) as client,
+    ):
+        assert len(known) > 5
+        assert len(set(known.values())) == len(known)
+        for id in known.values():
+            client.get(client.get(f"/v1/predictions/{id}").json()["urls"]["stream"])
+            held = client.get(f"/v1/predictions/{id}").json()
+            if held["status"] == "succeeded":
+                assert held["output"][0].startswith("data:image/png")
+            else:
+                assert (held["status"], held["error"]) == ("failed", INTERRUPTED)
+        listed: list[str] = []
+        page = client.get("/v1/predictions").json()
+        while True:
+            listed += [one["id"] for one in page["results"]]
+            if page["next"] is None:
+                break
+            page = client.get(page["next"]).json()
+        assert sorted(listed) == sorted(known.values())
