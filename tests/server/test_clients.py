@@ -91,6 +91,7 @@ PYTHON_2 = """
 import json, sys
 import replicate
 from replicate import Replicate
+from replicate.exceptions import ModelError
 
 MODEL, VERSION, image, mask, hook = sys.argv[1:6]
 LONG = 60
@@ -111,7 +112,7 @@ found["canceled"] = client.predictions.cancel(prediction_id=made.id).status
 found["still canceled"] = client.predictions.get(prediction_id=made.id).status
 try:
     client.run(MODEL, input=given(image="http://10.1.2.3/image.png"))
-except replicate.exceptions.ModelError as error:
+except ModelError as error:
     found["failed"] = (error.prediction.status, str(error.prediction.error))
 try:
     client.run(MODEL, input=given(num_inference_steps=501))

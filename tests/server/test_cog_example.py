@@ -54,7 +54,7 @@ def test_it_returns_files(predictor: Any, tiny_engine: Engine, ask: Any, tmp_pat
     made.engine = tiny_engine
     for name in ("image", "mask"):
         given.pop(name).save(tmp_path / f"{name}.png")
-        given[name] = sys.modules["cog"].Path(tmp_path / f"{name}.png")  # type: ignore[attr-defined]
+        given[name] = sys.modules["cog"].Path(tmp_path / f"{name}.png")
     defaults = {
         name: parameter.default.get("default")
         for name, parameter in inspect.signature(predictor.predict).parameters.items()

@@ -32,7 +32,7 @@ def serve(make: Make) -> Iterator[Serve]:
                 await super().startup(sockets)
                 ready.set()
 
-        limit = {"h11_max_incomplete_event_size": 32 << 10}
+        limit: dict[str, Any] = {"h11_max_incomplete_event_size": 32 << 10}
         config = uvicorn.Config(
             make(**settings).app, port=0, log_config=None, http="h11", lifespan="off", **limit
         )

@@ -38,7 +38,7 @@ def test_under_a_prefix(kind: Any, root: str, tmp_path: Path, asked: dict[str, A
     app = kind(lifespan=lifespan)
     app.mount("/tools/inpaint", inpainting)
     base = f"http://testserver{root}/tools/inpaint"
-    with TestClient(app, root_path=root) as client:
+    with TestClient(app, base_url=f"http://testserver{root}", root_path=root) as client:
         assert client.get("/tools/inpaint/livez").status_code == 200
         assert client.get("/tools/inpaint/v1/predictions").status_code == 401
         assert client.get("/v1/predictions", headers=HEADERS).status_code == 404

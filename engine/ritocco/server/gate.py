@@ -30,9 +30,10 @@ _FORM_BYTES = 1 << 20  # of an upload's other parts
 
 
 def local_path(scope: Scope) -> str:
-    """The path inside this app, wherever it is mounted."""
+    """The path inside this app, wherever it is mounted: read as the router reads it."""
     path, root = str(scope["path"]), str(scope.get("root_path", ""))
-    return path[len(root) :] if root and path.startswith(root) else path
+    inside = path[len(root) :] if root and path.startswith(root) else path
+    return inside if not inside or inside.startswith("/") else path
 
 
 class Gate:
