@@ -29,7 +29,7 @@ def test_schemathesis_finds_nothing(tmp_path: Path) -> None:
     )
     subprocess.run(pip, check=True)
     with served(tmp_path / "server", "--waiting", 10000, "--max-work", 1) as server:
-        command = [scripts / "schemathesis", "run", f"{server.url}/openapi.json", "--seed", "1"]
+        command = [str(scripts / "schemathesis"), "run", f"{server.url}/openapi.json", "--seed", "1"]
         command += ["--header", f"Authorization: Bearer {TOKEN}", "--max-examples", "25"]
         command += ["--exclude-checks", NOT_HELD, "--exclude-path", "/v1/stream/{name}"]
         done = subprocess.run(command, cwd=tmp_path, capture_output=True, encoding="utf-8", check=False)

@@ -16,7 +16,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
-from ritocco.batcher import Batcher, Ticket
+from ritocco.batcher import Batcher
 from ritocco.errors import BusyError, RequestError, RitoccoError
 from ritocco.images import data_uri
 from ritocco.prediction import Prediction
@@ -30,6 +30,7 @@ from ritocco.server.store import Outcome, Record, Store
 from ritocco.server.webhooks import Event, Webhooks
 from ritocco.shown import said
 from ritocco.sources import decode_data_uri
+from ritocco.tickets import Ticket
 
 _PREPARING = 8
 _RETRY_STORING_S = 5.0
@@ -202,6 +203,7 @@ class Jobs:
                     id=live.record.id,
                     created_at=live.record.created_at,
                     on_step=lambda done, total: self._stepped(live),
+                    allow_local=False,  # no path of a client's reaches the disk
                 )
             except BusyError as busy:
                 with self._room:
