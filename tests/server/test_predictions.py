@@ -294,7 +294,8 @@ def test_what_is_not_there(make: Make) -> None:
         got = client.get(path)
         assert (got.status_code, got.json()["title"], got.json()["status"]) == (404, "Not found", 404)
     assert client.post("/v1/predictions/nothing/cancel").status_code == 404
-    assert client.delete("/v1/predictions").status_code == 405
+    wrong = client.delete("/v1/predictions")
+    assert (wrong.status_code, wrong.headers["allow"]) == (405, "GET, POST")
 
 
 @pytest.mark.parametrize(

@@ -84,22 +84,23 @@ def create_app(engine: Engine | Sequence[Engine] | Batcher, settings: Settings |
         return made
 
     app.openapi = described  # type: ignore[method-assign]
-    for prefix in PREFIXES:
-        shown = prefix == "/v1"
+    routers = [(health.routes(shared), True)]
+    for prefix in PREFIXES:  # the document shows one of them
         for router in (
             predictions.routes(shared, prefix),
             uploads.routes(shared, prefix),
             models.routes(shared, prefix, described),
         ):
-            app.include_router(router, include_in_schema=shown)
-    app.include_router(health.routes(shared))
+            routers.append((router, prefix == "/v1"))
+    for router, shown in routers:
+        app.include_router(router, include_in_schema=shown)
 
     @app.get("/openapi.json", include_in_schema=False)
     def openapi() -> dict[str, Any]:
         """The OpenAPI document."""
         return described()
 
-    install(app, shared.metrics)
+    install(app, [route for router, _ in routers for route in router.routes], shared.metrics)
     # Outermost last.
     app.add_middleware(
         BodyLimits,

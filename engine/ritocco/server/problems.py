@@ -12,6 +12,8 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
+from starlette.routing import BaseRoute, Match
+from starlette.types import Scope
 
 from ritocco.errors import BusyError, RequestError
 from ritocco.schema import InputError, Violation
@@ -106,13 +108,15 @@ def problem_of(error: Exception) -> ProblemError:
     return ProblemError(500, "Internal error", "The server made a mistake; its log has more.")
 
 
-def install(app: FastAPI, metrics: Metrics) -> None:
+def install(app: FastAPI, routes: Sequence[BaseRoute], metrics: Metrics) -> None:
     """Make every error of the app's routes such an answer."""
 
     async def handle(request: Request, error: Exception) -> Response:
         if isinstance(error, ClientDisconnect):  # nobody is there to read it
             return Response(status_code=400)
         made = problem_of(error)
+        if made.status == 405:  # the framework names the methods of the first route alone
+            made.headers["Allow"] = ", ".join(_methods(routes, request.scope))
         metrics.refused.labels(str(made.status)).inc()
         return made.response()
 
@@ -121,6 +125,12 @@ def install(app: FastAPI, metrics: Metrics) -> None:
         *(RequestValidationError, HTTPException, ClientDisconnect, Exception),
     ):
         app.add_exception_handler(kind, handle)
+
+
+def _methods(routes: Sequence[BaseRoute], scope: Scope) -> list[str]:
+    """Those that a path has."""
+    here = [route for route in routes if route.matches(scope)[0] is not Match.NONE]
+    return sorted({method for route in here for method in getattr(route, "methods", None) or ()})
 
 
 def _violation(detail: Mapping[str, Any]) -> Violation:
