@@ -103,7 +103,8 @@ class HandBatcher:
         self.runs: queue.Queue[Run] = queue.Queue()
         self.seen: list[Run] = []
 
-    def submit(self, input: Any, *, on_step: Any = None, id: str = "", **_: Any) -> Run:
+    def submit(self, input: Any, *, on_step: Any, id: str, created_at: str, allow_local: bool) -> Run:
+        assert not allow_local
         parse_input(input, allow_local=False)
         if self.busy:
             self.busy -= 1

@@ -60,7 +60,7 @@ class DeviceLoop:
     @property
     def entries(self) -> list[Entry]:
         """Those on the device, for a look from outside."""
-        held = self._held.copy()
+        held = [one for one in self._held if not one.left_the_device]
         return held + [one for one in self._seats.entries if one not in held]
 
     @property

@@ -132,7 +132,7 @@ def serve(
 
 
 def _server(config: uvicorn.Config, app: App) -> uvicorn.Server:
-    """Uvicorn's, which says where it listens, and at SIGTERM first lets go of whoever waits in the queue."""
+    """Uvicorn's, which says where it listens, and at SIGTERM lets go of whoever would wait in vain."""
     import uvicorn
 
     class Server(uvicorn.Server):
@@ -146,7 +146,7 @@ def _server(config: uvicorn.Config, app: App) -> uvicorn.Server:
 
         def handle_exit(self, sig: int, frame: FrameType | None) -> None:
             # The handler interrupts whatever holds locks, so these are asked for elsewhere.
-            threading.Thread(target=app.begin_stop, name="ritocco-stop").start()
+            threading.Thread(target=app.drain, name="ritocco-drain").start()
             super().handle_exit(sig, frame)
 
     return Server(config)

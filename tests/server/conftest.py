@@ -13,6 +13,8 @@ from hand_batcher import HandBatcher, Make, picture
 from ritocco.server import Settings, create_app
 from ritocco.server.app import App
 
+TOKENS = ("correct-horse-battery-staple", "another-token-of-enough-letters")
+
 
 @pytest.fixture
 def batcher() -> HandBatcher:
@@ -40,3 +42,21 @@ def make(tmp_path: Path, batcher: HandBatcher) -> Iterator[Make]:
 def asked() -> dict[str, Any]:
     """A valid input of small pictures."""
     return {"image": picture(0), "mask": picture(255), "prompt": "a cat", "num_inference_steps": 2}
+
+
+@pytest.fixture(scope="module")
+def open_client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TestClient]:
+    """Of an app without tokens, whose predictions end by themselves; for tests that leave nothing behind."""
+    settings = Settings(data=tmp_path_factory.mktemp("open"), waiting=1000)
+    app = create_app(HandBatcher(), settings)  # type: ignore[arg-type]
+    yield TestClient(app)
+    app.close()
+
+
+@pytest.fixture(scope="module")
+def closed_client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TestClient]:
+    """The same with TOKENS, none of which it sends."""
+    settings = Settings(data=tmp_path_factory.mktemp("closed"), tokens=TOKENS)
+    app = create_app(HandBatcher(), settings)  # type: ignore[arg-type]
+    yield TestClient(app)
+    app.close()

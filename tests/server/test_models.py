@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from openapi_spec_validator import validate
+from starlette.testclient import TestClient
 
 from hand_batcher import HandBatcher, Make
 from ritocco.prediction import MODEL, VERSION
@@ -16,9 +17,8 @@ from ritocco.server.gate import PREFIXES
 
 @pytest.mark.parametrize("prefix", PREFIXES)
 @pytest.mark.parametrize("id", [VERSION, HandBatcher.version])
-def test_a_version(make: Make, prefix: str, id: str) -> None:
-    client = make()
-    held = client.get(f"{prefix}/models/{MODEL}/versions/{id}").json()
+def test_a_version(open_client: TestClient, prefix: str, id: str) -> None:
+    held = open_client.get(f"{prefix}/models/{MODEL}/versions/{id}").json()
     assert {"id", "created_at", "cog_version", "openapi_schema"} <= held.keys()
     assert held["id"] == id
     schemas = held["openapi_schema"]["components"]["schemas"]
@@ -46,15 +46,14 @@ def test_the_model(make: Make, asked: dict[str, Any]) -> None:
     assert [one["id"] for one in listed["results"]] == [HandBatcher.version]
 
 
-def test_other_models_are_not_there(make: Make) -> None:
-    client = make()
+def test_other_models_are_not_there(open_client: TestClient) -> None:
     for path in (
         "someone/else",
         f"{MODEL}/versions/{'0' * 64}",
         "someone/else/versions",
         "someone/else/versions/x",
     ):
-        assert client.get(f"/v1/models/{path}").status_code == 404
+        assert open_client.get(f"/v1/models/{path}").status_code == 404
 
 
 def test_the_document_is_valid(make: Make) -> None:
@@ -69,12 +68,11 @@ def test_the_document_is_valid(make: Make) -> None:
     assert paths["/livez"]["get"]["security"] == []
 
 
-def test_health(make: Make) -> None:
-    client = make()
-    assert client.get("/livez").json() == {"status": "ok"}
-    assert client.get("/readyz").json() == {"status": "ok"}
-    assert client.get("/health-check").json()["status"] == "READY"
-    assert client.get("/health-check").json()["setup"]["status"] == "succeeded"
+def test_health(open_client: TestClient) -> None:
+    assert open_client.get("/livez").json() == {"status": "ok"}
+    assert open_client.get("/readyz").json() == {"status": "ok"}
+    assert open_client.get("/health-check").json()["status"] == "READY"
+    assert open_client.get("/health-check").json()["setup"]["status"] == "succeeded"
 
 
 def test_a_server_that_stops_is_not_ready(make: Make, asked: dict[str, Any]) -> None:
@@ -116,7 +114,7 @@ def test_figures(make: Make, asked: dict[str, Any], batcher: HandBatcher) -> Non
     assert figure(text, "process_resident_memory_bytes") > 0
 
 
-def test_the_secret_of_webhooks(make: Make) -> None:
-    key = make().get("/v1/webhooks/default/secret").json()["key"]
+def test_the_secret_of_webhooks(open_client: TestClient) -> None:
+    key = open_client.get("/v1/webhooks/default/secret").json()["key"]
     assert key.startswith("whsec_")
     assert len(key.split("_")) == 2

@@ -283,18 +283,17 @@ def test_the_stream_of_what_does_not_succeed(
     assert f"data: {data}" in text
 
 
-def test_what_is_not_there(make: Make) -> None:
-    client = make()
+def test_what_is_not_there(open_client: TestClient) -> None:
     for path in (
         "/v1/predictions/nothing",
         "/v1/stream/" + "a" * 26,
         "/v1/nothing",
         "/v1/outputs/" + "a" * 26 + "/x",
     ):
-        got = client.get(path)
+        got = open_client.get(path)
         assert (got.status_code, got.json()["title"], got.json()["status"]) == (404, "Not found", 404)
-    assert client.post("/v1/predictions/nothing/cancel").status_code == 404
-    wrong = client.delete("/v1/predictions")
+    assert open_client.post("/v1/predictions/nothing/cancel").status_code == 404
+    wrong = open_client.delete("/v1/predictions")
     assert (wrong.status_code, wrong.headers["allow"]) == (405, "GET, POST")
 
 
@@ -314,10 +313,9 @@ def test_what_is_not_there(make: Make) -> None:
     ],
 )
 def test_inputs_that_break_a_rule(
-    make: Make, asked: dict[str, Any], changes: dict[str, Any], kind: str, field: str
+    open_client: TestClient, asked: dict[str, Any], changes: dict[str, Any], kind: str, field: str
 ) -> None:
-    client = make()
-    got = client.post("/v1/predictions", json={"input": asked | changes})
+    got = open_client.post("/v1/predictions", json={"input": asked | changes})
     assert got.status_code == 422
     held = got.json()
     assert (held["title"], held["status"]) == ("Input validation failed", 422)
@@ -344,8 +342,8 @@ def test_inputs_that_break_a_rule(
         ({"input": {}, "version": 7}, "invalid_type", "version"),
     ],
 )
-def test_bodies_that_break_a_rule(make: Make, body: Any, kind: str, field: str) -> None:
-    held = make().post("/v1/predictions", json=body)
+def test_bodies_that_break_a_rule(open_client: TestClient, body: Any, kind: str, field: str) -> None:
+    held = open_client.post("/v1/predictions", json=body)
     assert held.status_code == 422
     assert (kind, field) in [(one["type"], one["field"]) for one in held.json()["invalid_fields"]]
 
@@ -353,8 +351,8 @@ def test_bodies_that_break_a_rule(make: Make, body: Any, kind: str, field: str) 
 @pytest.mark.parametrize(
     "version", ["", "x", "0" * 64, "someone/else", f"{MODEL}:", f"{MODEL}:abc", VERSION.upper()]
 )
-def test_versions_that_are_not_served(make: Make, asked: dict[str, Any], version: str) -> None:
-    got = make().post("/v1/predictions", json={"input": asked, "version": version})
+def test_versions_that_are_not_served(open_client: TestClient, asked: dict[str, Any], version: str) -> None:
+    got = open_client.post("/v1/predictions", json={"input": asked, "version": version})
     assert (got.status_code, got.json()["title"]) == (422, "Invalid version or not permitted")
 
 

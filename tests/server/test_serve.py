@@ -15,6 +15,7 @@ from typing import Any
 import httpx
 import pytest
 
+import ritocco
 from hand_batcher import picture
 from ritocco import cli
 from ritocco.server.store import INTERRUPTED
@@ -61,6 +62,7 @@ def test_options_that_make_no_sense(run: Run, tmp_path: Path) -> None:
 def test_the_error_without_the_packages_names_the_extra(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("uvicorn", "fastapi"):
         with monkeypatch.context() as patch:
+            patch.setattr(ritocco, "server", None, raising=False)  # which the import below replaces
             for module in [one for one in sys.modules if one.startswith("ritocco.server")]:
                 patch.delitem(sys.modules, module)
             patch.setitem(sys.modules, name, None)

@@ -6,6 +6,7 @@ import json
 from typing import Any
 
 import pytest
+from starlette.testclient import TestClient
 
 from hand_batcher import HandBatcher, Make, picture
 from ritocco.server.gate import PREFIXES
@@ -110,13 +111,14 @@ def test_uploads_that_are_refused(make: Make, parts: Any, status: int, field: st
     )
 
 
-def test_uploads_of_another_type(make: Make) -> None:
-    client = make()
-    assert client.post("/v1/files", json={}).status_code == 415
+def test_uploads_of_another_type(open_client: TestClient) -> None:
+    assert open_client.post("/v1/files", json={}).status_code == 415
     broken = {"Content-Type": "multipart/form-data; boundary=x"}
-    assert client.post("/v1/files", content=b"nothing", headers=broken).status_code in (400, 422)
+    assert open_client.post("/v1/files", content=b"nothing", headers=broken).status_code in (400, 422)
     assert (
-        client.post("/v1/files", content=b"", headers={"Content-Type": "multipart/form-data"}).status_code
+        open_client.post(
+            "/v1/files", content=b"", headers={"Content-Type": "multipart/form-data"}
+        ).status_code
         == 400
     )
 
@@ -144,12 +146,11 @@ def test_names_are_for_show_only(make: Make, name: str, tmp_path: Any) -> None:
 @pytest.mark.parametrize(
     "id", ["..", "%2e%2e%2fritocco.sqlite", "..%2f..%2fetc%2fpasswd", "a%00b", "%ff", "x" * 5000]
 )
-def test_ids_lead_nowhere(make: Make, id: str) -> None:
-    client = make()
+def test_ids_lead_nowhere(open_client: TestClient, id: str) -> None:
     for path in (
         f"/v1/files/{id}",
         f"/v1/outputs/{id}/out-0.png",
         f"/v1/predictions/{id}",
         f"/v1/stream/{id}",
     ):
-        assert client.get(path).status_code in (404, 405)
+        assert open_client.get(path).status_code in (404, 405)

@@ -46,6 +46,10 @@ class App(FastAPI):
         """Accept nothing more; `close` has to follow."""
         self._parts.shared.jobs.begin_stop()
 
+    def drain(self) -> None:
+        """Accept nothing more, and finish what runs within `grace_s`; `close` has to follow."""
+        self._parts.drain()
+
     def close(self) -> None:
         """Finish what runs, within the settings' `grace_s`, and let go of everything. Again does nothing."""
         self._parts.close()
@@ -148,11 +152,18 @@ class _Parts:
             version=served or VERSION,
             began=store.database.setting("began", timestamp()),
         )
+        self._draining, self._drained = threading.Lock(), False
         self._closing = threading.Lock()
         self._closed = False
         self._wake = threading.Event()
         self._cleaner = threading.Thread(target=self._clean, name="ritocco-clean", daemon=True)
         self._cleaner.start()
+
+    def drain(self) -> None:
+        with self._draining:
+            if not self._drained:
+                self.shared.jobs.stop()
+                self._drained = True
 
     def close(self) -> None:
         with self._closing:
@@ -160,7 +171,7 @@ class _Parts:
                 return
             self._closed = True
             self._wake.set()
-            self.shared.jobs.stop()
+            self.drain()
             if self._owned is not None:
                 self._owned.close(drain=False, timeout=self.shared.settings.grace_s)
             self.shared.webhooks.close()

@@ -147,7 +147,7 @@ class Jobs:
                 live.ticket.cancel()
             live.changed.notify()
         self._await_ends(_AFTER_GRACE_S)
-        self._preparers.shutdown(wait=True, cancel_futures=True)
+        self._preparers.shutdown(wait=False, cancel_futures=True)  # one may be fetching a picture
         self._writer.shutdown(wait=True)
         for live in self._all():
             with suppress(StorageError):
@@ -183,7 +183,8 @@ class Jobs:
         except RequestError as error:
             self._finish(live, Outcome(status="failed", error=str(error)))
         except Exception as error:
-            self._finish(live, _failure(live, error))
+            if not self._stopping:  # else it is run after the next start
+                self._finish(live, _failure(live, error))
         else:
             if ticket is None:
                 return
@@ -234,8 +235,8 @@ class Jobs:
         live.changed.notify()
 
     def _started(self, live: Live) -> None:
-        self._store.start(live.record.id)
-        self._send(live.record, "start", live)
+        if self._store.start(live.record.id):
+            self._send(live.record, "start", live)
 
     def _ended(self, live: Live) -> None:
         ticket = live.ticket

@@ -45,7 +45,7 @@ class AccessLog:
             _log.info("request", extra=said)
 
 
-_USUAL = frozenset(logging.makeLogRecord({}).__dict__) | {"message", "asctime"}
+_USUAL = frozenset(logging.makeLogRecord({}).__dict__) | {"message", "asctime", "color_message"}
 
 
 class JsonLines(logging.Formatter):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, TypeAlias
 
@@ -32,7 +32,7 @@ class Settings:
     webhooks; None makes one from the environment. grace_s: seconds that running predictions get at the end.
     """
 
-    tokens: Sequence[str] = ()
+    tokens: Sequence[str] = field(default=(), repr=False)
     data: Path | None = None
     waiting: int = 64
     retention_s: float = 24 * 60 * 60
