@@ -11,6 +11,7 @@ from typing import Any
 from PIL import Image
 from starlette.testclient import TestClient
 
+from ritocco.batcher import Snapshot
 from ritocco.errors import BusyError
 from ritocco.images import data_uri
 from ritocco.prediction import Prediction, timestamp
@@ -100,6 +101,7 @@ class HandBatcher:
     def __init__(self, *, by_itself: bool = True) -> None:
         self.by_itself = by_itself
         self.busy = 0
+        self.healthy = True
         self.runs: queue.Queue[Run] = queue.Queue()
         self.seen: list[Run] = []
 
@@ -115,6 +117,19 @@ class HandBatcher:
         if self.by_itself:
             threading.Thread(target=self._run, args=(run,), daemon=True).start()
         return run
+
+    def snapshot(self) -> Snapshot:
+        """Three steps of one picture, one of four."""
+        return Snapshot(
+            waiting=0,
+            set_aside=2,
+            running=0,
+            lanes=0,
+            steps={1: 3, 4: 1},
+            step_seconds=[{}],
+            outcomes={},
+            healthy=self.healthy,
+        )
 
     def next(self) -> Run:
         """The next that was submitted, waited for."""

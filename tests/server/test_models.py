@@ -112,6 +112,21 @@ def test_figures(make: Make, asked: dict[str, Any], batcher: HandBatcher) -> Non
     assert figure(text, 'ritocco_requests_refused_total{status="422"}') == 1
     assert figure(text, "ritocco_predictions_accepted_total") == 1
     assert figure(text, "process_resident_memory_bytes") > 0
+    assert figure(text, 'ritocco_steps_total{pictures="4"}') == 1
+    assert figure(text, "ritocco_batch_fill") == 7 / 4
+    assert figure(text, "ritocco_set_aside") == 2
+    assert figure(text, "ritocco_healthy") == 1
+
+
+def test_without_an_engine_it_is_not_ready(make: Make, batcher: HandBatcher) -> None:
+    client = make()
+    assert client.get("/readyz").status_code == 200
+    batcher.healthy = False
+    got = client.get("/readyz")
+    assert (got.status_code, got.json()) == (503, {"status": "engine"})
+    assert client.get("/health-check").json()["status"] == "DEFUNCT"
+    assert client.get("/livez").status_code == 200
+    assert figure(client.get("/metrics").text, "ritocco_healthy") == 0
 
 
 def test_the_secret_of_webhooks(open_client: TestClient) -> None:

@@ -22,6 +22,8 @@ def routes(shared: Shared) -> APIRouter:
         """Why nothing would be accepted; empty where it would."""
         if shared.jobs.stopping:
             return "stopping"
+        if not shared.jobs.healthy:
+            return "engine"
         try:
             return "full" if shared.store.unfinished() >= shared.settings.waiting else ""
         except StorageError:
@@ -32,7 +34,11 @@ def routes(shared: Shared) -> APIRouter:
         """The process answers."""
         return {"status": "ok"}
 
-    @router.get("/readyz", openapi_extra=_OPEN, responses={503: {"description": "Stopping, or no storage"}})
+    @router.get(
+        "/readyz",
+        openapi_extra=_OPEN,
+        responses={503: {"description": "Stopping, no storage, or no engine that works"}},
+    )
     def readyz() -> JSONResponse:
         """Predictions are accepted, if perhaps not this moment: a full queue is no reason to be replaced."""
         why = unready()

@@ -81,7 +81,7 @@ class Jobs:
         self._stopping = False
         self._preparers = ThreadPoolExecutor(_PREPARING, thread_name_prefix="ritocco-prepare")
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="ritocco-write")
-        metrics.watch(self._figures)
+        metrics.watch(self._figures, batcher.snapshot)
 
     def resume(self) -> None:
         """Take up what an earlier process left."""
@@ -101,6 +101,11 @@ class Jobs:
             self._metrics.accepted.inc()
             self._run(record)
         return record, fresh
+
+    @property
+    def healthy(self) -> bool:
+        """Whether the batcher takes requests, and some engine works."""
+        return self._batcher.healthy
 
     def live(self, id: str) -> Live | None:
         """The run of a prediction; None where it ended, or never was."""

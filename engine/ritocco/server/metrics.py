@@ -2,15 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Metric, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.process_collector import ProcessCollector
+from prometheus_client.registry import Collector
 
+from ritocco.batcher import Snapshot
 from ritocco.server.store import Record
 
 _STEP_BUCKETS = (0.002, 0.004, 0.008, 0.016, 0.03, 0.06, 0.12, 0.25, 0.5, 1, 2, 4, 8)
 _TIME_BUCKETS = (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500)
+
+
+class _Batch(Collector):
+    """A batcher's own figures, at the moment that they are asked for."""
+
+    def __init__(self, batch: Callable[[], Snapshot]) -> None:
+        self._batch = batch
+
+    def collect(self) -> Iterator[Metric]:
+        """See prometheus_client."""
+        found = self._batch()
+        steps = CounterMetricFamily("ritocco_steps", "Steps taken, by pictures in them.", labels=["pictures"])
+        for pictures, count in found.steps.items():
+            steps.add_metric([str(pictures)], count)
+        yield steps
+        yield GaugeMetricFamily("ritocco_batch_fill", "Pictures in a step, on average.", found.fill)
+        yield GaugeMetricFamily("ritocco_set_aside", "Requests that others have passed.", found.set_aside)
+        yield GaugeMetricFamily("ritocco_healthy", "Whether some engine works.", float(found.healthy))
 
 
 class Metrics:
@@ -44,8 +65,9 @@ class Metrics:
         for status in ("succeeded", "failed", "canceled"):
             self._outcomes.labels(status)
 
-    def watch(self, figures: Callable[[], tuple[int, int, int]]) -> None:
-        """Where to look for waiting and running predictions, and the latter's pictures."""
+    def watch(self, figures: Callable[[], tuple[int, int, int]], batch: Callable[[], Snapshot]) -> None:
+        """Where to look: waiting and running predictions, and the latter's pictures; the batcher."""
+        self._registry.register(_Batch(batch))
         self._queue.set_function(lambda: figures()[0])
         self._running.set_function(lambda: figures()[1])
         self._lanes.set_function(lambda: figures()[2])
