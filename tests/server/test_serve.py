@@ -15,7 +15,6 @@ from typing import Any
 import httpx
 import pytest
 
-import ritocco
 from hand_batcher import picture
 from ritocco import cli
 from ritocco.server.store import INTERRUPTED
@@ -59,15 +58,13 @@ def test_options_that_make_no_sense(run: Run, tmp_path: Path) -> None:
     assert run("--port", "70000")[0] == 2
 
 
-def test_the_error_without_the_packages_names_the_extra(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("uvicorn", "fastapi"):
-        with monkeypatch.context() as patch:
-            patch.setattr(ritocco, "server", None, raising=False)  # which the import below replaces
-            for module in [one for one in sys.modules if one.startswith("ritocco.server")]:
-                patch.delitem(sys.modules, module)
-            patch.setitem(sys.modules, name, None)
-            status, err = run()
-            assert (status, err) == (1, f'error: the server needs {name}; pip install "ritocco[server]"\n')
+@pytest.mark.parametrize("name", ["uvicorn", "fastapi", "prometheus_client"])
+def test_the_error_without_the_packages_names_the_extra(name: str) -> None:
+    code = f"import sys; sys.modules[{name!r}] = None; sys.argv[1:] = ['serve']; "
+    code += "from ritocco import cli; cli.main()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == f'error: the server needs {name}; pip install "ritocco[server]"\n'
 
 
 def test_the_command_line_needs_none_of_it() -> None:
