@@ -186,6 +186,11 @@ class Batcher:
         self._finalizer.detach()
 
     @property
+    def version(self) -> str:
+        """Of the checkpoint: that of its predictions."""
+        return self._engines[0].version
+
+    @property
     def healthy(self) -> bool:
         """Whether requests are taken, and some engine works: the last ones on it did not all fail."""
         core = self._core

@@ -213,6 +213,8 @@ def test_options_are_checked(
     assert caught.value.field == field
     with pytest.raises(RequestError, match="one checkpoint"):
         Batcher([engine_on(runtime), engine_on(runtime, version="other")])
+    with Batcher(engine_on(runtime, version="one")) as batcher:
+        assert batcher.version == "one"
     with pytest.raises(RequestError, match="engines"):
         Batcher([])
 

@@ -140,7 +140,7 @@ class _Parts:
                 engines, waiting=settings.waiting, time_limit=settings.time_limit_s
             )
         else:
-            batcher, served = engine, getattr(engine, "version", "")
+            batcher, served = engine, engine.version
         metrics = Metrics()
         webhooks = Webhooks(store, settings.fetcher or Fetcher.from_environment())
         self.shared = Shared(
