@@ -102,6 +102,7 @@ class HandBatcher:
         self.by_itself = by_itself
         self.busy = 0
         self.healthy = True
+        self.lost = False
         self.runs: queue.Queue[Run] = queue.Queue()
         self.seen: list[Run] = []
 
@@ -129,6 +130,7 @@ class HandBatcher:
             step_seconds=[{}],
             outcomes={},
             healthy=self.healthy,
+            engines=int(self.healthy),
         )
 
     def next(self) -> Run:

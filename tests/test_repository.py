@@ -49,6 +49,7 @@ PUBLIC_NAMES = [
     "Batcher",
     "BusyError",
     "CheckpointError",
+    "DeviceLostError",
     "Engine",
     "FetchError",
     "Fetcher",

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from ritocco.backends.runtime import LatentSize
 from ritocco.device_loop import DeviceLoop
 from ritocco.engine import Engine, OnStep
-from ritocco.errors import BackendError, BusyError, RequestError
+from ritocco.errors import BackendError, BusyError, DeviceLostError, RequestError
 from ritocco.policy import remaining
 from ritocco.pool import INTERRUPTED, Pool
 from ritocco.prediction import Prediction
@@ -39,7 +39,7 @@ class Snapshot:
     waiting: requests that wait for their first step. set_aside: those that others have passed after some.
     running, lanes: those on a device, and their pictures. steps: how many were taken, by pictures in them.
     step_seconds: of a step, for each engine by size (width and height in pixels) and UNet rows. outcomes:
-    predictions that ended, by status. healthy: see `Batcher.healthy`.
+    predictions that ended, by status. healthy: see `Batcher.healthy`. engines: how many work.
     """
 
     waiting: int
@@ -50,6 +50,7 @@ class Snapshot:
     step_seconds: Sequence[Mapping[tuple[int, int, int], float]]
     outcomes: Mapping[str, int]
     healthy: bool
+    engines: int
 
     @property
     def fill(self) -> float:
@@ -196,6 +197,12 @@ class Batcher:
         core = self._core
         return not core.pool.closing and any(loop.healthy for loop in core.loops)
 
+    @property
+    def lost(self) -> bool:
+        """Whether the last engine's device stopped computing: only another process gets it back."""
+        pool = self._core.pool
+        return pool.closing and isinstance(pool.error, DeviceLostError)
+
     def snapshot(self) -> Snapshot:
         """How it stands."""
         core = self._core
@@ -213,12 +220,14 @@ class Batcher:
             step_seconds=[_in_pixels(loop.times.measured()) for loop in core.loops],
             outcomes=outcomes,
             healthy=self.healthy,
+            engines=sum(loop.healthy for loop in core.loops),
         )
 
     def _refuse_closed(self) -> None:
         pool = self._core.pool
         if pool.error is not None and pool.closing:
-            raise BackendError(f"this batcher has no engine left ({pool.error})")
+            kind = DeviceLostError if isinstance(pool.error, DeviceLostError) else BackendError
+            raise kind(f"this batcher has no engine left ({pool.error})")
         if pool.closing:
             raise BackendError("this batcher is closed; make another")
 

@@ -73,6 +73,22 @@ def onednn_bfloat16() -> bool:
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
+def responds(name: str) -> bool:
+    """Whether a device still computes. After a fault in a kernel CUDA refuses everything to the process that
+    it was in, until that has ended; a lack of memory is no such fault.
+    """
+    import torch
+
+    if not name.startswith("cuda"):
+        return True
+    try:
+        return bool(torch.ones(1, device=name).add_(1).item() == 2.0)
+    except torch.OutOfMemoryError:
+        return True
+    except RuntimeError:
+        return False
+
+
 def refuse_unplanned(device: torch.device, dtype: torch.dtype) -> None:
     """Raises BackendError where memory can't be planned: in bfloat16 on a CPU where oneDNN has it not."""
     import torch

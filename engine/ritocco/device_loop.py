@@ -12,7 +12,7 @@ from functools import partial
 from ritocco import stages
 from ritocco.backends.runtime import Runtime
 from ritocco.engine import Engine
-from ritocco.errors import BackendError, TimeLimitError
+from ritocco.errors import BackendError, DeviceLostError, TimeLimitError
 from ritocco.pixels import Pixels
 from ritocco.policy import Turn, decide, in_order
 from ritocco.pool import INTERRUPTED, Pool
@@ -71,22 +71,41 @@ class DeviceLoop:
     def run(self) -> None:
         """Until the pool is closed and empty. Whatever happens, nobody is left waiting."""
         error: BaseException | None = None
+        ended: set[Entry] = set()
         try:
             while self._turn():
                 self._held = []
         except BaseException as caught:
-            error, self.failures = caught, BROKEN
+            error, self.failures = self._explained(caught), BROKEN
             if not self._engine.closed:
-                _log.exception("a batcher's thread on %s has ended", self._engine.traits.device)
-            held, seated = self._held, self._seats.entries
-            # What had not begun to move here may move elsewhere.
-            elsewhere = [one for one in held if self._others() and one not in seated]
-            for entry in {*held, *seated}.difference(elsewhere):
-                self._pool.end(entry, "failed", error)
-            self._pool.put(one for one in elsewhere if not one.left_the_device)
+                _log.error("a batcher's thread has ended: %s", error, exc_info=caught)
+            ended = self._leave_to_others(error)
         self._held = []
         self._seats.forget()
         self._pool.stopped(error)
+        for entry in ended:
+            self._pool.end(entry, "failed", error)
+
+    def _explained(self, error: BaseException) -> BaseException:
+        if self._engine.closed or self._engine.responds():
+            return error
+        return DeviceLostError(f"{self._engine.traits.device} has stopped computing: {error}")
+
+    def _leave_to_others(self, error: BaseException) -> set[Entry]:
+        """What had not begun to move here may move elsewhere. Where the device is lost, what moved may begin
+        again, but for those whose turn it was: one of them may be what broke it. Returns who may not.
+        """
+        seated = self._seats.entries
+        elsewhere = [one for one in {*self._held, *seated} if not one.left_the_device and self._others()]
+        if isinstance(error, DeviceLostError):
+            elsewhere = [one for one in elsewhere if one not in self._held]
+            with self._pool.changed:
+                for entry in (*elsewhere, *self._pool.entries):
+                    entry.forget(error)
+        else:
+            elsewhere = [one for one in elsewhere if one not in seated]
+        self._pool.put(elsewhere)
+        return {*self._held, *seated}.difference(elsewhere)
 
     def _turn(self) -> bool:
         """The next thing that is to be done. False at the end."""
@@ -297,7 +316,7 @@ class DeviceLoop:
             other.again(BackendError("others could not be taken out of its batch"))
 
     def _failed(self, entry: Entry, error: Exception) -> None:
-        if self._engine.closed:
+        if self._engine.closed or not self._engine.responds():
             raise error  # nothing will run here any more
         self.failures += 1
         self._end(entry, error)

@@ -19,6 +19,7 @@ from ritocco import stages
 from ritocco.backends.host_memory import give_back_freed_memory
 from ritocco.backends.runtime import Floats, Lane, Runtime
 from ritocco.denoise import denoise
+from ritocco.device import responds
 from ritocco.errors import BackendError
 from ritocco.fetch import Fetcher
 from ritocco.pixels import Pixels
@@ -202,6 +203,13 @@ class Engine:
     def closed(self) -> bool:
         """Whether `close` was called."""
         return self._closed
+
+    def responds(self) -> bool:
+        """Whether its device still computes; see `device.responds`. Waits for a running prediction."""
+        if self._holder == threading.get_ident():
+            return responds(self.traits.device)
+        with self.holding():
+            return responds(self.traits.device)
 
     @property
     def budgeted(self) -> bool:

@@ -6,6 +6,7 @@
     - FetchError        (a URL that could not or may not be fetched)
   + CheckpointError     (a model folder or file: missing, damaged, not an inpainting model, not trusted)
   + BackendError        (a device, dtype or backend that this machine does not have)
+    - DeviceLostError   (the device stopped computing; only another process gets it back)
   + NonFiniteError      (the network produced NaN or infinity; names the step)
   + BusyError           (a batcher has as many requests waiting as it takes)   HTTP 429
   + TimeLimitError      (a batcher's time limit for a request is over)
@@ -40,6 +41,10 @@ class CheckpointError(RitoccoError, ValueError):
 
 class BackendError(RitoccoError, RuntimeError):
     """This machine or installation can't run what was asked for; the message says what would."""
+
+
+class DeviceLostError(BackendError):
+    """The device stopped computing in the middle of something, and gives nothing to this process any more."""
 
 
 class NonFiniteError(RitoccoError, ArithmeticError):

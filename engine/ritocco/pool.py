@@ -17,7 +17,8 @@ INTERRUPTED = "Prediction interrupted; please retry (code: PA)"
 class Pool:
     """changed: held while anything here is read or written, and told of every change. closing: nothing more
     is taken. interrupted: what is not done yet is to end now. reserved: places of requests that are being
-    looked at. loops: how many take from it. error: what ended one of them. outcomes: how many ended how.
+    looked at. loops: how many take from it. error: what ended the last that
+    failed. outcomes: how many ended how.
     """
 
     def __init__(self, loops: int) -> None:
@@ -62,7 +63,7 @@ class Pool:
         """
         with self.changed:
             self.loops -= 1
-            self.error = self.error or error
+            self.error = error or self.error
             if self.loops:
                 return
             self.closing = True

@@ -16,6 +16,8 @@ from ritocco.errors import BackendError, RequestError
 from ritocco.fetch import Fetcher
 
 if TYPE_CHECKING:
+    import socket
+
     import uvicorn
 
     from ritocco.server.app import App
@@ -74,6 +76,7 @@ def serve(
         import uvicorn
         from starlette.middleware.trustedhost import TrustedHostMiddleware
 
+        from ritocco.server import again
         from ritocco.server.app import create_app
         from ritocco.server.settings import Settings, read_tokens
     except ModuleNotFoundError as error:
@@ -123,26 +126,36 @@ def serve(
         backlog=_BACKLOG,
         timeout_graceful_shutdown=int(grace) + 15,
     )
+    listener = again.inherited() or config.bind_socket()
     try:
-        _server(config, app).run()
+        _server(config, app, listener).run(sockets=[listener.dup()])
     finally:
         app.close()
+        if app.lost:
+            again.start(listener)
         for engine in engines:
             engine.close()
 
 
-def _server(config: uvicorn.Config, app: App) -> uvicorn.Server:
-    """Uvicorn's, which says where it listens, and at SIGTERM lets go of whoever would wait in vain."""
+def _server(config: uvicorn.Config, app: App, listener: socket.socket) -> uvicorn.Server:
+    """Uvicorn's, which says where it listens, lets go of whoever would wait in vain at SIGTERM, and ends
+    where the device is lost; then `listener` stays open for the next process.
+    """
     import uvicorn
 
     class Server(uvicorn.Server):
         async def startup(self, sockets: Any = None) -> None:
             await super().startup(sockets)
-            for server in self.servers:
-                for socket in server.sockets:
-                    address = socket.getsockname()
-                    name = f"[{address[0]}]" if ":" in address[0] else address[0]
-                    typer.echo(f"listening on http://{name}:{address[1]}", err=True)
+            host, port = listener.getsockname()[:2]
+            typer.echo(f"listening on http://{f'[{host}]' if ':' in host else host}:{port}", err=True)
+
+        async def shutdown(self, sockets: Any = None) -> None:
+            if not app.lost:
+                listener.close()
+            await super().shutdown(sockets)
+
+        async def on_tick(self, counter: int) -> bool:
+            return app.lost or await super().on_tick(counter)
 
         def handle_exit(self, sig: int, frame: FrameType | None) -> None:
             # The handler interrupts whatever holds locks, so these are asked for elsewhere.

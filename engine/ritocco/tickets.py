@@ -144,3 +144,9 @@ class Entry:
         """Back to before the first step: results depend on the input alone, so only time is lost."""
         self.job.request.log.note(f"A step of several requests failed ({error}); starting again, alone")
         self.lanes, self.taken, self.alone = list(self.first), 0, True
+
+    def forget(self, error: BaseException) -> None:
+        """Back to before anything was computed: what was may lie on a device that is lost."""
+        if self.first:
+            self.job.request.log.note(f"{error}; starting again")
+        self.first, self.lanes, self.taken = [], [], 0

@@ -12,11 +12,21 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
-from ritocco import BackendError, Batcher, BusyError, Engine, RequestError, Ticket, TimeLimitError
+from ritocco import (
+    BackendError,
+    Batcher,
+    BusyError,
+    DeviceLostError,
+    Engine,
+    RequestError,
+    Ticket,
+    TimeLimitError,
+)
 from ritocco.checkpoint import load_tokenizer, open_checkpoint
 from ritocco.loading import pocket_model
 from ritocco.pool import INTERRUPTED
@@ -571,6 +581,86 @@ def test_an_engine_that_is_closed_under_a_batcher(
     assert not batcher.healthy
 
 
+@pytest.fixture
+def lose(monkeypatch: pytest.MonkeyPatch) -> Callable[[VirtualRuntime], None]:
+    """Makes a runtime's device fail from now on, as after a fault in a kernel."""
+
+    def call(runtime: VirtualRuntime) -> None:
+        def fail(what: str, seeds: tuple[int, ...]) -> None:
+            raise RuntimeError("unspecified launch failure")
+
+        runtime.fails = fail
+        runtime.traits = replace(runtime.traits, device="lost")
+
+    monkeypatch.setattr("ritocco.engine.responds", lambda name: name != "lost")
+    return call
+
+
+def test_a_lost_device_ends_all_with_one_error(
+    runtime: VirtualRuntime, engine_on: Callable[..., Engine], make: Make, asked: Ask, lose: Any
+) -> None:
+    engine = engine_on(runtime)
+    batcher = make(engine)
+
+    def fail(done: int, total: int) -> None:
+        if done == 2:
+            lose(runtime)
+            engine.traits = runtime.traits
+
+    runtime.hold()
+    tickets = [batcher.submit(asked(9, 1), on_step=fail)]
+    assert runtime.arrive() == "start"
+    tickets += [batcher.submit(asked(9, seed)) for seed in range(2, 5)]
+    runtime.let_all()
+    for ticket in tickets:
+        with pytest.raises(DeviceLostError, match="lost has stopped computing: unspecified launch failure"):
+            ticket.result(PATIENCE)
+    assert len(runtime.steps()) == 2, "nobody else is tried there"
+    assert batcher.lost
+    assert not batcher.healthy
+    assert batcher.snapshot().engines == 0
+    with pytest.raises(DeviceLostError, match="no engine left"):
+        batcher.submit(asked(1, 9))
+
+
+def test_others_take_over_from_a_lost_device(
+    runtime: VirtualRuntime, engine_on: Callable[..., Engine], make: Make, asked: Ask, lose: Any
+) -> None:
+    other = VirtualRuntime()
+    engines = [engine_on(runtime), engine_on(other)]
+    batcher = make(engines)
+    runtime.hold()
+    other.hold()
+    first = [batcher.submit(asked(20, seed)) for seed in range(2)]
+    assert (runtime.arrive(), other.arrive()) == ("start", "start")
+    more = [batcher.submit(asked(3, seed)) for seed in range(2, 8)]
+    lose(runtime)
+    engines[0].traits = runtime.traits
+    other.let_all()
+    runtime.let_all()
+    with pytest.raises(DeviceLostError, match="lost has stopped"):
+        results(first)  # one of them, whose turn it was
+    assert sorted(ticket.prediction.status for ticket in first) == ["failed", "succeeded"]
+    assert {one.status for one in results(more)} == {"succeeded"}
+    assert not batcher.lost
+    assert (batcher.healthy, batcher.snapshot().engines) == (True, 1)
+
+
+def test_a_failure_where_the_device_responds_is_the_requests_own(
+    runtime: VirtualRuntime, make: Make, asked: Ask
+) -> None:
+    def fail(what: str, seeds: tuple[int, ...]) -> None:
+        if seeds == (1,):
+            raise RuntimeError("out of luck")
+
+    runtime.fails = fail
+    batcher = make()
+    with pytest.raises(RuntimeError, match="out of luck"):
+        batcher.submit(asked(3, 1)).result(PATIENCE)
+    assert batcher.submit(asked(3, 2)).result(PATIENCE).status == "succeeded"
+    assert not batcher.lost
+
+
 class Flags(SafetyChecker):
     """Flags everything."""
 
@@ -670,4 +760,4 @@ def test_the_loops_errors_are_logged(
     monkeypatch.setattr("ritocco.device_loop.decide", lambda *_, **__: 1 / 0)
     with caplog.at_level(logging.ERROR, logger="ritocco"), pytest.raises(ZeroDivisionError):
         make().submit(asked(1, 1)).result(PATIENCE)
-    assert "a batcher's thread on virtual has ended" in caplog.text
+    assert "a batcher's thread has ended: division by zero" in caplog.text

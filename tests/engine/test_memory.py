@@ -53,9 +53,11 @@ def assert_foretold(
     assert tuple(taken)[: len(PHASES)] == PHASES
     for phase, most in taken.items():
         assert said.phases[phase].most >= most, phase
-    peak, phase = max((most, phase) for phase, most in taken.items())
-    assert said.peak[0] == phase
-    assert said.peak[1].most <= (1 + MOST_OVER) * peak + STANDING
+    peak = max(taken.values())
+    foretold, most = said.peak
+    # Two phases may be so near that either is the highest within what a plan may be over.
+    assert (1 + MOST_OVER) * taken[foretold] + STANDING >= peak
+    assert most.most <= (1 + MOST_OVER) * peak + STANDING
     return plan
 
 

@@ -42,6 +42,11 @@ class App(FastAPI):
 
     _parts: _Parts
 
+    @property
+    def lost(self) -> bool:
+        """Whether the device is lost to this process: `close`, and start another, which goes on."""
+        return self._parts.shared.jobs.lost
+
     def begin_stop(self) -> None:
         """Accept nothing more; `close` has to follow."""
         self._parts.shared.jobs.begin_stop()

@@ -20,7 +20,7 @@ def routes(shared: Shared) -> APIRouter:
 
     def unready() -> str:
         """Why nothing would be accepted; empty where it would."""
-        if shared.jobs.stopping:
+        if shared.jobs.stopping and not shared.jobs.lost:
             return "stopping"
         if not shared.jobs.healthy:
             return "engine"
@@ -29,10 +29,15 @@ def routes(shared: Shared) -> APIRouter:
         except StorageError:
             return "storage"
 
-    @router.get("/livez", openapi_extra=_OPEN)
-    async def livez() -> dict[str, str]:
-        """The process answers."""
-        return {"status": "ok"}
+    @router.get(
+        "/livez",
+        openapi_extra=_OPEN,
+        responses={503: {"description": "The device is lost to this process: start another"}},
+    )
+    async def livez() -> JSONResponse:
+        """The process answers, and can compute."""
+        lost = shared.jobs.lost
+        return JSONResponse({"status": "device lost" if lost else "ok"}, 503 if lost else 200)
 
     @router.get(
         "/readyz",

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ritocco.batcher import Batcher
-from ritocco.errors import BusyError, RequestError, RitoccoError
+from ritocco.errors import BusyError, DeviceLostError, RequestError, RitoccoError
 from ritocco.images import data_uri
 from ritocco.prediction import Prediction
 from ritocco.server.answers import answer
@@ -26,7 +26,7 @@ from ritocco.server.files import StoredFile
 from ritocco.server.metrics import Metrics
 from ritocco.server.settings import Settings
 from ritocco.server.signals import Signal
-from ritocco.server.store import Outcome, Record, Store
+from ritocco.server.store import INTERRUPTED, Outcome, Record, Store
 from ritocco.server.webhooks import Event, Webhooks
 from ritocco.shown import said
 from ritocco.sources import decode_data_uri
@@ -79,6 +79,7 @@ class Jobs:
         self._lock = threading.Lock()
         self._room = threading.Condition()
         self._stopping = False
+        self._lost = False
         self._preparers = ThreadPoolExecutor(_PREPARING, thread_name_prefix="ritocco-prepare")
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="ritocco-write")
         metrics.watch(self._figures, batcher.snapshot)
@@ -123,6 +124,11 @@ class Jobs:
             ticket.cancel()
         if waiting:
             self._finish(live, Outcome(status="canceled"))
+
+    @property
+    def lost(self) -> bool:
+        """Whether nothing will be computed in this process any more."""
+        return self._lost
 
     @property
     def stopping(self) -> bool:
@@ -187,6 +193,8 @@ class Jobs:
             ticket = self._submitted(live, self._with_own_files(live.record.input))
         except RequestError as error:
             self._finish(live, Outcome(status="failed", error=str(error)))
+        except DeviceLostError as error:
+            self._device_lost(live, error)
         except Exception as error:
             if not self._stopping:  # else it is run after the next start
                 self._finish(live, _failure(live, error))
@@ -248,6 +256,9 @@ class Jobs:
         assert ticket is not None  # noqa: S101 - it was its callback
         try:
             prediction = ticket.result(0)
+        except DeviceLostError as error:
+            self._device_lost(live, error)
+            return
         except Exception as error:
             self._finish(live, _failure(live, error))
             return
@@ -262,6 +273,23 @@ class Jobs:
             metrics=prediction.metrics,
         )
         self._finish(live, outcome, prediction.output or ())
+
+    def _device_lost(self, live: Live, error: DeviceLostError) -> None:
+        """What had begun has failed, as when a process is killed. The rest waits on the disk for the next
+        process, since this one has no engine any more; nothing more is accepted.
+        """
+        running = live.prediction
+        begun = running is not None and running.started_at is not None
+        if self._batcher.lost and not self._lost:
+            self._lost = True
+            _log.critical("device lost", extra={"error": said(error)})
+            self.begin_stop()
+        if begun or not self._batcher.lost:
+            self._finish(
+                live, Outcome(status="failed", logs=running.logs if running else "", error=INTERRUPTED)
+            )
+        else:
+            self._forget(live)
 
     def _finish(self, live: Live, outcome: Outcome, output: Any = ()) -> None:
         """Write an end down. Where the disk refuses, fail; where it refuses that too, try again later."""

@@ -32,6 +32,7 @@ class _Batch(Collector):
         yield GaugeMetricFamily("ritocco_batch_fill", "Pictures in a step, on average.", found.fill)
         yield GaugeMetricFamily("ritocco_set_aside", "Requests that others have passed.", found.set_aside)
         yield GaugeMetricFamily("ritocco_healthy", "Whether some engine works.", float(found.healthy))
+        yield GaugeMetricFamily("ritocco_engines", "Engines that work.", found.engines)
 
 
 class Metrics:
