@@ -56,13 +56,17 @@ class Served:
 
 
 @contextmanager
-def served(folder: Path, *options: object) -> Iterator[Served]:
-    """A server on a free port, with TOKEN, its data in the folder; killed at the end if it still runs."""
+def served(folder: Path, *options: object, script: str | None = None) -> Iterator[Served]:
+    """A server on a free port, with TOKEN, its data in the folder; killed at the end if it still runs.
+
+    script: Python that runs `ritocco.cli.main` itself.
+    """
     folder.mkdir(exist_ok=True)
     tokens = folder / "tokens.txt"
     tokens.write_text(f"{TOKEN}\n", encoding="utf-8")
     given = ("--port", 0, "--token-file", tokens, "--data", folder / "data", "--dtype", "float32", *options)
-    command = [sys.executable, "-m", "ritocco", "serve", *map(str, given)]
+    begin = ["-m", "ritocco"] if script is None else ["-c", script]
+    command = [sys.executable, *begin, "serve", *map(str, given)]
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=env)
     made = Served(process)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from hand_batcher import HandBatcher, Make
-from ritocco.errors import BackendError
+from ritocco.errors import BackendError, DeviceLostError
 from ritocco.server import Settings, create_app
 from ritocco.server.database import StorageError
 from ritocco.server.store import INTERRUPTED, Store
@@ -159,3 +159,52 @@ def test_two_apps_do_not_share_a_folder(make: Make) -> None:
     make()
     with pytest.raises(BackendError, match="another process is using"):
         make()
+
+
+def test_a_lost_device_fails_what_ran_and_keeps_what_waits(
+    make: Make, asked: dict[str, Any], batcher: HandBatcher
+) -> None:
+    client = make(by_itself=False)
+    ids = [client.post("/v1/predictions", json={"input": asked}).json()["id"] for _ in range(3)]
+    runs = {run.id: run for run in (batcher.next() for _ in ids)}
+    runs[ids[0]].step(1, 2)
+    assert (client.get("/livez").status_code, client.get("/readyz").status_code) == (200, 200)
+    batcher.lost, batcher.healthy = True, False
+    for run in runs.values():
+        run.fail(DeviceLostError("cuda:0 has stopped computing: unspecified launch failure"))
+    client.get(client.get(f"/v1/predictions/{ids[0]}").json()["urls"]["stream"])
+    assert client.app.lost  # type: ignore[attr-defined]
+    assert client.get("/livez").status_code == 503
+    assert client.get("/readyz").json() == {"status": "engine"}
+    refused = client.post("/v1/predictions", json={"input": asked})
+    assert (refused.status_code, refused.headers["Retry-After"]) == (503, "5")
+    client.app.close()  # type: ignore[attr-defined]
+    batcher.lost, batcher.healthy = False, True
+    again = make()
+    for id in ids:
+        again.get(again.get(f"/v1/predictions/{id}").json()["urls"]["stream"])
+    held = [again.get(f"/v1/predictions/{id}").json() for id in ids]
+    assert [one["status"] for one in held] == ["failed", "succeeded", "succeeded"]
+    assert held[0]["error"] == INTERRUPTED
+    assert [run.id for run in batcher.seen].count(ids[1]) == 2
+
+
+def test_what_comes_after_the_loss_waits_too(
+    make: Make, asked: dict[str, Any], batcher: HandBatcher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = make(by_itself=False)
+    batcher.lost = True
+
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise DeviceLostError("this batcher has no engine left")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(batcher, "submit", refuse)
+        made = client.post("/v1/predictions", json={"input": asked}, headers={"Prefer": "wait"}).json()
+    assert made["status"] == "starting"
+    assert client.app.lost  # type: ignore[attr-defined]
+    client.app.close()  # type: ignore[attr-defined]
+    batcher.lost = False
+    again = make()
+    again.get(again.get(f"/v1/predictions/{made['id']}").json()["urls"]["stream"])
+    assert again.get(f"/v1/predictions/{made['id']}").json()["status"] == "succeeded"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import signal
 import subprocess
@@ -9,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +102,56 @@ def test_it_ends_at_sigterm_and_takes_up_its_queue(tmp_path: Path) -> None:
         for id in (*ids, "last"):
             client.get(client.get(f"/v1/predictions/{id}").json()["urls"]["stream"])
             assert client.get(f"/v1/predictions/{id}").json()["status"] == "succeeded"
+
+
+LOSES_ITS_DEVICE = """
+import os
+import ritocco.engine
+from ritocco import cli
+from ritocco.seats import Seats
+
+if "RITOCCO_STARTED_AGAIN" not in os.environ:
+    step, taken = Seats.step, []
+
+    def fail(self, entries):
+        taken.append(entries)
+        if len(taken) > 3:
+            ritocco.engine.responds = lambda name: False
+            raise RuntimeError("unspecified launch failure")
+        step(self, entries)
+
+    Seats.step = fail
+cli.main()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.skipif(sys.platform == "win32", reason="a process can't become another there")
+def test_a_lost_device_starts_it_again_in_its_place(tmp_path: Path) -> None:
+    many = SMALL | {"num_inference_steps": 20}
+    with (
+        served(tmp_path, script=LOSES_ITS_DEVICE) as server,
+        httpx.Client(base_url=server.url, headers=HEADERS, timeout=120) as client,
+    ):
+        first = client.post("/v1/predictions", json={"input": many}, headers={"Prefer": "wait"}).json()
+        assert (first["status"], first["error"]) == ("failed", INTERRUPTED)
+        again = {"input": many, "id": "again"}
+        # As a client that asks again, and is refused or waits until the next process listens.
+        while True:
+            with suppress(httpx.TransportError):
+                answer = client.put("/predictions/again", json=again)
+                if answer.status_code != 503:
+                    break
+        assert answer.json()["status"] == "succeeded"
+        assert client.get(f"/v1/predictions/{first['id']}").json()["status"] == "failed"
+        assert server.process.poll() is None, "the process that was started"
+        said = [json.loads(line) for line in server.log if line.startswith("{")]
+        assert [one["message"] for one in said].count("device lost") == 1
+        assert [one["times"] for one in said if one["message"] == "starting again"] == [1]
+        assert server.end(signal.SIGTERM) in (0, 143, -signal.SIGTERM)
+        with pytest.raises(httpx.ConnectError):
+            client.get("/livez")
 
 
 @pytest.mark.slow
