@@ -16,10 +16,9 @@ from ritocco.errors import BackendError, RequestError
 from ritocco.fetch import Fetcher
 
 if TYPE_CHECKING:
-    import socket
-
     import uvicorn
 
+    from ritocco.server.again import Listener
     from ritocco.server.app import App
 
 _DAY_H = 24.0
@@ -137,7 +136,7 @@ def serve(
             engine.close()
 
 
-def _server(config: uvicorn.Config, app: App, listener: socket.socket) -> uvicorn.Server:
+def _server(config: uvicorn.Config, app: App, listener: Listener) -> uvicorn.Server:
     """Uvicorn's, which says where it listens, lets go of whoever would wait in vain at SIGTERM, and ends
     where the device is lost; then `listener` stays open for the next process.
     """

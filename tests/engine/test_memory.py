@@ -51,13 +51,13 @@ def assert_foretold(
     said = plan.usage
     assert tuple(said.phases) == tuple(taken)
     assert tuple(taken)[: len(PHASES)] == PHASES
-    for phase, most in taken.items():
-        assert said.phases[phase].most >= most, phase
+    for name, most in taken.items():
+        assert said.phases[name].most >= most, name
     peak = max(taken.values())
-    foretold, most = said.peak
+    phase, foretold = said.peak
     # Two phases may be so near that either is the highest within what a plan may be over.
-    assert (1 + MOST_OVER) * taken[foretold] + STANDING >= peak
-    assert most.most <= (1 + MOST_OVER) * peak + STANDING
+    assert (1 + MOST_OVER) * taken[phase] + STANDING >= peak
+    assert foretold.most <= (1 + MOST_OVER) * peak + STANDING
     return plan
 
 

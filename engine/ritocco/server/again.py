@@ -17,17 +17,19 @@ _LASTED_S = 600.0
 _MOST_WAIT_S = 60.0
 EX_SOFTWARE = 70
 
+Listener = socket.socket
+
 _log = logging.getLogger(__name__)
 _began = time.monotonic()
 
 
-def inherited() -> socket.socket | None:
+def inherited() -> Listener | None:
     """The socket that the process before listened on; None where there was none."""
     number = os.environ.pop(_SOCKET, None)
     return None if number is None else socket.socket(fileno=int(number))
 
 
-def start(listener: socket.socket) -> None:
+def start(listener: Listener) -> None:
     """Does not return. Waits longer each time, up to a minute, where it did not last for ten minutes.
 
     Raises SystemExit on Windows, where a process can't become another.
