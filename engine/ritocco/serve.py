@@ -6,6 +6,7 @@ import ipaddress
 import logging
 import sys
 import threading
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -125,6 +126,7 @@ def serve(
         backlog=_BACKLOG,
         timeout_graceful_shutdown=int(grace) + 15,
     )
+    _allow_open_files()
     listener = again.inherited() or config.bind_socket()
     try:
         _server(config, app, listener).run(sockets=[listener.dup()])
@@ -162,6 +164,17 @@ def _server(config: uvicorn.Config, app: App, listener: Listener) -> uvicorn.Ser
             super().handle_exit(sig, frame)
 
     return Server(config)
+
+
+def _allow_open_files() -> None:
+    """As many as may be: each connection is one, and shells allow 1024."""
+    try:
+        import resource
+    except ModuleNotFoundError:  # Windows has no such limit
+        return
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    with suppress(ValueError, OSError):  # macOS says "infinite", and takes less
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def _engines(model: str | None, device: str, options: dict[str, Any]) -> list[Any]:

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from ritocco.prediction import MODEL, VERSION
-from served import TOKEN, Served, served
+from ritocco_bench.serving import TOKEN, Served, served
 from webhook_receiver import Receiver, receiving
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]

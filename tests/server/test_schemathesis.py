@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from served import TOKEN, served
+from ritocco_bench.serving import TOKEN, served
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 # An answer that is refused for want of room is no violation, but it is a positive case that was not accepted.

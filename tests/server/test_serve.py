@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import random
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ import pytest
 from hand_batcher import picture
 from ritocco import cli
 from ritocco.server.store import INTERRUPTED
-from served import TOKEN, served
+from ritocco_bench.serving import TOKEN, served
 
 HEADERS = {"Authorization": f"Bearer {TOKEN}"}
 SMALL = {"image": picture(0), "mask": picture(255), "width": 64, "height": 64, "num_inference_steps": 2}
@@ -81,7 +82,10 @@ def test_the_command_line_needs_none_of_it() -> None:
 @pytest.mark.timeout(900)
 def test_it_ends_at_sigterm_and_takes_up_its_queue(tmp_path: Path) -> None:
     many = SMALL | {"num_inference_steps": 20}
-    with served(tmp_path) as server, httpx.Client(base_url=server.url, headers=HEADERS, timeout=60) as client:
+    with (
+        served(tmp_path, "--dtype", "float32") as server,
+        httpx.Client(base_url=server.url, headers=HEADERS, timeout=60) as client,
+    ):
         ids = [client.post("/v1/predictions", json={"input": many}).json()["id"] for _ in range(10)]
         waiting: list[Any] = []
         last = {"input": many, "id": "last"}
@@ -96,12 +100,32 @@ def test_it_ends_at_sigterm_and_takes_up_its_queue(tmp_path: Path) -> None:
         assert waiting[0]["status"] == "starting"
         assert not any(TOKEN in line for line in server.log)
     with (
-        served(tmp_path) as server,
+        served(tmp_path, "--dtype", "float32") as server,
         httpx.Client(base_url=server.url, headers=HEADERS, timeout=300) as client,
     ):
         for id in (*ids, "last"):
             client.get(client.get(f"/v1/predictions/{id}").json()["urls"]["stream"])
             assert client.get(f"/v1/predictions/{id}").json()["status"] == "succeeded"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.skipif(sys.platform == "win32", reason="no limit of open files to be raised there")
+def test_a_thousand_idle_connections_keep_nobody_out(tmp_path: Path) -> None:
+    import resource
+
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (1024, before[1]))  # as in a shell, for the server
+    with served(tmp_path, "--dtype", "float32") as server, ExitStack() as stack:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (before[1], before[1]))
+        stack.callback(resource.setrlimit, resource.RLIMIT_NOFILE, before)
+        host, port = server.url.removeprefix("http://").split(":")
+        for number in range(1200):
+            idle = stack.enter_context(socket.create_connection((host, int(port)), timeout=30))
+            idle.sendall(b"GET /livez HTTP/1.1\r\n" if number % 2 else b"")
+        client = stack.enter_context(httpx.Client(base_url=server.url, headers=HEADERS, timeout=60))
+        answer = client.post("/v1/predictions", json={"input": SMALL}, headers={"Prefer": "wait"})
+        assert answer.json()["status"] == "succeeded"
 
 
 LOSES_ITS_DEVICE = """
@@ -131,7 +155,7 @@ cli.main()
 def test_a_lost_device_starts_it_again_in_its_place(tmp_path: Path) -> None:
     many = SMALL | {"num_inference_steps": 20}
     with (
-        served(tmp_path, script=LOSES_ITS_DEVICE) as server,
+        served(tmp_path, "--dtype", "float32", script=LOSES_ITS_DEVICE) as server,
         httpx.Client(base_url=server.url, headers=HEADERS, timeout=120) as client,
     ):
         first = client.post("/v1/predictions", json={"input": many}, headers={"Prefer": "wait"}).json()
@@ -162,7 +186,7 @@ def test_killed_under_load_nothing_is_lost_or_doubled(tmp_path: Path) -> None:
     number = 0
     for _ in range(6):
         with (
-            served(tmp_path) as server,
+            served(tmp_path, "--dtype", "float32") as server,
             httpx.Client(base_url=server.url, headers=HEADERS, timeout=60) as client,
         ):
             # What was not answered is asked again, under its key.
@@ -176,7 +200,7 @@ def test_killed_under_load_nothing_is_lost_or_doubled(tmp_path: Path) -> None:
                     number += chance.random() < 0.8
             server.end(signal.SIGKILL)
     with (
-        served(tmp_path) as server,
+        served(tmp_path, "--dtype", "float32") as server,
         httpx.Client(base_url=server.url, headers=HEADERS, timeout=600) as client,
     ):
         assert len(known) > 5

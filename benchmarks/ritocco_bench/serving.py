@@ -1,4 +1,4 @@
-"""`ritocco serve` as a process of its own, with the embedded model."""
+"""`ritocco serve` as a process of its own, with the embedded model unless an option says otherwise."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-TOKEN = "correct-horse-battery-staple"
+TOKEN = "correct-horse-battery-staple"  # noqa: S105 - of servers that live for a test
 _LISTENING = re.compile(r"listening on (http://\S+)")
 
 
@@ -64,10 +64,10 @@ def served(folder: Path, *options: object, script: str | None = None) -> Iterato
     folder.mkdir(exist_ok=True)
     tokens = folder / "tokens.txt"
     tokens.write_text(f"{TOKEN}\n", encoding="utf-8")
-    given = ("--port", 0, "--token-file", tokens, "--data", folder / "data", "--dtype", "float32", *options)
+    given = ("--port", 0, "--token-file", tokens, "--data", folder / "data", *options)
     begin = ["-m", "ritocco"] if script is None else ["-c", script]
     command = [sys.executable, *begin, "serve", *map(str, given)]
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=env)
     made = Served(process)
     try:
