@@ -1,4 +1,4 @@
-"""The command line: `ritocco predict | demo | doctor | plan | serve`, and what plug-ins add."""
+"""The command line: `ritocco predict | demo | doctor | plan | batch | serve`, and what plug-ins add."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from tqdm import tqdm
 
+from ritocco.batch import batch
 from ritocco.errors import RequestError, RitoccoError
 from ritocco.serve import serve
 from ritocco.shown import printable, shown
@@ -297,6 +298,7 @@ def plan(
     )
 
 
+app.command()(batch)
 app.command()(serve)
 
 

@@ -9,9 +9,13 @@ import sys
 import time
 from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ritocco.errors import BackendError
 from ritocco.shown import shown
+
+if TYPE_CHECKING:
+    import sqlite3
 
 _DAY = 24 * 60 * 60
 
@@ -59,6 +63,28 @@ def write_whole(file: Path, data: bytes | memoryview) -> None:
         part.replace(file)
     finally:
         part.unlink(missing_ok=True)
+
+
+def hold(folder: Path, option: str, *, hidden: bool = False) -> sqlite3.Connection:
+    """The folder is this process's until the result is closed or the process ends, however it ends: SQLite's
+    locks, which every system has, go with it.
+
+    option: that named the folder, for the message. Raises BackendError where another process has it, or
+    nothing can be written there.
+    """
+    import sqlite3
+
+    file = folder / (".in-use.sqlite" if hidden else "in-use.sqlite")
+    held: sqlite3.Connection | None = None
+    try:
+        held = sqlite3.connect(file, isolation_level=None, check_same_thread=False, timeout=0)
+        held.execute("BEGIN EXCLUSIVE")
+    except sqlite3.Error as error:
+        if held is not None:
+            held.close()
+        why = "another process is using" if "locked" in str(error) else f"can't be used: {error}"
+        raise BackendError(f"{option} is {str(folder)!r}, which {why}") from error
+    return held
 
 
 def sweep(folder: Path, pattern: str, *, days: float) -> None:

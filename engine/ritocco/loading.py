@@ -105,6 +105,19 @@ def load(
     return _engine(checkpoint, device, dtype, backend, fetcher)
 
 
+def load_on_each(model: str | Path | None, devices: str, **options: Any) -> list[Engine]:
+    """An engine for each device of a list with commas. options, raises: as of `load`."""
+    engines: list[Engine] = []
+    try:
+        for name in devices.split(","):
+            engines.append(load(model, device=name.strip(), **options))
+    except BaseException:
+        for engine in engines:
+            engine.close()
+        raise
+    return engines
+
+
 def model_path(model: str | Path | None) -> Path:
     """Where a model lies: the one named, else RITOCCO_MODEL, else the embedded one.
 

@@ -76,6 +76,7 @@ def serve(
         import uvicorn
         from starlette.middleware.trustedhost import TrustedHostMiddleware
 
+        from ritocco.loading import load_on_each
         from ritocco.server import again
         from ritocco.server.app import create_app
         from ritocco.server.settings import Settings, read_tokens
@@ -107,7 +108,7 @@ def serve(
     _log_to_stderr(log_level)
     load: dict[str, Any] = {"dtype": dtype, "backend": backend, "memory_budget": memory_budget}
     load |= {"variant": variant, "tokenizer": tokenizer, "fetcher": fetcher}
-    engines = _engines(model, device, load)
+    engines = load_on_each(model, device, **load)
     app = create_app(engines, settings)
     if not tokens and _is_loopback(host):
         # A page of another site must not pass itself off as one of this machine (DNS rebinding).
@@ -175,12 +176,6 @@ def _allow_open_files() -> None:
     most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     with suppress(ValueError, OSError):  # macOS says "infinite", and takes less
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-
-
-def _engines(model: str | None, device: str, options: dict[str, Any]) -> list[Any]:
-    from ritocco.loading import load
-
-    return [load(model, device=name.strip(), **options) for name in device.split(",")]
 
 
 def _is_loopback(host: str) -> bool:

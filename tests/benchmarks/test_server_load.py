@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from ritocco_bench import server_load
+from ritocco_bench.serving import served
 
 
 @pytest.mark.slow
@@ -16,8 +17,7 @@ def test_more_clients_than_the_queue_takes(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "rows.jsonl"
-    real = server_load.served
-    monkeypatch.setattr(server_load, "served", lambda folder: real(folder, "--waiting", 2))
+    monkeypatch.setattr(server_load, "served", lambda folder: served(folder, "--waiting", 2))
     arguments = ["--clients", "1,6", "--seconds", "4", "--size", "64", "--steps", "2", "--out", str(out)]
     assert server_load.main(arguments) == 0
     few, many = map(json.loads, out.read_text(encoding="utf-8").splitlines())

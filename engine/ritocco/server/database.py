@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from ritocco.disk import hold
 from ritocco.errors import BackendError, RitoccoError
 
 FORMAT = 1
@@ -70,7 +71,7 @@ class Database:
         """Opens or makes a folder. Raises BackendError where another process or a later version has it."""
         try:
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-            self._held = _hold(folder)
+            self._held = hold(folder, "--data")
             self._writer = _connect(folder / "ritocco.sqlite")
             self._prepare(folder)
             self._reader = _connect(folder / "ritocco.sqlite")
@@ -140,16 +141,3 @@ def _connect(file: Path) -> sqlite3.Connection:
     connection.execute("PRAGMA journal_mode = WAL")
     connection.execute("PRAGMA synchronous = FULL")
     return connection
-
-
-def _hold(folder: Path) -> sqlite3.Connection:
-    """The folder is this process's until it ends, however it ends: SQLite's locks go with it."""
-    held = sqlite3.connect(folder / "in-use.sqlite", isolation_level=None, check_same_thread=False, timeout=0)
-    try:
-        held.execute("BEGIN EXCLUSIVE")
-    except sqlite3.OperationalError as error:
-        held.close()
-        if "locked" not in str(error):
-            raise
-        raise BackendError(f"--data is {str(folder)!r}, which another process is using") from error
-    return held

@@ -1,0 +1,1 @@
+"""Whole folders of pictures: which go together, what was done, and the run over them."""
