@@ -18,7 +18,7 @@ from PIL import Image
 import ritocco
 from pocket.data import Mask
 from pocket.evaluate import SCHEDULERS, STEPS
-from ritocco.demo import sheet
+from ritocco.sheet import sheet
 
 SUBJECTS = (
     "yellow cat face", "a panda", "a green frog", "a penguin", "a red apple", "a banana", "a strawberry",

@@ -233,6 +233,11 @@ class Engine:
         if self._closed:
             raise BackendError("this engine is closed; load another")
 
+    def _repr_html_(self) -> str:
+        from ritocco.notebook import engine_html
+
+        return engine_html(self)
+
     def __enter__(self) -> Engine:
         return self
 

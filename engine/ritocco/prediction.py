@@ -40,10 +40,11 @@ class Urls(BaseModel):
 
 
 class Prediction(BaseModel):
-    """The answer: every field of the HTTP answer, plus `images`, which is not part of its JSON.
+    """The answer: every field of the HTTP answer, plus pictures, which are not part of its JSON.
 
     input: what was asked, as `echo` writes it. output: URIs, one per image; None until there are some.
     metrics: seconds and counts, `predict_time` among them. images: PIL images in the order of `output`.
+    before, mask: PIL images of the size painted at, once it has ended; for notebooks.
     """
 
     model_config = ConfigDict(extra="forbid", arbitrary_types_allowed=True, validate_assignment=True)
@@ -63,6 +64,19 @@ class Prediction(BaseModel):
     metrics: dict[str, Any] = Field(default_factory=dict)
     urls: Urls = Field(default_factory=Urls)
     images: SkipJsonSchema[list[Any]] = Field(default_factory=list, exclude=True, repr=False)
+
+    before: SkipJsonSchema[Any] = Field(default=None, exclude=True, repr=False)
+    mask: SkipJsonSchema[Any] = Field(default=None, exclude=True, repr=False)
+
+    def _repr_html_(self) -> str:
+        from ritocco.notebook import prediction_html
+
+        return prediction_html(self)
+
+    def _repr_png_(self) -> bytes | None:
+        from ritocco.notebook import prediction_png
+
+        return prediction_png(self)
 
     def to_json(self, *, indent: int | None = None) -> str:
         """The HTTP answer as JSON text."""

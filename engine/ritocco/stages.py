@@ -138,6 +138,8 @@ def conclude(job: Job, status: Status) -> None:
     seconds["predict_time"] = time.perf_counter() - job.begun
     prediction.metrics = {name: round(spent, 4) for name, spent in seconds.items()}
     prediction.logs = job.request.log.text()
+    prediction.before = Image.fromarray(job.request.inputs.pixels)
+    prediction.mask = Image.fromarray(job.request.inputs.mask)
     prediction.status = status
 
 

@@ -18,8 +18,8 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from ritocco import cli, demo
-from ritocco.demo import fitted
 from ritocco.safety import NSFW_ERROR, SafetyChecker
+from ritocco.sheet import fitted
 
 Run = Callable[..., tuple[int, str, str]]
 

@@ -1,0 +1,80 @@
+"""How predictions and engines show themselves in Jupyter."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Mapping, Sequence
+from html import escape
+from typing import TYPE_CHECKING, Any
+
+from PIL import Image, ImageOps
+
+from ritocco.sheet import sheet
+
+if TYPE_CHECKING:
+    from ritocco.engine import Engine
+    from ritocco.prediction import Prediction
+
+SIDE = 512
+"""Most pixels per side of what a notebook keeps; whole pictures are in `Prediction.images`."""
+_TOLD = ("prompt", "negative_prompt", "num_inference_steps", "guidance_scale", "scheduler")
+_FIGURE = "display:inline-block;margin:0 8px 8px 0;vertical-align:top"
+
+
+def prediction_html(prediction: Prediction) -> str:
+    """Before, mask and results side by side, and what was asked for."""
+    figures = [
+        f'<figure style="{_FIGURE}"><img alt="{escape(title)}" src="{_data_uri(picture)}" '
+        f'style="max-width:{SIDE // 2}px"><figcaption>{escape(title)}</figcaption></figure>'
+        for title, picture in _titled(prediction)
+    ]
+    told = {"status": prediction.status, "error": prediction.error}
+    told |= {name: prediction.input.get(name) for name in _TOLD}
+    if "predict_time" in prediction.metrics:
+        told["predict_time"] = f"{prediction.metrics['predict_time']:.2f} s"
+    return f"<div>{''.join(figures)}{_table(told)}</div>"
+
+
+def prediction_png(prediction: Prediction) -> bytes | None:
+    """The same pictures on one sheet, for what shows no HTML; None where there are none."""
+    titled = _titled(prediction)
+    if not titled:
+        return None
+    return _png(sheet(titled, columns=min(len(titled), 4)))
+
+
+def engine_html(engine: Engine) -> str:
+    """What it runs, and on what."""
+    traits = engine.traits
+    told: dict[str, Any] = {"device": traits.device, "dtype": traits.dtype}
+    told |= {"runtime": type(engine.runtime).__name__} if not engine.closed else {"closed": True}
+    return f"<div>ritocco.Engine{_table(told | {'version': engine.version})}</div>"
+
+
+def _titled(prediction: Prediction) -> Sequence[tuple[str, Image.Image]]:
+    asked = [("before", prediction.before), ("mask", prediction.mask)]
+    count = len(prediction.images)
+    results = [("result" if count == 1 else f"result {i}", one) for i, one in enumerate(prediction.images)]
+    return [(title, picture) for title, picture in asked if picture is not None] + results
+
+
+def _table(told: Mapping[str, Any]) -> str:
+    rows = [
+        f'<tr><th style="text-align:left">{escape(name)}</th>'
+        f'<td style="text-align:left">{escape(str(value))}</td></tr>'
+        for name, value in told.items()
+        if value not in (None, "")
+    ]
+    return f"<table>{''.join(rows)}</table>"
+
+
+def _data_uri(picture: Image.Image) -> str:
+    small = picture if max(picture.size) <= SIDE else ImageOps.contain(picture, (SIDE, SIDE))
+    return "data:image/png;base64," + base64.b64encode(_png(small)).decode()
+
+
+def _png(picture: Image.Image) -> bytes:
+    file = io.BytesIO()
+    picture.save(file, "PNG")
+    return file.getvalue()

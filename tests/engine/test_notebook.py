@@ -1,0 +1,74 @@
+"""How predictions and engines show themselves in Jupyter."""
+
+from __future__ import annotations
+
+import io
+import re
+from base64 import b64decode
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ritocco import Engine, Prediction, load
+from ritocco.notebook import SIDE
+
+Ask = Callable[..., dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def engine() -> Any:
+    with load(backend="torch") as made:
+        yield made
+
+
+def pictures(html: str) -> list[Image.Image]:
+    found = re.findall(r'src="data:image/png;base64,([^"]+)"', html)
+    return [Image.open(io.BytesIO(b64decode(data))) for data in found]
+
+
+def test_a_prediction_shows_before_mask_and_results(engine: Engine, ask: Ask) -> None:
+    asked = ask(num_inference_steps=1, num_outputs=2, prompt="<script>alert(1)</script>")
+    prediction = engine.predict(asked)
+    html = prediction._repr_html_()
+    assert re.findall(r"<figcaption>([^<]+)", html) == ["before", "mask", "result 0", "result 1"]
+    before, mask, *results = pictures(html)
+    assert [
+        one.tobytes() == other.tobytes() for one, other in zip(results, prediction.images, strict=True)
+    ] == [True] * 2
+    kept = ~np.asarray(mask, bool)
+    assert kept.any()
+    assert np.array_equal(np.asarray(before)[kept], np.asarray(results[0])[kept]), "as it was painted"
+    assert "<script>" not in html
+    assert "&lt;script&gt;" in html
+    sheet = Image.open(io.BytesIO(prediction._repr_png_() or b""))
+    assert sheet.width > 4 * 300
+
+
+def test_what_a_notebook_keeps_is_small() -> None:
+    picture = Image.new("RGB", (1024, 768))
+    prediction = Prediction(status="succeeded", images=[picture])
+    (shown,) = pictures(prediction._repr_html_())
+    assert shown.size == (SIDE, SIDE * 3 // 4)
+
+
+def test_a_prediction_that_failed_says_so() -> None:
+    prediction = Prediction(status="failed", error="NSFW & nothing else")
+    assert "NSFW &amp; nothing else" in prediction._repr_html_()
+    assert prediction._repr_png_() is None
+
+
+def test_what_is_shown_is_no_part_of_the_answer(engine: Engine, ask: Ask) -> None:
+    prediction = engine.predict(ask(num_inference_steps=1))
+    assert prediction.before is not None
+    assert not {"before", "mask"} & set(prediction.model_dump())
+    assert not {"before", "mask"} & set(Prediction.model_json_schema()["properties"])
+    assert "before=" not in repr(prediction)
+
+
+def test_an_engine_says_what_it_runs_on(engine: Engine) -> None:
+    html = engine._repr_html_()
+    assert engine.version in html
+    assert "cpu" in html
