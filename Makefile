@@ -25,7 +25,7 @@ BIN = $(VENV)/bin
 INSTALL = $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
 TRAIN = PYTHONPATH=benchmarks OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node $(POCKET_PROCESSES)
 
-.PHONY: help demo test test-all test-gpu lint format bench pocket evaluate judge gallery clean
+.PHONY: help demo test test-all test-gpu lint format notebook bench pocket evaluate judge gallery clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):[^#]*## /\1|/p' Makefile | awk -F '|' '{ printf "make %-9s %s\n", $$1, $$2 }'
@@ -53,6 +53,9 @@ lint: $(VENV)/dev.stamp ## ruff, mypy and the import contracts
 format: $(VENV)/dev.stamp ## sort imports, fix what ruff can fix, format
 	$(BIN)/ruff check --fix-only --quiet
 	$(BIN)/ruff format
+
+notebook: $(VENV)/notebook.stamp ## run docs/notebook.ipynb again
+	$(BIN)/jupyter execute --inplace docs/notebook.ipynb
 
 bench: $(VENV)/bench.stamp ## the benchmarks
 	$(BIN)/python -m ritocco_bench
@@ -99,6 +102,10 @@ $(VENV)/dev.stamp: $(VENV)/torch.stamp pyproject.toml
 $(VENV)/bench.stamp: $(VENV)/torch.stamp pyproject.toml
 	$(INSTALL) -e ".[bench]"
 	@touch $(VENV)/core.stamp $@
+
+$(VENV)/notebook.stamp: $(VENV)/core.stamp
+	$(INSTALL) ipykernel nbclient
+	@touch $@
 
 $(VENV)/pocket.stamp: $(VENV)/torch.stamp pyproject.toml
 	$(INSTALL) -e ".[pocket]"

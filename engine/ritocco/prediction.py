@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from typing import Annotated, Any, Literal, TypeAlias
 
@@ -10,6 +11,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic.json_schema import SkipJsonSchema
 
 from ritocco.schema import echo
+from ritocco.shown import plain
 
 MODEL = "stability-ai/stable-diffusion-inpainting"
 VERSION = "95b7223104132402a9ae91cc677285bc5eb997834bd2349fa486f53910fd68b3"
@@ -67,6 +69,11 @@ class Prediction(BaseModel):
 
     before: SkipJsonSchema[Any] = Field(default=None, exclude=True, repr=False)
     mask: SkipJsonSchema[Any] = Field(default=None, exclude=True, repr=False)
+
+    def __repr_args__(self) -> Iterator[tuple[str | None, Any]]:
+        """Without megabytes of data URIs."""
+        for name, value in super().__repr_args__():
+            yield name, [plain(one) for one in value] if name == "output" and value else value
 
     def _repr_html_(self) -> str:
         from ritocco.notebook import prediction_html

@@ -15,6 +15,7 @@ from PIL import Image
 from ritocco import Engine, Prediction, load
 from ritocco.notebook import SIDE
 
+NEAR = 4.0  # levels of 255, for JPEG
 Ask = Callable[..., dict[str, Any]]
 
 
@@ -25,26 +26,28 @@ def engine() -> Any:
 
 
 def pictures(html: str) -> list[Image.Image]:
-    found = re.findall(r'src="data:image/png;base64,([^"]+)"', html)
+    found = re.findall(r'src="data:image/(?:png|jpeg);base64,([^"]+)"', html)
     return [Image.open(io.BytesIO(b64decode(data))) for data in found]
 
 
 def test_a_prediction_shows_before_mask_and_results(engine: Engine, ask: Ask) -> None:
-    asked = ask(num_inference_steps=1, num_outputs=2, prompt="<script>alert(1)</script>")
+    smooth = np.linspace(0, 255, 64, dtype=np.uint8)[:, None, None].repeat(64, 1).repeat(3, 2)
+    asked = ask(image=smooth, num_inference_steps=1, num_outputs=2, prompt="<script>alert(1)</script>")
     prediction = engine.predict(asked)
     html = prediction._repr_html_()
     assert re.findall(r"<figcaption>([^<]+)", html) == ["before", "mask", "result 0", "result 1"]
     before, mask, *results = pictures(html)
-    assert [
-        one.tobytes() == other.tobytes() for one, other in zip(results, prediction.images, strict=True)
-    ] == [True] * 2
+    for shown, made in zip(results, prediction.images, strict=True):
+        coarse = [np.asarray(one.resize((8, 8), Image.Resampling.BOX), float) for one in (shown, made)]
+        assert np.abs(coarse[0] - coarse[1]).mean() < NEAR
     kept = ~np.asarray(mask, bool)
     assert kept.any()
-    assert np.array_equal(np.asarray(before)[kept], np.asarray(results[0])[kept]), "as it was painted"
+    apart = np.asarray(before, float)[kept] - np.asarray(results[0], float)[kept]
+    assert np.abs(apart).mean() < NEAR, "as it was painted"
     assert "<script>" not in html
     assert "&lt;script&gt;" in html
     sheet = Image.open(io.BytesIO(prediction._repr_png_() or b""))
-    assert sheet.width > 4 * 300
+    assert sheet.width > 4 * 200
 
 
 def test_what_a_notebook_keeps_is_small() -> None:
@@ -66,6 +69,13 @@ def test_what_is_shown_is_no_part_of_the_answer(engine: Engine, ask: Ask) -> Non
     assert not {"before", "mask"} & set(prediction.model_dump())
     assert not {"before", "mask"} & set(Prediction.model_json_schema()["properties"])
     assert "before=" not in repr(prediction)
+
+
+def test_a_prediction_in_words_is_short(engine: Engine, ask: Ask) -> None:
+    prediction = engine.predict(ask(num_inference_steps=1))
+    assert len((prediction.output or [""])[0]) > 5000
+    assert "output=['data:image/png;base64," in repr(prediction)
+    assert len(repr(prediction)) < 2500
 
 
 def test_an_engine_says_what_it_runs_on(engine: Engine) -> None:
