@@ -139,23 +139,29 @@ def is_artefacts(path: Path) -> bool:
         return False
 
 
-def open_artefacts(path: Path, *, version: str | None = None) -> Artefacts:
+def open_artefacts(path: Path, *, version: str | None = None, graphs: bool = True) -> Artefacts:
     """Open a folder of graphs; reads configs, the manifest and a sample of every file.
 
-    version: of the checkpoint whose graphs they must be; None takes any.
+    version: of the checkpoint whose graphs they must be; None takes any. graphs: False where the graphs
+    themselves lie elsewhere, and only what describes them is here.
     Raises CheckpointError, by name, for what is missing, half-written, changed since its export, written for
     another contract, or made of other weights.
     """
     path = Path(path)
     try:
-        return _open(path, version)
+        return _open(path, version, graphs=graphs)
     except (OSError, ValueError) as error:
         if isinstance(error, CheckpointError):
             raise
         raise CheckpointError(f"{shown(str(path))}: can't be read ({error})") from error
 
 
-def _open(path: Path, version: str | None) -> Artefacts:
+def is_graph_file(name: str) -> bool:
+    """Whether a file of an export, by its relative name, is a graph or its weights."""
+    return name.rpartition("/")[2].startswith(GRAPH_FILE)
+
+
+def _open(path: Path, version: str | None, *, graphs: bool) -> Artefacts:
     if not is_utf8(path.absolute()):
         raise CheckpointError(f"{shown(str(path))}: no UTF-8, so runtimes can't open it; rename the folder")
     if not path.is_dir():
@@ -165,7 +171,7 @@ def _open(path: Path, version: str | None) -> Artefacts:
     text = TextSpec.from_config(configs["text_encoder"])
     manifest = read_manifest(path) if (path / MANIFEST).exists() else None
     hoisted = manifest is not None and manifest.hoisted
-    for name in HOISTED_GRAPHS if hoisted else GRAPHS:
+    for name in (HOISTED_GRAPHS if hoisted else GRAPHS) if graphs else ():
         if not inside(path / name / GRAPH_FILE, path).is_file():
             raise CheckpointError(f"{path / name / GRAPH_FILE}: missing; export the checkpoint again")
     layout: Layout = "optimum" if manifest is None else manifest.layout
@@ -173,6 +179,7 @@ def _open(path: Path, version: str | None) -> Artefacts:
     contract = dict(contract_of(unet, vae, text, dtype=dtype, layout=layout, hoisted=hoisted))
     if manifest is not None:
         _check(path, manifest, contract, version)
+        _check_files(path, {k: v for k, v in manifest.files.items() if graphs or not is_graph_file(k)})
         for graph, ranges in manifest.ranges.items():
             name = cast(GraphName, graph)
             contract[name] = replace(contract[name], ranges=ranges)
@@ -323,14 +330,17 @@ def _check(path: Path, manifest: Manifest, contract: Contract, version: str | No
                     rule = f"multiples of {multiple} up to {LARGEST[symbol]}"
                     found_here = f"{graph} has {symbol} {_span(least, most)}"
                     raise CheckpointError(f"{path / MANIFEST}: {found_here}; sizes must be {rule}")
+
+
+def _check_files(path: Path, files: Mapping[str, str]) -> None:
     # Beside the folders may lie what people and desktops put there.
-    found = {name: one for name, one in entries_of(path).items() if "/" in name or name in manifest.files}
-    for name in sorted(manifest.files.keys() ^ found.keys()):
+    found = {name: one for name, one in entries_of(path).items() if "/" in name or name in files}
+    for name in sorted(files.keys() ^ found.keys()):
         file = f"{path}: {plain(name)}"
         if name not in found:
             raise CheckpointError(f"{file} is missing; export the checkpoint again")
         raise CheckpointError(f"{file} does not belong to the export; take it away, or export again")
-    for name, digest in sorted(manifest.files.items()):
+    for name, digest in sorted(files.items()):
         if not found[name].is_file() or file_digest(inside(found[name], path)) != digest:
             raise CheckpointError(
                 f"{path}: {plain(name)} changed since it was exported; export the checkpoint again"

@@ -236,7 +236,9 @@ class Engine:
     def _repr_html_(self) -> str:
         from ritocco.notebook import engine_html
 
-        return engine_html(self)
+        runs = {"closed": True} if self._closed else {"runtime": type(self.runtime).__name__}
+        told = {"device": self.traits.device, "dtype": self.traits.dtype, "version": self.version}
+        return engine_html(told | runs)
 
     def __enter__(self) -> Engine:
         return self

@@ -13,7 +13,6 @@ from ritocco.images import data_uri
 from ritocco.sheet import sheet
 
 if TYPE_CHECKING:
-    from ritocco.engine import Engine
     from ritocco.prediction import Prediction
 
 SIDE = 512
@@ -45,12 +44,9 @@ def prediction_png(prediction: Prediction) -> bytes | None:
     return _file(sheet(titled, columns=min(len(titled), 4), side=_TILE), "PNG")
 
 
-def engine_html(engine: Engine) -> str:
-    """What it runs, and on what."""
-    traits = engine.traits
-    told: dict[str, Any] = {"device": traits.device, "dtype": traits.dtype}
-    told |= {"runtime": type(engine.runtime).__name__} if not engine.closed else {"closed": True}
-    return f"<div>ritocco.Engine{_table(told | {'version': engine.version})}</div>"
+def engine_html(told: Mapping[str, Any]) -> str:
+    """What an engine says of itself."""
+    return f"<div>ritocco.Engine{_table(told)}</div>"
 
 
 def _titled(prediction: Prediction) -> Sequence[tuple[str, Image.Image]]:

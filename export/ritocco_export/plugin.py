@@ -35,6 +35,7 @@ _TAKES = {
     ("out",): {"model", "dtype", "profile", "static", "layout", "hoisted", "variant", "tokenizer"},
     ("check",): {"as_json"},
     ("trtexec",): set[str](),
+    ("triton",): {"graphs", "instances", "accelerator"},
     ("engines",): {"library", "target", "refit", "backend_options"},
     ("out", "engines"): {"library", "target", "refit", "backend_options"},
 }
@@ -76,6 +77,24 @@ def command(
             help="Build TensorRT engines of this folder of graphs; --out, or the cache, takes them.",
         ),
     ] = None,
+    triton: Annotated[
+        Path | None,
+        typer.Option(
+            parser=_folder,
+            metavar="FOLDER",
+            help="Write a model repository for Triton Inference Server there, of the graphs in --graphs.",
+        ),
+    ] = None,
+    graphs: Annotated[
+        Path | None,
+        typer.Option(parser=_folder, metavar="FOLDER", help="With --triton: the folder of graphs."),
+    ] = None,
+    instances: Annotated[
+        int, typer.Option(min=1, help="With --triton: predictions at a time, whose UNet calls share batches.")
+    ] = 4,
+    accelerator: Annotated[
+        str, typer.Option(help="With --triton: tensorrt, which builds engines at the first start, or none.")
+    ] = "tensorrt",
     library: Annotated[
         str, typer.Option(help="With --engines: tensorrt, for the GPU at hand, or tensorrt-rtx.")
     ] = "tensorrt-rtx",
@@ -113,12 +132,13 @@ def command(
     """Write a checkpoint as ONNX graphs that ONNX Runtime, OpenVINO and TensorRT take."""
     from ritocco.loading import model_path
 
-    folders = {"out": out, "check": check, "trtexec": trtexec, "engines": engines}
+    folders = {"out": out, "check": check, "trtexec": trtexec, "triton": triton, "engines": engines}
     named = [name for name, folder in folders.items() if folder is not None]
     if tuple(named) not in _TAKES:
         raise RequestError(
             "name one of --out, where to write graphs, --check, which graphs to check, --trtexec, which to "
-            "print commands for, and --engines, which to build engines of",
+            "print commands for, --triton, where to write a model repository, and --engines, which to build "
+            "engines of",
             field="--out",
         )
     _refuse_idle(context, tuple(named))
@@ -127,6 +147,9 @@ def command(
         from ritocco_export.trtexec import commands
 
         typer.echo(commands(open_artefacts(trtexec)), nl=False)
+        return
+    if triton is not None:
+        _write_repository(triton, graphs, instances, accelerator)
         return
     if engines is not None:
         _build(engines, out, library=library, targets=target or [], refit=refit, given=backend_options)
@@ -245,6 +268,23 @@ def _build(
         message = f"error: {out or 'the cache'}: {error}; what was built before is kept"
         typer.echo(printable(message), err=True)
         raise typer.Exit(1) from error
+
+
+def _write_repository(out: Path, graphs: Path | None, instances: int, accelerator: str) -> None:
+    from ritocco.artefacts import open_artefacts
+    from ritocco_export.triton import ACCELERATORS, write_repository
+
+    if graphs is None:
+        raise RequestError("--triton needs --graphs, the folder of graphs to take", field="--graphs")
+    if accelerator not in ACCELERATORS:
+        rule = f"it must be {' or '.join(ACCELERATORS)}"
+        raise RequestError(f"--accelerator is {shown(accelerator)}; {rule}", field="--accelerator")
+    try:
+        write_repository(open_artefacts(graphs), out, instances=instances, accelerator=accelerator)
+    except OSError as error:
+        typer.echo(printable(f"error: {out}: {error}; nothing was kept"), err=True)
+        raise typer.Exit(1) from error
+    typer.echo(out)
 
 
 def _refuse_missing() -> None:

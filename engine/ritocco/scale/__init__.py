@@ -1,0 +1,1 @@
+"""More than one process: what puts engines behind other people's servers."""
