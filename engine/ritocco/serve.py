@@ -26,6 +26,7 @@ _DAY_H = 24.0
 _MIB = 1 << 20
 _MAX_HEADER_BYTES = 32 << 10
 _BACKLOG = 2048
+_MOST_CONNECTIONS, _OWN_FILES = 10_000, 200
 
 
 def serve(
@@ -74,11 +75,12 @@ def serve(
     """Serve Replicate's API on this machine."""
     try:
         import uvicorn
-        from starlette.middleware.trustedhost import TrustedHostMiddleware
 
         from ritocco.loading import load_on_each
         from ritocco.server import again
         from ritocco.server.app import create_app
+        from ritocco.server.connections import limited
+        from ritocco.server.hosts import KnownHosts
         from ritocco.server.settings import Settings, read_tokens
     except ModuleNotFoundError as error:
         raise BackendError(f'the server needs {error.name}; pip install "ritocco[server]"') from error
@@ -110,10 +112,8 @@ def serve(
     load |= {"variant": variant, "tokenizer": tokenizer, "fetcher": fetcher}
     engines = load_on_each(model, device, **load)
     app = create_app(engines, settings)
-    if not tokens and _is_loopback(host):
-        # A page of another site must not pass itself off as one of this machine (DNS rebinding).
-        names = ["localhost", "127.0.0.1", "[::1]", host, *(allow_host or ())]
-        app.add_middleware(TrustedHostMiddleware, allowed_hosts=names, www_redirect=False)
+    if not tokens:
+        app.add_middleware(KnownHosts, names=[host, *(allow_host or ())])
     config = uvicorn.Config(
         app,
         host=host,
@@ -122,12 +122,11 @@ def serve(
         access_log=False,  # there is one of ours, without names that open something
         server_header=False,
         h11_max_incomplete_event_size=_MAX_HEADER_BYTES,
-        http="h11",
+        http=limited(_most_connections()),
         ws="none",
         backlog=_BACKLOG,
         timeout_graceful_shutdown=int(grace) + 15,
     )
-    _allow_open_files()
     listener = again.inherited() or config.bind_socket()
     try:
         _server(config, app, listener).run(sockets=[listener.dup()])
@@ -146,6 +145,8 @@ def _server(config: uvicorn.Config, app: App, listener: Listener) -> uvicorn.Ser
     import uvicorn
 
     class Server(uvicorn.Server):
+        _stop: threading.Thread | None = None
+
         async def startup(self, sockets: Any = None) -> None:
             await super().startup(sockets)
             host, port = listener.getsockname()[:2]
@@ -160,22 +161,32 @@ def _server(config: uvicorn.Config, app: App, listener: Listener) -> uvicorn.Ser
             return app.lost or await super().on_tick(counter)
 
         def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+            if self._stop is not None:  # asked again: at once
+                super().handle_exit(sig, frame)
+                return
+
+            def stop() -> None:
+                app.drain()
+                super(Server, self).handle_exit(sig, frame)
+
             # The handler interrupts whatever holds locks, so these are asked for elsewhere.
-            threading.Thread(target=app.drain, name="ritocco-drain").start()
-            super().handle_exit(sig, frame)
+            self._stop = threading.Thread(target=stop, name="ritocco-drain")
+            self._stop.start()
 
     return Server(config)
 
 
-def _allow_open_files() -> None:
-    """As many as may be: each connection is one, and shells allow 1024."""
+def _most_connections() -> int:
+    """What the system lets a process open, less what the server does itself; a shell's limit is raised."""
     try:
         import resource
     except ModuleNotFoundError:  # Windows has no such limit
-        return
+        return _MOST_CONNECTIONS
     most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     with suppress(ValueError, OSError):  # macOS says "infinite", and takes less
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    allowed = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return max(16, min(_MOST_CONNECTIONS, allowed - _OWN_FILES))
 
 
 def _is_loopback(host: str) -> bool:
@@ -204,7 +215,7 @@ def _log_to_stderr(level: str) -> None:
         )
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonLines())
-    for name in ("ritocco", "uvicorn"):
+    for name in ("ritocco", "uvicorn", "asyncio"):
         logger = logging.getLogger(name)
         logger.handlers = [handler]
         logger.propagate = False
