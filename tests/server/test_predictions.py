@@ -358,10 +358,12 @@ def test_versions_that_are_not_served(open_client: TestClient, asked: dict[str, 
 
 def test_unknown_inputs_are_ignored(make: Make, asked: dict[str, Any], batcher: HandBatcher) -> None:
     client = make()
-    held = client.post("/predictions", json={"input": asked | {"size": "big", "strength": 3}}).json()
+    unknown = {"size": "big", "strength": 3, "\u732b" * 200: []}
+    held = client.post("/predictions", json={"input": asked | unknown}).json()
     assert held["input"] == asked
-    # The batcher sees them, and logs their names.
-    assert batcher.seen[0].input["size"] == "big"
+    # The batcher sees their names alone, and logs them.
+    assert list(batcher.seen[0].input.items())[4:6] == [("size", None), ("strength", None)]
+    assert all(len(name) < 1000 and value is None for name, value in list(batcher.seen[0].input.items())[4:])
 
 
 def test_the_work_of_one_request_is_capped(make: Make, asked: dict[str, Any]) -> None:

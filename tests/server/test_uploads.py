@@ -111,6 +111,35 @@ def test_uploads_that_are_refused(make: Make, parts: Any, status: int, field: st
     )
 
 
+@pytest.mark.parametrize(
+    "metadata",
+    [
+        '{"a": "\\ud800"}',
+        '{"\\udfff": 1}',
+        '{"a": NaN}',
+        '{"a": 1e999}',
+        '{"a": 1, "a": 2}',
+        '{"a":' * 300 + "1" + "}" * 300,
+        '{"a":' + "[" * 20 + "]" * 20 + "}",
+        '{"a":' + "9" * 400 + "}",
+    ],
+)
+def test_metadata_that_no_list_could_show(make: Make, metadata: str) -> None:
+    client = make()
+    got = client.post("/v1/files", files={"content": ("a", b"x"), "metadata": (None, metadata)})
+    assert (got.status_code, got.json()["invalid_fields"][0]["field"]) == (422, "metadata")
+    assert client.get("/v1/files").json()["results"] == []
+
+
+@pytest.mark.parametrize("metadata", ['{"a": "\\ud800"}', '{"a": Infinity}', '{"a":' * 300 + "1" + "}" * 300])
+def test_no_row_breaks_the_list(make: Make, metadata: str) -> None:
+    """Whoever wrote it."""
+    client = make()
+    files = client.app.state.shared.store.files  # type: ignore[attr-defined]
+    files.record(files.write(b"x", name="a", content_type="b", metadata=metadata))
+    assert len(client.get("/v1/files").json()["results"]) == 1
+
+
 def test_uploads_of_another_type(open_client: TestClient) -> None:
     assert open_client.post("/v1/files", json={}).status_code == 415
     broken = {"Content-Type": "multipart/form-data; boundary=x"}

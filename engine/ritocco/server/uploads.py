@@ -11,7 +11,8 @@ from fastapi.responses import FileResponse, Response
 from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import FormData, UploadFile
 
-from ritocco.schema import Violation
+from ritocco.schema import Violation, echo
+from ritocco.server.bodies import strict_object
 from ritocco.server.document import FileAnswer, PageOfFiles, form_of_file, problems
 from ritocco.server.files import StoredFile
 from ritocco.server.problems import ProblemError, not_found
@@ -46,7 +47,7 @@ def routes(shared: Shared, prefix: str) -> APIRouter:
             size=file.size,
             etag=file.sha256,
             checksums={"sha256": file.sha256},
-            metadata=json.loads(file.metadata),
+            metadata=echo(json.loads(file.metadata)),
             created_at=file.created_at,
             expires_at=gone.isoformat(timespec="milliseconds").replace("+00:00", "Z"),
             urls={"get": f"{base}/files/{file.id}"},
@@ -134,16 +135,18 @@ def routes(shared: Shared, prefix: str) -> APIRouter:
 async def _metadata(form: FormData) -> str:
     """The part `metadata` as JSON text of an object; some clients send it as a file."""
     given = form.get("metadata")
-    text: Any = await given.read(_MAX_METADATA + 1) if isinstance(given, UploadFile) else given
-    if not text:
+    if not given or (isinstance(given, UploadFile) and not given.size):
         return "{}"
     try:
-        held = json.loads(text) if len(text) <= _MAX_METADATA else None
-        if isinstance(held, dict):
-            return json.dumps(held)
-    except (ValueError, RecursionError):
-        pass
-    raise _wrong("metadata", "invalid_type", f"Must be a JSON object of at most {_MAX_METADATA} bytes")
+        raw = await given.read(_MAX_METADATA + 1) if isinstance(given, UploadFile) else given.encode()
+        held = strict_object(raw) if len(raw) <= _MAX_METADATA else None
+    except ValueError:
+        held = None
+    # `echo` changes what answers can't hold: half a surrogate pair, an endless number, what is nested deeply.
+    if held is None or echo(held) != held:
+        rule = f"Must be a JSON object of at most {_MAX_METADATA} bytes and 16 levels, of texts and numbers"
+        raise _wrong("metadata", "invalid_type", rule)
+    return json.dumps(held)
 
 
 def _wrong(field: str, kind: str, description: str) -> ProblemError:
