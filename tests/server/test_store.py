@@ -134,6 +134,30 @@ def test_pages(store: Store, tmp_path: Path) -> None:
     with_room.close()
 
 
+def test_lists_and_streams_read_no_whole_input(store: Store) -> None:
+    uri, text = "data:image/png;base64," + "A" * 1000, "a" * 9000
+    new, _ = store.accept(record(input={"image": uri, "prompt": text, "seed": 1}))
+    assert store.get(new.id) == new
+    with store.database.write() as db:
+        db.execute("UPDATE inputs SET json = 'no JSON'")
+    cut = {"image": uri[:60] + "...", "prompt": text[:8189] + "...", "seed": 1}
+    assert [one.input for one in store.page().records] == [cut]
+    for found in (store.get(new.id, brief=True), store.by_stream(new.stream)):
+        assert found is not None
+        assert found.input == cut
+    store.start(new.id)
+    now = store.now(new)
+    assert now is not None
+    assert (now.input, now.status) == (new.input, "processing")
+
+
+def test_inputs_that_an_earlier_version_stored(store: Store) -> None:
+    store.accept(record(input={"image": "data:," + "A" * 1000}))
+    with store.database.write() as db:
+        db.execute("DELETE FROM briefs")
+    assert [len(one.input["image"]) for one in store.page().records] == [63]
+
+
 def test_after_a_restart_queued_ones_run_and_running_ones_fail(store: Store) -> None:
     queued, running, done, again = (
         store.accept(record(webhook="http://there/", id=f"{i}"))[0] for i in range(4)
@@ -183,6 +207,8 @@ def test_retention(store: Store) -> None:
     assert store.clean(3600) == 0
     (held,) = store.files.outputs(old.id)
     assert store.clean(-1) == 1
+    with store.database.read() as db:
+        assert [row["id"] for row in db.execute("SELECT id FROM briefs")] == [waiting.id]
     assert store.clean(-1) == 0
     left = store.get(old.id)
     assert left is not None

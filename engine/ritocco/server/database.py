@@ -58,6 +58,8 @@ CREATE TABLE files (
 CREATE INDEX outputs ON files (prediction, place) WHERE prediction IS NOT NULL;
 CREATE TABLE settings (name TEXT PRIMARY KEY, value TEXT NOT NULL);
 """
+# Apart from the inputs, so that lists and streams pass megabytes by.
+_BRIEFS = "CREATE TABLE IF NOT EXISTS briefs (id TEXT PRIMARY KEY, json TEXT NOT NULL)"
 
 
 class StorageError(RitoccoError):
@@ -74,6 +76,7 @@ class Database:
             self._held = hold(folder, "--data")
             self._writer = _connect(folder / "ritocco.sqlite")
             self._prepare(folder)
+            self._writer.execute(_BRIEFS)
             self._reader = _connect(folder / "ritocco.sqlite")
         except (OSError, sqlite3.Error) as error:
             raise BackendError(f"--data is {str(folder)!r}, which can't be used: {error}") from error

@@ -131,7 +131,7 @@ def routes(shared: Shared, prefix: str) -> APIRouter:
     async def list_predictions(
         request: Request, cursor: Annotated[str | None, Query(description="Of a page's URLs.")] = None
     ) -> Response:
-        """The latest predictions, a hundred a page. Outputs are URLs here; long data URIs are cut."""
+        """The latest predictions, a hundred a page. Outputs are URLs here; long inputs are cut."""
         page = await run_in_threadpool(lambda: shared.store.page(size=PAGE, **_cursor(cursor)))
         base = shared.base(request, prefix)
         made = [await shared.answer(one, base, brief=True) for one in page.records]
@@ -208,7 +208,7 @@ async def _events(shared: Shared, record: Record, last: str | None) -> AsyncIter
 
 
 def _current(shared: Shared, record: Record, live: Any) -> Prediction:
-    held = shared.store.get(record.id) or record
+    held = shared.store.now(record) or record
     running = None if live is None else live.prediction
     return answer(shared.store, held, running, base=record.base, outputs=shared.settings.outputs)
 

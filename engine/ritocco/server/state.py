@@ -115,7 +115,7 @@ class Shared:
         def made() -> Prediction:
             live = self.jobs.live(record.id)
             running = None if live is None or not patient else live.prediction
-            held = self.store.get(record.id) or record
+            held = self.store.now(record) or record
             outputs = self.settings.outputs
             said = answer(self.store, held, running, base=base, outputs=outputs, brief=brief)
             if not patient and held.status not in ENDED:
