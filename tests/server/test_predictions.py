@@ -234,6 +234,17 @@ def test_outputs_as_addresses(make: Make, asked: dict[str, Any]) -> None:
     assert client.get(held["output"][1].replace("out-1", "out-0")).status_code == 404
 
 
+@pytest.mark.parametrize("outputs", ["url", "data"])
+def test_a_prediction_whose_files_are_gone(make: Make, asked: dict[str, Any], outputs: str) -> None:
+    """Retention deletes files before rows where the disk is full."""
+    client = make(outputs=outputs)
+    held = client.post("/predictions", json={"input": asked | {"num_outputs": 2}}).json()
+    files = client.app.state.shared.store.files  # type: ignore[attr-defined]
+    files.unlink([files.outputs(held["id"])[1].id])
+    for got in (client.get(held["urls"]["get"]).json(), client.get("/v1/predictions").json()["results"][0]):
+        assert (got["status"], got["data_removed"], got["output"]) == ("succeeded", True, None)
+
+
 def test_outputs_follow_the_scheme(make: Make, asked: dict[str, Any]) -> None:
     client = make(public_url="https://paint.example/sd")
     held = client.post("/predictions", json={"input": asked}).json()

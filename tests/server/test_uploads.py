@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import tempfile
 from typing import Any
 
 import pytest
@@ -150,6 +152,36 @@ def test_uploads_of_another_type(open_client: TestClient) -> None:
         ).status_code
         == 400
     )
+
+
+def test_a_charset_that_decodes_nothing(open_client: TestClient) -> None:
+    body = b'--b\r\nContent-Disposition: form-data; name="content"; filename="\xff"\r\n\r\nx\r\n--b--\r\n'
+    kind = {"Content-Type": "multipart/form-data; boundary=b; charset=undefined"}
+    assert open_client.post("/v1/files", content=body, headers=kind).status_code == 400
+
+
+def test_no_room_for_a_large_part(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    client = make()
+    monkeypatch.setattr(tempfile, "tempdir", "/dev/null/nowhere")
+    got = client.post("/v1/files", files={"content": ("a", b"x" * (2 << 20))})
+    assert (got.status_code, got.json()["title"]) == (507, "Insufficient storage")
+
+
+def test_a_disk_that_refuses_is_not_ready(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    client = make()
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("ritocco.server.files.write_whole", full)
+        assert client.post("/v1/files", files={"content": ("a", b"x")}).status_code == 507
+        got = client.get("/readyz")
+        assert (got.status_code, got.json()["status"]) == (503, "storage")
+        assert client.get("/health-check").json()["status"] == "DEFUNCT"
+    assert client.get("/readyz").status_code == 200
+    store = client.app.state.shared.store  # type: ignore[attr-defined]
+    assert not list(store.files.path(store.files.write(b"", name="", content_type="")).parent.iterdir())[1:]
 
 
 @pytest.mark.parametrize(

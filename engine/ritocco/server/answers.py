@@ -52,9 +52,12 @@ def answer(
     if record.status == "succeeded" and not record.data_removed:
         as_data = outputs == "data" or (outputs == "auto" and not base.startswith("https://"))
         pictures = store.files.outputs(record.id)
-        made.output = [
-            _content(store, one) if as_data and not brief else output_url(base, one) for one in pictures
-        ]
+        if all(store.files.there(one) for one in pictures):
+            made.output = [
+                _content(store, one) if as_data and not brief else output_url(base, one) for one in pictures
+            ]
+        else:
+            made.data_removed = True
     if running is not None and record.status not in ENDED:
         made.logs = running.logs
         if running.status == "processing":

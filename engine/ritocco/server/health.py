@@ -25,6 +25,8 @@ def routes(shared: Shared) -> APIRouter:
         if not shared.jobs.healthy:
             return "engine"
         try:
+            if not shared.store.writable():
+                return "storage"
             return "full" if shared.store.unfinished() >= shared.settings.waiting else ""
         except StorageError:
             return "storage"
@@ -42,7 +44,7 @@ def routes(shared: Shared) -> APIRouter:
     @router.get(
         "/readyz",
         openapi_extra=_OPEN,
-        responses={503: {"description": "Stopping, no storage, or no engine that works"}},
+        responses={503: {"description": "Stopping, no engine that works, or a disk that refuses"}},
     )
     def readyz() -> JSONResponse:
         """Predictions are accepted, if perhaps not this moment: a full queue is no reason to be replaced."""

@@ -19,7 +19,7 @@ from typing import Any
 from ritocco.errors import BusyError, RequestError
 from ritocco.fetch import MAX_URL_CHARS
 from ritocco.prediction import Status, timestamp
-from ritocco.server.database import Database
+from ritocco.server.database import Database, StorageError
 from ritocco.server.files import Files, StoredFile, insert_files
 
 INTERRUPTED = "Prediction interrupted; please retry (code: PA)"
@@ -197,9 +197,9 @@ class Store:
         """An end, with its pictures, at once; False where it had ended before, and then the pictures go."""
         assert outcome.status in ENDED  # noqa: S101 - our own callers
         asked = (
-            "UPDATE predictions SET status = ?, logs = ?, error = ?, metrics = ?, completed_at = ?, "
-            "ended = ?, started_at = coalesce(started_at, ?), webhook_due = webhook IS NOT NULL "
-            "WHERE id = ? AND ended IS NULL"
+            "UPDATE predictions SET status = ?, logs = ?, error = ?, metrics = ?, completed_at = ?, "  # noqa: S608
+            "ended = ?, started_at = coalesce(started_at, ?), "
+            f"webhook_due = {_LAST_EVENT_IS_ASKED_FOR} WHERE id = ? AND ended IS NULL"
         )
         now = timestamp()
         figures = (outcome.status, outcome.logs, outcome.error, json.dumps(outcome.metrics), now, time.time())
@@ -218,7 +218,7 @@ class Store:
             db.execute("UPDATE predictions SET webhook_due = 0 WHERE id = ?", (id,))
 
     def page(self, *, before: int | None = None, after: int | None = None, size: int = 100) -> Page:
-        """Those older than `before`, or the oldest that are newer than `after`; else the latest. All brief."""
+        """Those older than `before`, or the oldest that are newer than `after`; else the latest. Brief."""
         columns = f"SELECT {_COLUMNS}, {_BRIEF} AS input FROM predictions WHERE"  # noqa: S608
         with self.database.read() as db:
             if after is not None:
@@ -234,9 +234,25 @@ class Store:
     def clean(self, retention_s: float) -> int:
         """Remove inputs, logs, outputs and uploads older than so many seconds; says of how many predictions.
 
-        What is left of a prediction, its status and times, goes after thirty days more.
+        What is left of a prediction, its status and times, goes after thirty days more. Deleting rows takes
+        some room: where there is none, files go first; a prediction without its own is as good as removed.
         """
         before = time.time() - retention_s
+        try:
+            return self._clean(before)
+        except StorageError:
+            self.files.unlink(self._expired_files(before))
+            return self._clean(before)
+
+    def _expired_files(self, before: float) -> list[str]:
+        asked = (
+            "SELECT id FROM files WHERE prediction IS NULL AND created < ? "
+            "OR prediction IN (SELECT id FROM predictions WHERE ended < ?)"
+        )
+        with self.database.read() as db:
+            return [row["id"] for row in db.execute(asked, (before, before))]
+
+    def _clean(self, before: float) -> int:
         held = "SELECT id FROM predictions WHERE ended < ? AND NOT data_removed"
         with self.database.write() as db:
             ids = [(row["id"],) for row in db.execute(held, (before,)).fetchall()]
@@ -253,6 +269,18 @@ class Store:
         self.files.expire(before)
         return len(ids)
 
+    def writable(self) -> bool:
+        """Whether the disk takes predictions and files: where it refused the last one, this tries again."""
+        if not (self.database.refused or self.files.refused):
+            return True
+        try:
+            self.files.try_writing()
+            with self.database.write() as db:
+                db.execute("INSERT OR REPLACE INTO settings VALUES ('tried', ?)", (timestamp(),))
+        except StorageError:
+            return False
+        return True
+
     def close(self) -> None:
         """Let go of the folder."""
         self.database.close()
@@ -267,6 +295,10 @@ class Store:
         self.files.sweep()
 
 
+# No filter is the original's default, which has it.
+_LAST_EVENT_IS_ASKED_FOR = (
+    """(webhook IS NOT NULL AND (webhook_events = '[]' OR webhook_events LIKE '%"completed"%'))"""
+)
 _NAMES = (
     *("seq", "id", "key", "digest", "status", "version", "base", "stream", "webhook", "webhook_events"),
     *("webhook_due", "logs", "error", "created_at", "started_at", "completed_at", "metrics", "data_removed"),
