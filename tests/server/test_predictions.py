@@ -216,6 +216,17 @@ def test_lists_and_their_cursors(
     assert (first["previous"], third["next"]) == (None, None)
     assert client.get(third["previous"]).json()["results"] == second["results"]
     assert client.get(second["previous"]).json()["results"] == first["results"]
+    for cursor, way in ((">99", "next"), ("<1", "previous")):
+        named = base64.b64encode(cursor.encode()).decode()
+        empty = client.get("/v1/predictions", params={"cursor": named}).json()
+        assert empty["results"] == []
+        back = client.get(empty[way]).json()["results"]
+        assert (
+            back
+            == (first if way == "next" else third | {"results": second["results"][1:] + third["results"]})[
+                "results"
+            ]
+        )
     one = first["results"][0]
     assert len(one["input"]["image"]) < 100
     assert one["output"][0].startswith("http://testserver/v1/outputs/")

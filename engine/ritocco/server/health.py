@@ -31,6 +31,7 @@ def routes(shared: Shared) -> APIRouter:
         except StorageError:
             return "storage"
 
+    @router.head("/livez", include_in_schema=False)
     @router.get(
         "/livez",
         openapi_extra=_OPEN,
@@ -41,6 +42,7 @@ def routes(shared: Shared) -> APIRouter:
         lost = shared.jobs.lost
         return JSONResponse({"status": "device lost" if lost else "ok"}, 503 if lost else 200)
 
+    @router.head("/readyz", include_in_schema=False)
     @router.get(
         "/readyz",
         openapi_extra=_OPEN,
@@ -52,6 +54,7 @@ def routes(shared: Shared) -> APIRouter:
         ready = why in ("", "full")
         return JSONResponse({"status": "ok" if ready else why}, 200 if ready else 503)
 
+    @router.head("/health-check", include_in_schema=False)
     @router.get("/health-check", openapi_extra=_OPEN)
     def health_check() -> dict[str, Any]:
         """Cog's words for it."""

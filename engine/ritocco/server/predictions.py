@@ -132,10 +132,14 @@ def routes(shared: Shared, prefix: str) -> APIRouter:
         request: Request, cursor: Annotated[str | None, Query(description="Of a page's URLs.")] = None
     ) -> Response:
         """The latest predictions, a hundred a page. Outputs are URLs here; long inputs are cut."""
-        page = await run_in_threadpool(lambda: shared.store.page(size=PAGE, **_cursor(cursor)))
+        place = _cursor(cursor)
+        page = await run_in_threadpool(lambda: shared.store.page(size=PAGE, **place))
         base = shared.base(request, prefix)
         made = [await shared.answer(one, base, brief=True) for one in page.records]
-        ends = (page.records[0].seq, page.records[-1].seq) if page.records else (0, 0)
+        if page.records:
+            ends = (page.records[0].seq, page.records[-1].seq)
+        else:  # from an empty page too there is a way back
+            ends = (place.get("before", 0) - 1, place.get("after", 0) + 1)
 
         def link(there: bool, sign: str, seq: int) -> str | None:
             text = base64.urlsafe_b64encode(f"{sign}{seq}".encode("ascii")).decode("ascii")
