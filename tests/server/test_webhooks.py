@@ -38,6 +38,7 @@ def test_secrets_are_split_at_one_underscore() -> None:
 
 def test_all_events(make: Make, asked: dict[str, Any], batcher: HandBatcher, receiver: Receiver) -> None:
     client = make(by_itself=False, fetcher=LOOPBACK)
+    asked["image"] += "=" * 1000
     events = ["start", "output", "logs", "completed"]
     body = {"input": asked, "webhook": receiver.url, "webhook_events_filter": events}
     made = client.post("/v1/predictions", json=body).json()
@@ -46,6 +47,7 @@ def test_all_events(make: Make, asked: dict[str, Any], batcher: HandBatcher, rec
     first = [receiver.next()[1] for _ in range(2)]
     assert [one["status"] for one in first] == ["processing", "processing"]
     assert first[0]["logs"].startswith("Using seed")
+    assert [len(one["input"]["image"]) for one in first] == [63, 63]
     run.succeed()
     second = [receiver.next() for _ in range(2)]
     assert [one["status"] for _, one in second] == ["succeeded", "succeeded"]
@@ -175,6 +177,8 @@ def test_a_receivers_queue_is_bounded(
     receiver.ended.set()
     assert receiver.next()[1]["id"] == made[1]
     client.app.close()  # type: ignore[attr-defined]
+    while not receiver.got.empty():
+        assert receiver.next()[1]["id"] != made[2]
     monkeypatch.setattr(webhooks, "_MOST_LAST", 10)
     make(fetcher=LOOPBACK)
     assert made[2] in {receiver.next()[1]["id"] for _ in range(2)}

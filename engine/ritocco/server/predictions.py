@@ -136,17 +136,15 @@ def routes(shared: Shared, prefix: str) -> APIRouter:
         page = await run_in_threadpool(lambda: shared.store.page(size=PAGE, **place))
         base = shared.base(request, prefix)
         made = [await shared.answer(one, base, brief=True) for one in page.records]
-        if page.records:
-            ends = (page.records[0].seq, page.records[-1].seq)
-        else:  # from an empty page too there is a way back
-            ends = (place.get("before", 0) - 1, place.get("after", 0) + 1)
+        # From an empty page too there is a way back.
+        seqs = [one.seq for one in page.records] or [0, place.get("after", 0) + 1]
 
         def link(there: bool, sign: str, seq: int) -> str | None:
             text = base64.urlsafe_b64encode(f"{sign}{seq}".encode("ascii")).decode("ascii")
             return f"{base}/predictions?cursor={text}" if there else None
 
         held = PageOfPredictions(
-            previous=link(page.newer, ">", ends[0]), next=link(page.older, "<", ends[1]), results=made
+            previous=link(page.newer, ">", seqs[0]), next=link(page.older, "<", seqs[-1]), results=made
         )
         return _json(held)
 
