@@ -12,7 +12,7 @@ from typing import Any
 
 
 class Receiver(http.server.ThreadingHTTPServer):
-    """Keeps what it gets, as (headers, body), and answers the next of `statuses`, else 200."""
+    """Keeps what it gets, as (headers, body), and answers the next of `statuses` (0: never), else 200."""
 
     daemon_threads = True
 
@@ -20,6 +20,7 @@ class Receiver(http.server.ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.got: queue.Queue[tuple[dict[str, str], bytes]] = queue.Queue()
         self.statuses: list[int] = []
+        self.ended = threading.Event()
 
     @property
     def url(self) -> str:
@@ -40,6 +41,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         body = self.rfile.read(int(self.headers["content-length"]))
         self.server.got.put(({name.lower(): value for name, value in self.headers.items()}, body))
         status = self.server.statuses.pop(0) if self.server.statuses else 200
+        if not status:
+            self.server.ended.wait()
+            return
         self.send_response(status)
         if status == 302:
             self.send_header("Location", "http://169.254.169.254/")
@@ -55,5 +59,6 @@ def receiving() -> Iterator[Receiver]:
         try:
             yield made
         finally:
+            made.ended.set()
             made.shutdown()
             thread.join()

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from starlette.testclient import TestClient
+from starlette.websockets import WebSocketDisconnect
 
 from hand_batcher import Make, picture
 from ritocco.errors import RequestError
@@ -118,11 +119,44 @@ def test_pages_of_other_sites_may_not_call(make: Make, asked: dict[str, Any]) ->
     assert evil.status_code == 403
     assert "access-control-allow-origin" not in evil.headers
     assert client.post("/v1/files", files={"content": b"x"}, headers={"Origin": "null"}).status_code == 403
+    # Its own name may be one that another site made to resolve to this machine.
     own = client.post("/v1/predictions", json=body, headers={"Origin": "http://testserver"})
-    assert own.status_code == 201
+    assert own.status_code == 403
     asking = {"Origin": "https://evil.example", "Access-Control-Request-Method": "POST"}
     assert client.options("/v1/predictions", headers=asking).status_code == 405
     assert "access-control-allow-origin" not in client.get("/livez", headers=asking).headers
+
+
+def test_a_page_that_is_named_may_call(make: Make, asked: dict[str, Any]) -> None:
+    client = make(cors_origins=["https://app.example"])
+    got = client.post("/v1/predictions", json={"input": asked}, headers={"Origin": "https://app.example"})
+    assert got.status_code == 201
+
+
+def test_there_are_no_websockets(open_client: TestClient) -> None:
+    with pytest.raises(WebSocketDisconnect), open_client.websocket_connect("/v1/predictions"):
+        pass
+
+
+@pytest.mark.parametrize("path", sorted(OPEN))
+def test_health_may_be_asked_for_without_a_body(closed_client: TestClient, path: str) -> None:
+    got = closed_client.head(path)
+    assert (got.status_code, got.content) == (200, b"")
+
+
+def test_a_mistake_of_ours_is_logged_once(make: Make, caplog: pytest.LogCaptureFixture) -> None:
+    client = make()
+
+    def broken(*_: object) -> None:
+        raise RuntimeError("a mistake")
+
+    store = client.app.state.shared.store  # type: ignore[attr-defined]
+    store.files.uploads = broken
+    with caplog.at_level("INFO"):
+        got = client.get("/v1/files")
+    assert (got.status_code, got.json()["title"]) == (500, "Internal error")
+    assert [one.getMessage() for one in caplog.records if one.exc_info] == ["internal error"]
+    assert [one.status for one in caplog.records if one.getMessage() == "request"] == [500]  # type: ignore[attr-defined]
 
 
 def test_cors_is_for_those_who_are_named(make: Make, asked: dict[str, Any]) -> None:
@@ -154,8 +188,13 @@ INPUT = json.dumps({"image": picture(0), "mask": picture(0)})
         (b'{"input": {"guidance_scale": NaN}}', 400),
         (b'{"input": {"guidance_scale": Infinity}}', 400),
         (b'{"input": {"seed": ' + b"9" * 5000 + b"}}", 400),
-        (b'{"input": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", 400),
-        (b'{"input": ' + b'{"a":' * 100_000 + b"1" + b"}" * 100_000 + b"}", 400),
+        (b'{"input": ' + b"[" * 9_000 + b"]" * 9_000 + b"}", 400),
+        (b'{"input": ' + b'{"a":' * 9_000 + b"1" + b"}" * 9_000 + b"}", 400),
+        (b'{"input": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", 413),
+        (b'{"input": ' + INPUT[:-1].encode() + b', "x": [' + b"[]," * 10_000 + b"1]}}", 413),
+        (b'{"input": ' + INPUT[:-1].encode() + b', "x": [' + b'"a",' * 10_000 + b"1]}}", 413),
+        (b'{"input": ' + INPUT[:-1].encode() + b', "x": {' + b'"",' * 40_000 + b"1}}}", 413),
+        (b'{"input": ' + INPUT[:-1].encode() + b', "prompt": "' + b'\\\\,\\"[' * 10_000 + b'"}}', 201),
         (b'{"input": {"image": "data:,", "mask": "data:,", "guidance_scale": 1e999}}', 422),
         (b'{"input": {"image": "data:,", "mask": "data:,", "seed": ' + b"9" * 400 + b"}}", 422),
         (b'{"input": {"image": "data:,", "mask": "data:,", "prompt": "\\ud800"}}', 422),
@@ -266,6 +305,9 @@ def test_logs_hold_no_secrets(make: Make, asked: dict[str, Any]) -> None:
         ({"waiting": 0}, "waiting is 0"),
         ({"retention_s": -1}, "retention_s is -1"),
         ({"retention_s": float("nan")}, "retention_s is nan"),
+        ({"retention_s": float("inf")}, "retention_s is inf; it must be at most 315360000, ten years"),
+        ({"retention_s": 1e8 * 3600}, "retention_s is 360000000000.0; it must be at most"),
+        ({"grace_s": float("inf")}, "grace_s is inf"),
         ({"outputs": "ftp"}, "auto, url or data"),
         ({"public_url": "example.org"}, "must start with http"),
         ({"grace_s": -1}, "grace_s is -1"),
@@ -282,6 +324,8 @@ def test_token_files(tmp_path: Any) -> None:
     file = tmp_path / "tokens.txt"
     file.write_text(f"# of the web shop\n{TOKENS[0]}\n\n  {TOKENS[1]}  \n", encoding="utf-8")
     assert read_tokens(file) == tuple(TOKENS)
+    file.write_text(TOKENS[0], encoding="utf-8-sig")  # as some editors write it
+    assert read_tokens(file) == (TOKENS[0],)
     for content in (b"", b"# nothing\n", b"\xff\xfe"):
         file.write_bytes(content)
         with pytest.raises(RequestError, match="--token-file"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import socket
 import threading
 from collections.abc import Callable, Iterator
@@ -175,6 +176,33 @@ def test_the_stream_is_live(serve: Serve, batcher: HandBatcher, asked: dict[str,
         assert next(lines) == "event: output"
         assert next(lines).startswith(f"data: {url}/v1/outputs/")
         assert list(lines) == ["event: done", "data: {}"]
+
+
+def test_a_client_that_does_not_read_is_given_up(
+    serve: Serve, asked: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ritocco.server.app.SEND_TIMEOUT_S", 0.2)
+    given_up = threading.Event()
+
+    class Watch(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            if "without completing response" in record.getMessage():
+                given_up.set()
+
+    url = serve(by_itself=False)
+    large = asked | {"image": "data:image/png;base64," + "A" * (24 << 20)}
+    made = httpx.post(f"{url}/v1/predictions", json={"input": large}, timeout=60).json()
+    logger, handler = logging.getLogger("uvicorn.error"), Watch()
+    logger.addHandler(handler)
+    try:
+        with connect(url) as idle:
+            idle.sendall(f"GET /v1/predictions/{made['id']} HTTP/1.1\r\nHost: a\r\n\r\n".encode())
+            assert given_up.wait(60)
+            status, got = answer(idle)
+    finally:
+        logger.removeHandler(handler)
+    assert (status, b"Internal" in got) == (200, False)
+    assert len(got) < len(large["image"])
 
 
 def test_a_stop_lets_go_of_streams_and_waits(

@@ -216,6 +216,17 @@ def test_lists_and_their_cursors(
     assert (first["previous"], third["next"]) == (None, None)
     assert client.get(third["previous"]).json()["results"] == second["results"]
     assert client.get(second["previous"]).json()["results"] == first["results"]
+    for cursor, way in ((">99", "next"), ("<1", "previous")):
+        named = base64.b64encode(cursor.encode()).decode()
+        empty = client.get("/v1/predictions", params={"cursor": named}).json()
+        assert empty["results"] == []
+        back = client.get(empty[way]).json()["results"]
+        assert (
+            back
+            == (first if way == "next" else third | {"results": second["results"][1:] + third["results"]})[
+                "results"
+            ]
+        )
     one = first["results"][0]
     assert len(one["input"]["image"]) < 100
     assert one["output"][0].startswith("http://testserver/v1/outputs/")
@@ -232,6 +243,17 @@ def test_outputs_as_addresses(make: Make, asked: dict[str, Any]) -> None:
     assert got.headers["x-content-type-options"] == "nosniff"
     assert client.head(held["output"][1]).headers["content-length"] == str(len(got.content))
     assert client.get(held["output"][1].replace("out-1", "out-0")).status_code == 404
+
+
+@pytest.mark.parametrize("outputs", ["url", "data"])
+def test_a_prediction_whose_files_are_gone(make: Make, asked: dict[str, Any], outputs: str) -> None:
+    """Retention deletes files before rows where the disk is full."""
+    client = make(outputs=outputs)
+    held = client.post("/predictions", json={"input": asked | {"num_outputs": 2}}).json()
+    files = client.app.state.shared.store.files  # type: ignore[attr-defined]
+    files.unlink([files.outputs(held["id"])[1].id])
+    for got in (client.get(held["urls"]["get"]).json(), client.get("/v1/predictions").json()["results"][0]):
+        assert (got["status"], got["data_removed"], got["output"]) == ("succeeded", True, None)
 
 
 def test_outputs_follow_the_scheme(make: Make, asked: dict[str, Any]) -> None:
@@ -358,10 +380,12 @@ def test_versions_that_are_not_served(open_client: TestClient, asked: dict[str, 
 
 def test_unknown_inputs_are_ignored(make: Make, asked: dict[str, Any], batcher: HandBatcher) -> None:
     client = make()
-    held = client.post("/predictions", json={"input": asked | {"size": "big", "strength": 3}}).json()
+    unknown = {"size": "big", "strength": 3, "\u732b" * 200: []}
+    held = client.post("/predictions", json={"input": asked | unknown}).json()
     assert held["input"] == asked
-    # The batcher sees them, and logs their names.
-    assert batcher.seen[0].input["size"] == "big"
+    # The batcher sees their names alone, and logs them.
+    assert list(batcher.seen[0].input.items())[4:6] == [("size", None), ("strength", None)]
+    assert all(len(name) < 1000 and value is None for name, value in list(batcher.seen[0].input.items())[4:])
 
 
 def test_the_work_of_one_request_is_capped(make: Make, asked: dict[str, Any]) -> None:

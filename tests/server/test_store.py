@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sqlite3
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -134,6 +135,30 @@ def test_pages(store: Store, tmp_path: Path) -> None:
     with_room.close()
 
 
+def test_lists_and_streams_read_no_whole_input(store: Store) -> None:
+    uri, text = "data:image/png;base64," + "A" * 1000, "a" * 9000
+    new, _ = store.accept(record(input={"image": uri, "prompt": text, "seed": 1}))
+    assert store.get(new.id) == new
+    with store.database.write() as db:
+        db.execute("UPDATE inputs SET json = 'no JSON'")
+    cut = {"image": uri[:60] + "...", "prompt": text[:8189] + "...", "seed": 1}
+    assert [one.input for one in store.page().records] == [cut]
+    for found in (store.get(new.id, brief=True), store.by_stream(new.stream)):
+        assert found is not None
+        assert found.input == cut
+    store.start(new.id)
+    now = store.now(new)
+    assert now is not None
+    assert (now.input, now.status) == (new.input, "processing")
+
+
+def test_inputs_that_an_earlier_version_stored(store: Store) -> None:
+    store.accept(record(input={"image": "data:," + "A" * 1000}))
+    with store.database.write() as db:
+        db.execute("DELETE FROM briefs")
+    assert [len(one.input["image"]) for one in store.page().records] == [63]
+
+
 def test_after_a_restart_queued_ones_run_and_running_ones_fail(store: Store) -> None:
     queued, running, done, again = (
         store.accept(record(webhook="http://there/", id=f"{i}"))[0] for i in range(4)
@@ -183,6 +208,8 @@ def test_retention(store: Store) -> None:
     assert store.clean(3600) == 0
     (held,) = store.files.outputs(old.id)
     assert store.clean(-1) == 1
+    with store.database.read() as db:
+        assert [row["id"] for row in db.execute("SELECT id FROM briefs")] == [waiting.id]
     assert store.clean(-1) == 0
     left = store.get(old.id)
     assert left is not None
@@ -195,6 +222,57 @@ def test_retention(store: Store) -> None:
     assert store.clean(-31 * 24 * 3600) == 0
     assert store.get(old.id) is None
     assert store.get(waiting.id) == waiting
+
+
+def test_retention_frees_a_full_disk(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    old, _ = store.accept(record())
+    held = output(store, old.id)
+    store.finish(old.id, DONE, [held])
+    upload = store.files.write(b"mask", name="mask.png", content_type="image/png")
+    store.files.record(upload)
+    later, _ = store.accept(record())
+    write = store.database.write
+
+    def full() -> Any:
+        if any(store.files.there(one) for one in (held, upload)):
+            raise StorageError("nothing can be stored: database or disk is full")
+        return write()
+
+    monkeypatch.setattr(store.database, "write", full)
+    with pytest.raises(StorageError):
+        store.clean(3600)
+    assert store.files.there(held)
+    assert store.clean(-1) == 1
+    left = store.get(old.id)
+    assert left is not None
+    assert left.data_removed
+    assert store.files.find(upload.id) is None
+    assert store.get(later.id) == later
+
+
+def test_an_upload_whose_row_is_refused_leaves_nothing(store: Store) -> None:
+    made = store.files.write(b"mask", name="a", content_type="b", metadata='{"a": "' + "a" * 20_000 + '"}')
+    with store.database.write() as db:
+        pages = db.execute("PRAGMA page_count").fetchone()[0]
+        db.execute(f"PRAGMA max_page_count = {pages}")
+    with pytest.raises(StorageError, match="full"):
+        store.files.record(made)
+    assert not store.files.there(made)
+
+
+def test_a_damaged_file_is_the_disks_fault(store: Store) -> None:
+    for open_ in (store.database.read, store.database.write):
+        with pytest.raises(StorageError, match="malformed"), open_():
+            raise sqlite3.DatabaseError("database disk image is malformed")
+        with pytest.raises(sqlite3.IntegrityError), open_():
+            raise sqlite3.IntegrityError("UNIQUE constraint failed")
+
+
+@pytest.mark.parametrize(("events", "due"), [((), 1), (("start", "completed"), 1), (("start", "output"), 0)])
+def test_a_last_event_is_due_where_it_is_asked_for(store: Store, events: tuple[str, ...], due: int) -> None:
+    new, _ = store.accept(record(webhook="http://there/", webhook_events=events))
+    store.finish(new.id, DONE)
+    assert len(store.due()) == due
 
 
 def test_uploads_are_deleted_and_outputs_are_not(store: Store) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import tempfile
 from typing import Any
 
 import pytest
@@ -111,6 +113,35 @@ def test_uploads_that_are_refused(make: Make, parts: Any, status: int, field: st
     )
 
 
+@pytest.mark.parametrize(
+    "metadata",
+    [
+        '{"a": "\\ud800"}',
+        '{"\\udfff": 1}',
+        '{"a": NaN}',
+        '{"a": 1e999}',
+        '{"a": 1, "a": 2}',
+        '{"a":' * 300 + "1" + "}" * 300,
+        '{"a":' + "[" * 20 + "]" * 20 + "}",
+        '{"a":' + "9" * 400 + "}",
+    ],
+)
+def test_metadata_that_no_list_could_show(make: Make, metadata: str) -> None:
+    client = make()
+    got = client.post("/v1/files", files={"content": ("a", b"x"), "metadata": (None, metadata)})
+    assert (got.status_code, got.json()["invalid_fields"][0]["field"]) == (422, "metadata")
+    assert client.get("/v1/files").json()["results"] == []
+
+
+@pytest.mark.parametrize("metadata", ['{"a": "\\ud800"}', '{"a": Infinity}', '{"a":' * 300 + "1" + "}" * 300])
+def test_no_row_breaks_the_list(make: Make, metadata: str) -> None:
+    """Whoever wrote it."""
+    client = make()
+    files = client.app.state.shared.store.files  # type: ignore[attr-defined]
+    files.record(files.write(b"x", name="a", content_type="b", metadata=metadata))
+    assert len(client.get("/v1/files").json()["results"]) == 1
+
+
 def test_uploads_of_another_type(open_client: TestClient) -> None:
     assert open_client.post("/v1/files", json={}).status_code == 415
     broken = {"Content-Type": "multipart/form-data; boundary=x"}
@@ -121,6 +152,36 @@ def test_uploads_of_another_type(open_client: TestClient) -> None:
         ).status_code
         == 400
     )
+
+
+def test_a_charset_that_decodes_nothing(open_client: TestClient) -> None:
+    body = b'--b\r\nContent-Disposition: form-data; name="content"; filename="\xff"\r\n\r\nx\r\n--b--\r\n'
+    kind = {"Content-Type": "multipart/form-data; boundary=b; charset=undefined"}
+    assert open_client.post("/v1/files", content=body, headers=kind).status_code == 400
+
+
+def test_no_room_for_a_large_part(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    client = make()
+    monkeypatch.setattr(tempfile, "tempdir", "/dev/null/nowhere")
+    got = client.post("/v1/files", files={"content": ("a", b"x" * (2 << 20))})
+    assert (got.status_code, got.json()["title"]) == (507, "Insufficient storage")
+
+
+def test_a_disk_that_refuses_is_not_ready(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    client = make()
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("ritocco.server.files.write_whole", full)
+        assert client.post("/v1/files", files={"content": ("a", b"x")}).status_code == 507
+        got = client.get("/readyz")
+        assert (got.status_code, got.json()["status"]) == (503, "storage")
+        assert client.get("/health-check").json()["status"] == "DEFUNCT"
+    assert client.get("/readyz").status_code == 200
+    store = client.app.state.shared.store  # type: ignore[attr-defined]
+    assert not list(store.files.path(store.files.write(b"", name="", content_type="")).parent.iterdir())[1:]
 
 
 @pytest.mark.parametrize(

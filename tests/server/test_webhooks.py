@@ -12,6 +12,7 @@ from hand_batcher import HandBatcher, Make
 from ritocco.errors import FetchError
 from ritocco.fetch import Fetcher
 from ritocco.server import webhooks
+from ritocco.server.store import Record
 from ritocco.server.webhooks import new_secret, signed
 from webhook_receiver import Receiver, receiving
 
@@ -37,6 +38,7 @@ def test_secrets_are_split_at_one_underscore() -> None:
 
 def test_all_events(make: Make, asked: dict[str, Any], batcher: HandBatcher, receiver: Receiver) -> None:
     client = make(by_itself=False, fetcher=LOOPBACK)
+    asked["image"] += "=" * 1000
     events = ["start", "output", "logs", "completed"]
     body = {"input": asked, "webhook": receiver.url, "webhook_events_filter": events}
     made = client.post("/v1/predictions", json=body).json()
@@ -45,6 +47,7 @@ def test_all_events(make: Make, asked: dict[str, Any], batcher: HandBatcher, rec
     first = [receiver.next()[1] for _ in range(2)]
     assert [one["status"] for one in first] == ["processing", "processing"]
     assert first[0]["logs"].startswith("Using seed")
+    assert [len(one["input"]["image"]) for one in first] == [63, 63]
     run.succeed()
     second = [receiver.next() for _ in range(2)]
     assert [one["status"] for _, one in second] == ["succeeded", "succeeded"]
@@ -117,6 +120,70 @@ def test_the_last_one_is_sent_after_a_restart(
     assert receiver.got.empty()
 
 
+def test_a_receiver_that_does_not_answer_holds_up_nobody_else(
+    make: Make, asked: dict[str, Any], receiver: Receiver
+) -> None:
+    with receiving() as silent:
+        silent.statuses = [0] * 100
+        client = make(fetcher=Fetcher(allow_networks=["127.0.0.0/8"], timeout_s=600))
+        body = {"input": asked, "webhook": silent.url, "webhook_events_filter": ["completed"]}
+        for _ in range(12):
+            client.post("/predictions", json=body)
+        silent.next()
+        elsewhere = receiver.url.replace("127.0.0.1", "localhost")
+        made = client.post("/predictions", json=body | {"webhook": elsewhere}).json()
+        assert receiver.next()[1]["id"] == made["id"]
+
+
+def test_the_last_one_waits_briefly_for_others(
+    make: Make, asked: dict[str, Any], receiver: Receiver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(webhooks, "_HASTY_S", 0.2)
+    receiver.statuses = [0]
+    client = make(fetcher=Fetcher(allow_networks=["127.0.0.0/8"], timeout_s=600))
+    client.post("/predictions", json={"input": asked, "webhook": receiver.url})
+    output, last = receiver.next()[0], receiver.next()[0]
+    assert output["webhook-id"] != last["webhook-id"]
+
+
+def test_logs_wait_behind_the_rest_and_are_superseded() -> None:
+    queue = webhooks._Queue()
+    one, two = (Record(id=id, input={}, version="", base="", stream="", digest="") for id in "12")
+    asked: list[tuple[Record, webhooks.Event]] = [(one, "logs"), (two, "logs"), (one, "logs"), (two, "start")]
+    asked += [(one, "output"), (one, "completed")]
+    for record, event in asked:
+        queue.put(webhooks._Message(record, event, bytes))
+    taken = [queue.take() for _ in range(len(queue))]
+    assert [(each.record.id, each.event) for each in taken] == [
+        ("2", "start"),
+        ("1", "output"),
+        ("1", "completed"),
+        ("2", "logs"),
+    ]
+
+
+def test_a_receivers_queue_is_bounded(
+    make: Make, asked: dict[str, Any], receiver: Receiver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is too much is still due after the next start."""
+    monkeypatch.setattr(webhooks, "_MOST_LAST", 1)
+    monkeypatch.setattr(webhooks, "_LANES", 1)
+    receiver.statuses = [0]
+    client = make(fetcher=LOOPBACK)
+    body = {"input": asked, "webhook": receiver.url, "webhook_events_filter": ["completed"]}
+    made = [client.post("/predictions", json=body).json()["id"]]
+    assert receiver.next()[1]["id"] == made[0]
+    made += [client.post("/predictions", json=body).json()["id"] for _ in range(2)]
+    receiver.ended.set()
+    assert receiver.next()[1]["id"] == made[1]
+    client.app.close()  # type: ignore[attr-defined]
+    while not receiver.got.empty():
+        assert receiver.next()[1]["id"] != made[2]
+    monkeypatch.setattr(webhooks, "_MOST_LAST", 10)
+    make(fetcher=LOOPBACK)
+    assert made[2] in {receiver.next()[1]["id"] for _ in range(2)}
+
+
 def test_closed_networks_get_nothing(
     make: Make, asked: dict[str, Any], receiver: Receiver, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -129,7 +196,8 @@ def test_closed_networks_get_nothing(
     outcomes = [one.outcome for one in caplog.records if one.message == "webhook"]  # type: ignore[attr-defined]
     assert outcomes
     assert all("is not a public address" in one for one in outcomes)
-    assert "key=secret" not in caplog.text + str(outcomes)
+    assert all(secret not in caplog.text + str(outcomes) for secret in ("key=secret", "/hook"))
+    assert all("webhook: http://127.0.0.1:" in one for one in outcomes)
 
 
 def test_the_fetcher_posts(receiver: Receiver) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Literal
 
 from ritocco.images import data_uri
 from ritocco.prediction import Prediction, Urls
@@ -12,7 +12,6 @@ from ritocco.server.files import StoredFile
 from ritocco.server.settings import Outputs
 from ritocco.server.store import ENDED, Record, Store
 
-_BRIEF_CHARS = 256
 _KNOWN = {*PredictionInput.model_fields, EXTENSIONS_KEY}
 _FORMATS: Mapping[str, Literal["png", "jpg", "webp"]] = {
     "image/png": "png",
@@ -33,13 +32,13 @@ def answer(
     """The prediction as clients get it.
 
     running: what its run says, where there is one. base: URL of the API, without a slash at the end. outputs:
-    as of `Settings`. brief: for lists, where outputs are URLs and data URIs are cut. Raises StorageError.
+    as of `Settings`. brief: for lists, where outputs are URLs. Raises StorageError.
     """
     here = f"{base}/predictions/{record.id}"
     made = Prediction(
         id=record.id,
         version=record.version,
-        input=_shown(record.input, brief=brief),
+        input={name: value for name, value in record.input.items() if name in _KNOWN},
         logs=record.logs,
         data_removed=record.data_removed,
         error=record.error,
@@ -53,9 +52,12 @@ def answer(
     if record.status == "succeeded" and not record.data_removed:
         as_data = outputs == "data" or (outputs == "auto" and not base.startswith("https://"))
         pictures = store.files.outputs(record.id)
-        made.output = [
-            _content(store, one) if as_data and not brief else output_url(base, one) for one in pictures
-        ]
+        if all(store.files.there(one) for one in pictures):
+            made.output = [
+                _content(store, one) if as_data and not brief else output_url(base, one) for one in pictures
+            ]
+        else:
+            made.data_removed = True
     if running is not None and record.status not in ENDED:
         made.logs = running.logs
         if running.status == "processing":
@@ -70,15 +72,3 @@ def output_url(base: str, file: StoredFile) -> str:
 
 def _content(store: Store, file: StoredFile) -> str:
     return data_uri(store.files.read(file), _FORMATS[file.content_type])
-
-
-def _shown(input: Mapping[str, Any], *, brief: bool) -> dict[str, Any]:
-    """Of what was asked, the keys that count."""
-    held = {name: value for name, value in input.items() if name in _KNOWN}
-    if brief:
-        held |= {
-            name: f"{value[:60]}..."
-            for name, value in held.items()
-            if isinstance(value, str) and value[:5].lower() == "data:" and len(value) > _BRIEF_CHARS
-        }
-    return held

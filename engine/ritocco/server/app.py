@@ -14,6 +14,7 @@ from typing import Any
 from fastapi import FastAPI
 from starlette.concurrency import run_in_threadpool
 from starlette.middleware.cors import CORSMiddleware
+from starlette.types import ASGIApp
 
 from ritocco.batcher import Batcher
 from ritocco.engine import Engine
@@ -22,7 +23,7 @@ from ritocco.prediction import VERSION, timestamp
 from ritocco.server import health, models, predictions, uploads
 from ritocco.server.database import StorageError
 from ritocco.server.document import document
-from ritocco.server.gate import PREFIXES, BodyLimits, Gate
+from ritocco.server.gate import PREFIXES, SEND_TIMEOUT_S, BodyLimits, Gate, SendLimits
 from ritocco.server.jobs import Jobs
 from ritocco.server.logs import AccessLog
 from ritocco.server.metrics import Metrics
@@ -41,6 +42,10 @@ class App(FastAPI):
     """Owns threads and a folder: `close` it where nobody runs its lifespan, as under another app."""
 
     _parts: _Parts
+
+    def build_middleware_stack(self) -> ASGIApp:
+        """The framework's, inside what has to see its answers to errors too."""
+        return SendLimits(AccessLog(super().build_middleware_stack()), seconds=SEND_TIMEOUT_S)
 
     @property
     def lost(self) -> bool:
@@ -125,7 +130,6 @@ def create_app(engine: Engine | Sequence[Engine] | Batcher, settings: Settings |
             allow_methods=["GET", "POST", "PUT", "DELETE"],
             allow_headers=["Authorization", "Content-Type", "Idempotency-Key", "Prefer"],
         )
-    app.add_middleware(AccessLog)
     shared.jobs.resume()
     return app
 

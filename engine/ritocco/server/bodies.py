@@ -16,12 +16,16 @@ from ritocco.server.problems import ProblemError
 from ritocco.shown import plain, said
 
 MAX_WEBHOOK_CHARS = 2048
+MAX_VALUES = 10_000
 _EVENTS = ("start", "output", "logs", "completed")
 _SMALL = 1 << 16
 
 
 async def read_json(request: Request) -> dict[str, Any]:
-    """The body, an object. Raises ProblemError: 415 for another type, 400 for what is not strictly JSON."""
+    """The body, an object.
+
+    Raises ProblemError: 415 for another type, 413 for too many values, 400 for what is not strictly JSON.
+    """
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json" and not (kind.startswith("application/") and kind.endswith("+json")):
         # Pages of other sites may send the other types without asking.
@@ -31,16 +35,40 @@ async def read_json(request: Request) -> dict[str, Any]:
     return _parsed(raw) if len(raw) < _SMALL else await run_in_threadpool(_parsed, raw)
 
 
-def _parsed(raw: bytes) -> dict[str, Any]:
+def strict_object(raw: bytes) -> dict[str, Any]:
+    """A JSON object, none of whose keys stands there twice. Raises ValueError with the reason."""
     try:
         held = json.loads(raw, object_pairs_hook=_object, parse_constant=_no_number)
     except RecursionError:
-        raise ProblemError(400, "Malformed JSON", "The body is nested too deeply") from None
+        raise ValueError("it is nested too deeply") from None
+    if not isinstance(held, dict):
+        raise ValueError("it must be an object")
+    return held
+
+
+def _parsed(raw: bytes) -> dict[str, Any]:
+    if _values_beyond(raw, MAX_VALUES):
+        raise ProblemError(413, "Payload too large", f"The body may hold at most {MAX_VALUES} values")
+    try:
+        return strict_object(raw)
     except ValueError as error:  # not JSON, not UTF-8, a number of thousands of digits
         raise ProblemError(400, "Malformed JSON", f"The body is not valid JSON: {said(error, 200)}") from None
-    if not isinstance(held, dict):
-        raise ProblemError(400, "Malformed JSON", "The body must be a JSON object")
-    return held
+
+
+def _values_beyond(raw: bytes, most: int) -> bool:
+    """Whether a text of JSON holds more values than that, told by the marks before them: a value of two bytes
+    takes fifty times as many once it is parsed, and then each is walked through again and again.
+    """
+    if _marks(raw) <= most:
+        return False
+    without_escapes = raw.replace(b"\\\\", b"").replace(b'\\"', b"")
+    if without_escapes.count(b'"') > 4 * (most + 1):  # each member of an object is two texts at most
+        return True
+    return _marks(b"".join(without_escapes.split(b'"')[::2])) > most
+
+
+def _marks(raw: bytes) -> int:
+    return sum(raw.count(mark) for mark in (b",", b"[", b"{"))
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

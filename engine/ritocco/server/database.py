@@ -58,6 +58,8 @@ CREATE TABLE files (
 CREATE INDEX outputs ON files (prediction, place) WHERE prediction IS NOT NULL;
 CREATE TABLE settings (name TEXT PRIMARY KEY, value TEXT NOT NULL);
 """
+# Apart from the inputs, so that lists and streams pass megabytes by.
+_BRIEFS = "CREATE TABLE IF NOT EXISTS briefs (id TEXT PRIMARY KEY, json TEXT NOT NULL)"
 
 
 class StorageError(RitoccoError):
@@ -74,11 +76,14 @@ class Database:
             self._held = hold(folder, "--data")
             self._writer = _connect(folder / "ritocco.sqlite")
             self._prepare(folder)
+            self._writer.execute(_BRIEFS)
             self._reader = _connect(folder / "ritocco.sqlite")
         except (OSError, sqlite3.Error) as error:
             raise BackendError(f"--data is {str(folder)!r}, which can't be used: {error}") from error
         self._writing, self._reading = threading.Lock(), threading.Lock()
         self._closed = False
+        self.refused = False
+        """Whether the last write failed."""
 
     @contextmanager
     def write(self) -> Iterator[sqlite3.Connection]:
@@ -94,7 +99,11 @@ class Database:
                     if self._writer.in_transaction:
                         self._writer.execute("ROLLBACK")
                     raise
-            except sqlite3.OperationalError as error:
+                self.refused = False
+            except sqlite3.DatabaseError as error:
+                if not _is_the_disks(error):
+                    raise
+                self.refused = True
                 raise StorageError(f"nothing can be stored: {error}") from error
 
     @contextmanager
@@ -104,7 +113,9 @@ class Database:
             self._refuse_closed()
             try:
                 yield self._reader
-            except sqlite3.OperationalError as error:
+            except sqlite3.DatabaseError as error:
+                if not _is_the_disks(error):
+                    raise
                 raise StorageError(f"nothing can be read: {error}") from error
 
     def setting(self, name: str, default: str) -> str:
@@ -133,6 +144,11 @@ class Database:
             )
         if not found:
             self._writer.executescript(f"BEGIN; {_SCHEMA} PRAGMA user_version = {FORMAT}; COMMIT;")
+
+
+def _is_the_disks(error: sqlite3.DatabaseError) -> bool:
+    """Full, gone, or with a file on it that is damaged; the classes beside are our own mistakes."""
+    return type(error) in (sqlite3.OperationalError, sqlite3.DatabaseError)
 
 
 def _connect(file: Path) -> sqlite3.Connection:

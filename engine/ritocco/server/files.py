@@ -1,4 +1,7 @@
-"""Files on disk: uploads and outputs. A row comes after its file and goes before it: none is half there."""
+"""Files on disk: uploads and outputs. A row comes after its file and goes before it: none is half there.
+
+But on a full disk, which has no room for the change of a row, old files go first; see `Store.clean`.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +17,8 @@ from pathlib import Path
 from ritocco.disk import write_whole
 from ritocco.prediction import new_id, timestamp
 from ritocco.server.database import Database, StorageError
+
+_PROBE_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,6 +47,8 @@ class Files:
     def __init__(self, database: Database, folder: Path) -> None:
         self._database = database
         self._folder = folder
+        self.refused = False
+        """Whether the last write failed."""
         try:
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         except OSError as error:
@@ -69,17 +76,32 @@ class Files:
             prediction=prediction,
             place=place,
         )
-        try:
-            write_whole(self._folder / made.id, data)
-            _sync_folder(self._folder)
-        except OSError as error:
-            raise StorageError(f"nothing can be stored: {error}") from error
+        self._write(made.id, data)
         return made
 
+    def _write(self, name: str, data: bytes | memoryview) -> None:
+        try:
+            write_whole(self._folder / name, data)
+            _sync_folder(self._folder)
+        except OSError as error:
+            self.refused = True
+            raise StorageError(f"nothing can be stored: {error}") from error
+        self.refused = False
+
+    def try_writing(self) -> None:
+        """A file of a picture's size, and away with it. Raises StorageError."""
+        name = new_id()
+        self._write(name, bytes(_PROBE_BYTES))
+        self.unlink([name])
+
     def record(self, *files: StoredFile) -> None:
-        """Make files known. Raises StorageError."""
-        with self._database.write() as db:
-            insert_files(db, files)
+        """Make files known, or delete them. Raises StorageError."""
+        try:
+            with self._database.write() as db:
+                insert_files(db, files)
+        except StorageError:
+            self.unlink([one.id for one in files])
+            raise
 
     def find(self, id: str) -> StoredFile | None:
         """The file of an id, or None."""
@@ -117,6 +139,10 @@ class Files:
         if gone:
             self.unlink([id])
         return bool(gone)
+
+    def there(self, file: StoredFile) -> bool:
+        """Whether its bytes are: a full disk is freed of old ones before their rows go."""
+        return self.path(file).is_file()
 
     def expire(self, before: float) -> None:
         """Delete the uploads made before a time in seconds since the epoch."""

@@ -1,4 +1,4 @@
-"""What every request passes before a route sees it: the token, and the limits on its body.
+"""What every request passes before a route sees it: the token, and the limits on its body and its answer.
 
 One gate for all prefixes: whatever is not named here as open needs a token, known route or not.
 """
@@ -10,13 +10,13 @@ import hashlib
 import hmac
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ritocco.server.metrics import Metrics
-from ritocco.server.problems import ProblemError, unauthenticated
+from ritocco.server.problems import ProblemError, StalledError, unauthenticated
 from ritocco.shown import plain
 
 PREFIXES = ("", "/v1", "/replicate/v1")
@@ -27,6 +27,8 @@ _BY_NAME = re.compile(_PREFIX + r"/(?:outputs/[0-9a-z]{26}/[^/]+|stream/[0-9a-z]
 _UPLOAD = re.compile(_PREFIX + r"/files/?")
 _SAFE = ("GET", "HEAD", "OPTIONS")
 _FORM_BYTES = 1 << 20  # of an upload's other parts
+SEND_TIMEOUT_S = 60.0
+_PIECE_BYTES = 1 << 16
 
 
 def local_path(scope: Scope) -> str:
@@ -52,7 +54,9 @@ class Gate:
         if scope["type"] == "http" and (refused := self._refusal(scope)) is not None:
             self._metrics.refused.labels(str(refused.status)).inc()
             await refused.response()(scope, receive, send)
-        elif scope["type"] != "websocket":  # there are none
+        elif scope["type"] == "websocket":  # there are none
+            await send({"type": "websocket.close", "code": 1008})
+        else:
             await self._app(scope, receive, send)
 
     def _refusal(self, scope: Scope) -> ProblemError | None:
@@ -62,7 +66,7 @@ class Gate:
         if self._known:
             return None if self._admits(headers) else unauthenticated()
         origin = headers.get("origin")
-        if not safe and origin is not None and origin not in self._origins and not _same(origin, headers):
+        if not safe and origin is not None and origin not in self._origins:
             return ProblemError(403, "Forbidden", f"Pages of {plain(origin)!r} may not call this server")
         return None
 
@@ -75,10 +79,6 @@ class Gate:
         for known in self._known:
             found |= hmac.compare_digest(known, digest)
         return found and scheme.lower() in ("bearer", "token")
-
-
-def _same(origin: str, headers: Headers) -> bool:
-    return origin.partition("://")[2] == headers.get("host", "")
 
 
 class BodyLimits:
@@ -119,6 +119,49 @@ class BodyLimits:
             return message
 
         await self._app(scope, counted, send)
+
+
+class SendLimits:
+    """Sends an answer in pieces, and gives up on a client that takes none for too long: megabytes that nobody
+    reads would be held for ever.
+    """
+
+    def __init__(self, app: ASGIApp, *, seconds: float) -> None:
+        self._app, self._seconds = app, seconds
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """ASGI."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        stalled = False
+
+        async def limited(message: Message) -> None:
+            nonlocal stalled
+            for piece in _pieces(message):
+                try:
+                    async with asyncio.timeout(self._seconds):
+                        await send(piece)
+                except TimeoutError:
+                    stalled = True
+                    raise StalledError from None
+
+        try:
+            await self._app(scope, receive, limited)
+        except Exception:
+            if not stalled:
+                raise  # else the server closes the connection, since the answer is not complete
+
+
+def _pieces(message: Message) -> Iterator[Message]:
+    body = message.get("body", b"")
+    if len(body) <= _PIECE_BYTES:
+        yield message
+        return
+    for start in range(0, len(body), _PIECE_BYTES):
+        end = start + _PIECE_BYTES
+        more = end < len(body) or message.get("more_body", False)
+        yield {**message, "body": body[start:end], "more_body": more}
 
 
 def _too_large(most: int) -> ProblemError:

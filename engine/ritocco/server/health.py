@@ -25,10 +25,13 @@ def routes(shared: Shared) -> APIRouter:
         if not shared.jobs.healthy:
             return "engine"
         try:
+            if not shared.store.writable():
+                return "storage"
             return "full" if shared.store.unfinished() >= shared.settings.waiting else ""
         except StorageError:
             return "storage"
 
+    @router.head("/livez", include_in_schema=False)
     @router.get(
         "/livez",
         openapi_extra=_OPEN,
@@ -39,10 +42,11 @@ def routes(shared: Shared) -> APIRouter:
         lost = shared.jobs.lost
         return JSONResponse({"status": "device lost" if lost else "ok"}, 503 if lost else 200)
 
+    @router.head("/readyz", include_in_schema=False)
     @router.get(
         "/readyz",
         openapi_extra=_OPEN,
-        responses={503: {"description": "Stopping, no storage, or no engine that works"}},
+        responses={503: {"description": "Stopping, no engine that works, or a disk that refuses"}},
     )
     def readyz() -> JSONResponse:
         """Predictions are accepted, if perhaps not this moment: a full queue is no reason to be replaced."""
@@ -50,6 +54,7 @@ def routes(shared: Shared) -> APIRouter:
         ready = why in ("", "full")
         return JSONResponse({"status": "ok" if ready else why}, 200 if ready else 503)
 
+    @router.head("/health-check", include_in_schema=False)
     @router.get("/health-check", openapi_extra=_OPEN)
     def health_check() -> dict[str, Any]:
         """Cog's words for it."""

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ritocco.batcher import Batcher
@@ -344,13 +344,16 @@ class Jobs:
             self._writer.submit(guarded)
 
     def _send(self, record: Record, event: Event, live: Live | None = None) -> None:
+        lean = replace(record, input={})  # a message may wait for long
+        brief = live is not None  # while it runs, many are sent
+
         def body() -> bytes:
-            held = self._store.get(record.id) or record
+            held = self._store.get(lean.id, brief=brief) or lean
             running = None if live is None else live.prediction
-            made = answer(self._store, held, running, base=record.base, outputs=self._settings.outputs)
+            made = answer(self._store, held, running, base=lean.base, outputs=self._settings.outputs)
             return made.to_json().encode("utf-8")
 
-        self._webhooks.send(record, event, body)
+        self._webhooks.send(lean, event, body)
 
 
 def _failure(live: Live, error: Exception) -> Outcome:

@@ -38,6 +38,9 @@ class AccessLog:
 
         try:
             await self._app(scope, receive, watched)
+        except Exception:
+            if status != 500:
+                raise  # else it was answered, and logged with that
         finally:
             path = plain(_SECRET_PART.sub(r"\1...", local_path(scope)), 200)
             ms = round(1000 * (time.perf_counter() - begun), 1)

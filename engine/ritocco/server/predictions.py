@@ -131,18 +131,20 @@ def routes(shared: Shared, prefix: str) -> APIRouter:
     async def list_predictions(
         request: Request, cursor: Annotated[str | None, Query(description="Of a page's URLs.")] = None
     ) -> Response:
-        """The latest predictions, a hundred a page. Outputs are URLs here; long data URIs are cut."""
-        page = await run_in_threadpool(lambda: shared.store.page(size=PAGE, **_cursor(cursor)))
+        """The latest predictions, a hundred a page. Outputs are URLs here; long inputs are cut."""
+        place = _cursor(cursor)
+        page = await run_in_threadpool(lambda: shared.store.page(size=PAGE, **place))
         base = shared.base(request, prefix)
         made = [await shared.answer(one, base, brief=True) for one in page.records]
-        ends = (page.records[0].seq, page.records[-1].seq) if page.records else (0, 0)
+        # From an empty page too there is a way back.
+        seqs = [one.seq for one in page.records] or [0, place.get("after", 0) + 1]
 
         def link(there: bool, sign: str, seq: int) -> str | None:
             text = base64.urlsafe_b64encode(f"{sign}{seq}".encode("ascii")).decode("ascii")
             return f"{base}/predictions?cursor={text}" if there else None
 
         held = PageOfPredictions(
-            previous=link(page.newer, ">", ends[0]), next=link(page.older, "<", ends[1]), results=made
+            previous=link(page.newer, ">", seqs[0]), next=link(page.older, "<", seqs[-1]), results=made
         )
         return _json(held)
 
@@ -208,7 +210,7 @@ async def _events(shared: Shared, record: Record, last: str | None) -> AsyncIter
 
 
 def _current(shared: Shared, record: Record, live: Any) -> Prediction:
-    held = shared.store.get(record.id) or record
+    held = shared.store.now(record) or record
     running = None if live is None else live.prediction
     return answer(shared.store, held, running, base=record.base, outputs=shared.settings.outputs)
 

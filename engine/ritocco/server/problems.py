@@ -54,6 +54,10 @@ class ProblemError(Exception):
         return JSONResponse(body, self.status, self.headers)
 
 
+class StalledError(Exception):
+    """The client takes nothing of its answer."""
+
+
 def not_found(what: str = "The requested resource could not be found.") -> ProblemError:
     """404."""
     return ProblemError(404, "Not found", what)
@@ -112,7 +116,7 @@ def install(app: FastAPI, routes: Sequence[BaseRoute], metrics: Metrics) -> None
     """Make every error of the app's routes such an answer."""
 
     async def handle(request: Request, error: Exception) -> Response:
-        if isinstance(error, ClientDisconnect):  # nobody is there to read it
+        if isinstance(error, ClientDisconnect | StalledError):  # nobody is there to read it
             return Response(status_code=400)
         made = problem_of(error)
         if made.status == 405:  # the framework names the methods of the first route alone

@@ -14,6 +14,7 @@ Outputs: TypeAlias = Literal["auto", "url", "data"]
 
 MAX_WAIT_S = 60.0
 _LEAST_TOKEN = 16
+_MOST_SECONDS = 10 * 365 * 24 * 60 * 60
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -62,6 +63,12 @@ class Settings:
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise RequestError(f"{name} is {value}; it must be above 0", field=name)
+        for name in ("retention_s", "time_limit_s", "body_timeout_s", "grace_s"):
+            value = getattr(self, name)
+            if value is not None and value > _MOST_SECONDS:
+                raise RequestError(
+                    f"{name} is {value}; it must be at most {_MOST_SECONDS}, ten years", field=name
+                )
         if not self.grace_s >= 0:
             raise RequestError(f"grace_s is {self.grace_s}; it must be at least 0", field="grace_s")
         if self.outputs not in ("auto", "url", "data"):
@@ -79,7 +86,7 @@ def read_tokens(file: Path) -> tuple[str, ...]:
     Raises RequestError where it can't be read or holds none; the message shows nothing of it.
     """
     try:
-        lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
+        lines = [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
         raise RequestError(
             f"--token-file is {str(file)!r}, which can't be read", field="token_file"

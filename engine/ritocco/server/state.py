@@ -21,11 +21,13 @@ from ritocco.server.problems import ProblemError
 from ritocco.server.settings import MAX_WAIT_S, Settings
 from ritocco.server.store import ENDED, Record, Store
 from ritocco.server.webhooks import Webhooks
+from ritocco.shown import plain
 
 _HOST = re.compile(r"[A-Za-z0-9._-]+(:[0-9]{1,5})?|\[[0-9a-fA-F:.]+\](:[0-9]{1,5})?")
 _HEX = re.compile(r"[0-9a-f]{64}")
 _ID = re.compile(r"[A-Za-z0-9_-]{1,128}")
 _KEY = re.compile(r"[\x21-\x7e]{1,255}")
+_NAMED = 20  # of the unknown inputs, whose names the prediction's logs tell
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -74,14 +76,15 @@ class Shared:
     def record(self, asked: PredictionRequest, *, base: str, key: str | None, id: str | None) -> Record:
         """The prediction that a request asks for. Raises InputError and ProblemError."""
         version = self.version_of(asked.version)
-        fields, _, _ = parse_input(asked.input, allow_local=False)
+        fields, _, ignored = parse_input(asked.input, allow_local=False)
         self._refuse_too_much(fields)
-        held = echo(asked.input)
+        unknown = set(ignored)
+        held = echo({name: value for name, value in asked.input.items() if name not in unknown})
         told = [version, held, asked.webhook, asked.webhook_events_filter]
         return Record(
             id=id or new_id(),
             key=key,
-            input=held,
+            input=held | {plain(name): None for name in ignored[:_NAMED]},
             version=version,
             base=base,
             stream=new_id(),
@@ -112,7 +115,7 @@ class Shared:
         def made() -> Prediction:
             live = self.jobs.live(record.id)
             running = None if live is None or not patient else live.prediction
-            held = self.store.get(record.id) or record
+            held = self.store.now(record) or record
             outputs = self.settings.outputs
             said = answer(self.store, held, running, base=base, outputs=outputs, brief=brief)
             if not patient and held.status not in ENDED:

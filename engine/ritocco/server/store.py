@@ -12,19 +12,21 @@ import json
 import sqlite3
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from ritocco.errors import BusyError, RequestError
+from ritocco.fetch import MAX_URL_CHARS
 from ritocco.prediction import Status, timestamp
-from ritocco.server.database import Database
+from ritocco.server.database import Database, StorageError
 from ritocco.server.files import Files, StoredFile, insert_files
 
 INTERRUPTED = "Prediction interrupted; please retry (code: PA)"
 ENDED: tuple[Status, ...] = ("succeeded", "failed", "canceled")
 _DAY_S = 24 * 60 * 60
 _KEPT_WITHOUT_DATA_S = 30 * _DAY_S
+_BRIEF_CHARS = 256
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -104,6 +106,7 @@ class Store:
         Returns the record, and whether it is new. Raises BusyError where `waiting` are unfinished, and
         ConflictError where the key or id stands for another request.
         """
+        whole, brief = json.dumps(new.input), json.dumps(_cut(new.input))
         with self.database.write() as db:
             if (held := self._accepted_before(db, new)) is not None:
                 return held, False
@@ -116,31 +119,43 @@ class Store:
             )
             events = json.dumps(new.webhook_events)
             ours = (new.id, new.key, new.digest, new.status, new.version, new.base, new.stream, new.webhook)
-            db.execute(asked, (*ours, events, new.created_at))
-            db.execute("INSERT INTO inputs VALUES (?, ?)", (new.id, json.dumps(new.input)))
-            return _one(db, "id", new.id), True  # type: ignore[return-value]
+            seq = db.execute(asked, (*ours, events, new.created_at)).lastrowid
+            db.execute("INSERT INTO inputs VALUES (?, ?)", (new.id, whole))
+            db.execute("INSERT INTO briefs VALUES (?, ?)", (new.id, brief))
+        return replace(new, seq=seq or 0), True
 
     def repeated(self, *, key: str | None, id: str | None) -> bool:
         """Whether a creation under this key or id was accepted before."""
         with self.database.read() as db:
-            return _one(db, "key", key) is not None or _one(db, "id", id) is not None
+            asked = "SELECT 1 FROM predictions WHERE key = ? OR id = ?"
+            return db.execute(asked, (key, id)).fetchone() is not None
 
     def _accepted_before(self, db: sqlite3.Connection, new: Record) -> Record | None:
-        held = _one(db, "key", new.key) or _one(db, "id", new.id)
+        row = _row(db, "key", new.key) or _row(db, "id", new.id)
+        held = None if row is None else _record(row)
         if held is not None and held.digest != new.digest:
             name = "the id" if held.id == new.id else "Idempotency-Key"
             raise ConflictError(f"{name} was used for another request before", field=name)
         return held
 
-    def get(self, id: str) -> Record | None:
-        """The prediction of an id, or None."""
+    def get(self, id: str, *, brief: bool = False) -> Record | None:
+        """The prediction of an id, or None. brief: with the long texts of its input cut."""
         with self.database.read() as db:
-            return _one(db, "id", id)
+            row = _row(db, "id", id, _BRIEF if brief else _WHOLE)
+        return None if row is None else _record(row, brief=brief)
+
+    def now(self, record: Record) -> Record | None:
+        """A prediction as it stands, its input taken over; None where it is gone."""
+        with self.database.read() as db:
+            row = _row(db, "id", record.id, "NULL")
+        held = None if row is None else _record(row)
+        return held if held is None or held.data_removed else replace(held, input=record.input)
 
     def by_stream(self, stream: str) -> Record | None:
-        """The prediction whose event stream has this name, or None."""
+        """The prediction whose event stream has this name, or None; brief."""
         with self.database.read() as db:
-            return _one(db, "stream", stream)
+            row = _row(db, "stream", stream, _BRIEF)
+        return None if row is None else _record(row, brief=True)
 
     def unfinished(self) -> int:
         """How many are starting or processing."""
@@ -182,9 +197,9 @@ class Store:
         """An end, with its pictures, at once; False where it had ended before, and then the pictures go."""
         assert outcome.status in ENDED  # noqa: S101 - our own callers
         asked = (
-            "UPDATE predictions SET status = ?, logs = ?, error = ?, metrics = ?, completed_at = ?, "
-            "ended = ?, started_at = coalesce(started_at, ?), webhook_due = webhook IS NOT NULL "
-            "WHERE id = ? AND ended IS NULL"
+            "UPDATE predictions SET status = ?, logs = ?, error = ?, metrics = ?, completed_at = ?, "  # noqa: S608
+            "ended = ?, started_at = coalesce(started_at, ?), "
+            f"webhook_due = {_LAST_EVENT_IS_ASKED_FOR} WHERE id = ? AND ended IS NULL"
         )
         now = timestamp()
         figures = (outcome.status, outcome.logs, outcome.error, json.dumps(outcome.metrics), now, time.time())
@@ -203,31 +218,48 @@ class Store:
             db.execute("UPDATE predictions SET webhook_due = 0 WHERE id = ?", (id,))
 
     def page(self, *, before: int | None = None, after: int | None = None, size: int = 100) -> Page:
-        """Predictions older than `before`, or the oldest that are newer than `after`; else the latest."""
-        columns = f"SELECT {_COLUMNS} FROM {_TABLES} WHERE"  # noqa: S608
+        """Those older than `before`, or the oldest that are newer than `after`; else the latest. Brief."""
+        columns = f"SELECT {_COLUMNS}, {_BRIEF} AS input FROM predictions WHERE"  # noqa: S608
         with self.database.read() as db:
             if after is not None:
-                asked = f"{columns} seq > ? ORDER BY seq LIMIT ?"
-                rows = [_record(row) for row in db.execute(asked, (after, size + 1))]
-                return Page(records=rows[:size][::-1], newer=len(rows) > size, older=True)
-            asked = f"{columns} seq < ? ORDER BY seq DESC LIMIT ?"
-            rows = [
-                _record(row) for row in db.execute(asked, (2**62 if before is None else before, size + 1))
-            ]
-            return Page(records=rows[:size], newer=before is not None, older=len(rows) > size)
+                rows = db.execute(f"{columns} seq > ? ORDER BY seq LIMIT ?", (after, size + 1)).fetchall()
+            else:
+                asked = f"{columns} seq < ? ORDER BY seq DESC LIMIT ?"
+                rows = db.execute(asked, (2**62 if before is None else before, size + 1)).fetchall()
+        more, records = len(rows) > size, [_record(row, brief=True) for row in rows[:size]]
+        if after is not None:
+            return Page(records=records[::-1], newer=more, older=True)
+        return Page(records=records, newer=before is not None, older=more)
 
     def clean(self, retention_s: float) -> int:
         """Remove inputs, logs, outputs and uploads older than so many seconds; says of how many predictions.
 
-        What is left of a prediction, its status and times, goes after thirty days more.
+        What is left of a prediction, its status and times, goes after thirty days more. Deleting rows takes
+        some room: where there is none, files go first; a prediction without its own is as good as removed.
         """
         before = time.time() - retention_s
+        try:
+            return self._clean(before)
+        except StorageError:
+            self.files.unlink(self._expired_files(before))
+            return self._clean(before)
+
+    def _expired_files(self, before: float) -> list[str]:
+        asked = (
+            "SELECT id FROM files WHERE prediction IS NULL AND created < ? "
+            "OR prediction IN (SELECT id FROM predictions WHERE ended < ?)"
+        )
+        with self.database.read() as db:
+            return [row["id"] for row in db.execute(asked, (before, before))]
+
+    def _clean(self, before: float) -> int:
         held = "SELECT id FROM predictions WHERE ended < ? AND NOT data_removed"
         with self.database.write() as db:
             ids = [(row["id"],) for row in db.execute(held, (before,)).fetchall()]
             removed = "UPDATE predictions SET data_removed = 1, logs = '', webhook_due = 0 WHERE id = ?"
             db.executemany(removed, ids)
-            db.executemany("DELETE FROM inputs WHERE id = ?", ids)
+            for table in ("inputs", "briefs"):
+                db.executemany(f"DELETE FROM {table} WHERE id = ?", ids)  # noqa: S608
             files: list[str] = []
             for id in ids:
                 gone = db.execute("DELETE FROM files WHERE prediction = ? RETURNING id", id)
@@ -236,6 +268,18 @@ class Store:
         self.files.unlink(files)
         self.files.expire(before)
         return len(ids)
+
+    def writable(self) -> bool:
+        """Whether the disk takes predictions and files: where it refused the last one, this tries again."""
+        if not (self.database.refused or self.files.refused):
+            return True
+        try:
+            self.files.try_writing()
+            with self.database.write() as db:
+                db.execute("INSERT OR REPLACE INTO settings VALUES ('tried', ?)", (timestamp(),))
+        except StorageError:
+            return False
+        return True
 
     def close(self) -> None:
         """Let go of the folder."""
@@ -251,31 +295,48 @@ class Store:
         self.files.sweep()
 
 
+# No filter is the original's default, which has it.
+_LAST_EVENT_IS_ASKED_FOR = (
+    """(webhook IS NOT NULL AND (webhook_events = '[]' OR webhook_events LIKE '%"completed"%'))"""
+)
 _NAMES = (
     *("seq", "id", "key", "digest", "status", "version", "base", "stream", "webhook", "webhook_events"),
     *("webhook_due", "logs", "error", "created_at", "started_at", "completed_at", "metrics", "data_removed"),
 )
-_COLUMNS = ", ".join(_NAMES) + ", inputs.json AS input"
-_COLUMNS = _COLUMNS.replace(" id,", " predictions.id AS id,")
-_TABLES = "predictions LEFT JOIN inputs ON inputs.id = predictions.id"
+_COLUMNS = ", ".join(_NAMES)
+_WHOLE = "(SELECT json FROM inputs WHERE inputs.id = predictions.id)"
+_BRIEF = f"coalesce((SELECT json FROM briefs WHERE briefs.id = predictions.id), {_WHOLE})"  # noqa: S608
 
 
-def _one(db: sqlite3.Connection, column: str, value: str | None) -> Record | None:
-    if value is None:
-        return None
-    asked = f"SELECT {_COLUMNS} FROM {_TABLES} WHERE predictions.{column} = ?"  # noqa: S608
-    row = db.execute(asked, (value,)).fetchone()
-    return None if row is None else _record(row)
+def _row(db: sqlite3.Connection, column: str, value: str | None, input: str = _WHOLE) -> sqlite3.Row | None:
+    asked = f"SELECT {_COLUMNS}, {input} AS input FROM predictions WHERE {column} = ?"  # noqa: S608
+    found: sqlite3.Row | None = None if value is None else db.execute(asked, (value,)).fetchone()
+    return found
 
 
-def _record(row: sqlite3.Row) -> Record:
+def _record(row: sqlite3.Row, *, brief: bool = False) -> Record:
     held: dict[str, Any] = dict(row)
     for name in ("input", "metrics"):
         held[name] = json.loads(held[name] or "{}")
+    if brief:  # those that an earlier version stored are not
+        held["input"] = _cut(held["input"])
     held["webhook_events"] = tuple(json.loads(held["webhook_events"] or "[]"))
     for name in ("webhook_due", "data_removed"):
         held[name] = bool(held[name])
     return Record(**held)
+
+
+def _cut(input: Mapping[str, Any]) -> dict[str, Any]:
+    """Without what makes an input megabytes long: a data URI's bytes, and texts longer than any URL."""
+
+    def short(value: Any) -> Any:
+        if not isinstance(value, str) or len(value) <= _BRIEF_CHARS:
+            return value
+        if value[:5].lower() == "data:":
+            return f"{value[:60]}..."
+        return value if len(value) <= MAX_URL_CHARS else f"{value[: MAX_URL_CHARS - 3]}..."
+
+    return {name: short(value) for name, value in input.items()}
 
 
 def _unfinished(db: sqlite3.Connection) -> int:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from datetime import datetime, timedelta
 from typing import Annotated, Any
 
@@ -11,12 +13,14 @@ from fastapi.responses import FileResponse, Response
 from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import FormData, UploadFile
 
-from ritocco.schema import Violation
+from ritocco.schema import Violation, echo
+from ritocco.server.bodies import strict_object
+from ritocco.server.database import StorageError
 from ritocco.server.document import FileAnswer, PageOfFiles, form_of_file, problems
 from ritocco.server.files import StoredFile
 from ritocco.server.problems import ProblemError, not_found
 from ritocco.server.state import Shared
-from ritocco.shown import plain
+from ritocco.shown import plain, said
 
 _MAX_METADATA = 16 << 10
 _NAME_CHARS = 200
@@ -36,7 +40,7 @@ def routes(shared: Shared, prefix: str) -> APIRouter:
     """Under one prefix."""
     router = APIRouter(prefix=prefix, tags=["files"])
 
-    def said(file: StoredFile, base: str) -> FileAnswer:
+    def shown(file: StoredFile, base: str) -> FileAnswer:
         made = datetime.fromisoformat(file.created_at)
         gone = made + timedelta(seconds=shared.settings.retention_s)
         return FileAnswer(
@@ -46,7 +50,7 @@ def routes(shared: Shared, prefix: str) -> APIRouter:
             size=file.size,
             etag=file.sha256,
             checksums={"sha256": file.sha256},
-            metadata=json.loads(file.metadata),
+            metadata=echo(json.loads(file.metadata)),
             created_at=file.created_at,
             expires_at=gone.isoformat(timespec="milliseconds").replace("+00:00", "Z"),
             urls={"get": f"{base}/files/{file.id}"},
@@ -65,7 +69,7 @@ def routes(shared: Shared, prefix: str) -> APIRouter:
         if kind != "multipart/form-data":
             detail = f"Content-Type is {plain(kind)!r}; it must be multipart/form-data"
             raise ProblemError(415, "Unsupported media type", detail)
-        async with request.form(max_files=8, max_fields=8, max_part_size=_MAX_METADATA) as form:
+        async with _form(request) as form:
             content = form.get("content")
             if not isinstance(content, UploadFile):
                 raise _wrong("content", "required", "content is required, and is a file")
@@ -82,19 +86,19 @@ def routes(shared: Shared, prefix: str) -> APIRouter:
             shared.store.files.record(made)
             return made
 
-        return said(await run_in_threadpool(keep), shared.base(request, prefix))
+        return shown(await run_in_threadpool(keep), shared.base(request, prefix))
 
     @router.get("/files", response_model=PageOfFiles, responses=problems(401))
     async def list_files(request: Request) -> PageOfFiles:
         """The latest hundred uploads."""
         held = await run_in_threadpool(shared.store.files.uploads, 100)
         base = shared.base(request, prefix)
-        return PageOfFiles(previous=None, next=None, results=[said(one, base) for one in held])
+        return PageOfFiles(previous=None, next=None, results=[shown(one, base) for one in held])
 
     @router.get("/files/{id}", response_model=FileAnswer, responses=problems(401, 404))
     async def get(request: Request, file: Found) -> FileAnswer:
         """What is known of an upload."""
-        return said(file, shared.base(request, prefix))
+        return shown(file, shared.base(request, prefix))
 
     @router.delete("/files/{id}", status_code=204, responses=problems(401, 404))
     def delete(file: Found) -> Response:
@@ -131,19 +135,33 @@ def routes(shared: Shared, prefix: str) -> APIRouter:
     return router
 
 
+@asynccontextmanager
+async def _form(request: Request) -> AsyncIterator[FormData]:
+    """Its parts, large ones in the system's folder for temporary files. Raises StorageError, ProblemError."""
+    try:
+        async with request.form(max_files=8, max_fields=8, max_part_size=_MAX_METADATA) as form:
+            yield form
+    except UnicodeError as error:  # the charset is one that decodes nothing
+        raise ProblemError(400, "Malformed form", f"The form can't be read: {said(error, 200)}") from None
+    except OSError as error:
+        raise StorageError(f"nothing can be stored: {error}") from error
+
+
 async def _metadata(form: FormData) -> str:
     """The part `metadata` as JSON text of an object; some clients send it as a file."""
     given = form.get("metadata")
-    text: Any = await given.read(_MAX_METADATA + 1) if isinstance(given, UploadFile) else given
-    if not text:
+    if not given or (isinstance(given, UploadFile) and not given.size):
         return "{}"
     try:
-        held = json.loads(text) if len(text) <= _MAX_METADATA else None
-        if isinstance(held, dict):
-            return json.dumps(held)
-    except (ValueError, RecursionError):
-        pass
-    raise _wrong("metadata", "invalid_type", f"Must be a JSON object of at most {_MAX_METADATA} bytes")
+        raw = await given.read(_MAX_METADATA + 1) if isinstance(given, UploadFile) else given.encode()
+        held = strict_object(raw) if len(raw) <= _MAX_METADATA else None
+    except ValueError:
+        held = None
+    # `echo` changes what answers can't hold: half a surrogate pair, an endless number, what is nested deeply.
+    if held is None or echo(held) != held:
+        rule = f"Must be a JSON object of at most {_MAX_METADATA} bytes and 16 levels, of texts and numbers"
+        raise _wrong("metadata", "invalid_type", rule)
+    return json.dumps(held)
 
 
 def _wrong(field: str, kind: str, description: str) -> ProblemError:

@@ -15,12 +15,14 @@ import logging
 import secrets
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, TypeAlias
+from urllib.parse import urlsplit
 
 from ritocco.errors import RitoccoError
-from ritocco.fetch import Fetcher
+from ritocco.fetch import Fetcher, redacted
 from ritocco.prediction import new_id
 from ritocco.server.store import Record, Store
 
@@ -30,8 +32,11 @@ DEFAULT_EVENTS: tuple[Event, ...] = ("output", "completed")
 LOGS_EVERY_S = 0.5
 _ATTEMPTS = 8  # of the last event: over about two minutes
 _FIRST_PAUSE_S = 1.0
-_MOST_WAITING = 1000  # of each worker, beyond which all but last events are dropped
-_WORKERS = 4
+_HASTY_S = 5.0  # of the other events, seconds in which they have to be taken
+_WORKERS = 32
+_LANES = 2  # of a receiver
+_MOST_WAITING = 100  # in a lane, beyond which all but last events are dropped
+_MOST_LAST = 1000
 
 _log = logging.getLogger(__name__)
 
@@ -49,30 +54,64 @@ def signed(secret: str, message: str, body: bytes, *, at: int) -> dict[str, str]
     return {"webhook-id": message, "webhook-timestamp": str(at), "webhook-signature": signature}
 
 
-@dataclass(order=True, slots=True)
+@dataclass(slots=True)
 class _Message:
-    """due: monotonic seconds. body: made when it is sent, so that it says what holds then."""
+    """body: made when it is sent, so that it says what holds then."""
 
-    due: float
-    number: int
-    record: Record = field(compare=False)
-    event: Event = field(compare=False)
-    body: Callable[[], bytes] = field(compare=False)
-    id: str = field(compare=False, default_factory=lambda: f"msg_{new_id()}")
-    attempts: int = field(compare=False, default=0)
+    record: Record
+    event: Event
+    body: Callable[[], bytes]
+    id: str = field(default_factory=lambda: f"msg_{new_id()}")
+    attempts: int = 0
+
+
+@dataclass(slots=True)
+class _Queue:
+    """Of one receiver. logs: at most one of each prediction, behind everything else."""
+
+    others: deque[_Message] = field(default_factory=deque)
+    logs: dict[str, _Message] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.others) + len(self.logs)
+
+    def put(self, message: _Message) -> None:
+        """One that waits is superseded by a later event, or says of itself what a later one of logs would."""
+        if message.event == "logs":
+            self.logs.setdefault(message.record.id, message)
+            return
+        if message.event in ("output", "completed"):
+            self.logs.pop(message.record.id, None)
+        self.others.append(message)
+
+    def take(self) -> _Message:
+        return self.others.popleft() if self.others else self.logs.pop(next(iter(self.logs)))
 
 
 class Webhooks:
-    """Workers that deliver; a prediction's messages all go through one of them."""
+    """Workers that deliver, each receiver's messages one at a time: a slow one holds up nobody else's.
+
+    A receiver is a host; its predictions' messages go through `_LANES` queues, a prediction's through one.
+    """
 
     def __init__(self, store: Store, fetcher: Fetcher) -> None:
         self.secret = store.database.setting("webhook_secret", new_secret())
-        self._workers = [_Worker(store, fetcher, self.secret, number) for number in range(_WORKERS)]
-        self._last_logs: dict[str, float] = {}
+        self._store, self._fetcher = store, fetcher
+        self._hasty = replace(fetcher, timeout_s=min(_HASTY_S, fetcher.timeout_s))
+        self._queues: dict[tuple[str, int], _Queue] = {}
+        self._ready: deque[tuple[str, int]] = deque()  # those with messages that no worker is busy with
+        self._later: list[tuple[float, int, _Message]] = []  # heap, by monotonic seconds
         self._numbers = itertools.count()
+        self._last_logs: dict[str, float] = {}
+        self._changed = threading.Condition()
+        self._stopping = False
+        self._idle = 0
+        self._threads: list[threading.Thread] = []
 
     def send(self, record: Record, event: Event, body: Callable[[], bytes]) -> None:
         """Queue a message, where the prediction asks for this event."""
+        if event == "completed":
+            self._last_logs.pop(record.id, None)
         if record.webhook is None or event not in (record.webhook_events or DEFAULT_EVENTS):
             return
         if event == "logs":
@@ -80,80 +119,99 @@ class Webhooks:
             if now - self._last_logs.get(record.id, -LOGS_EVERY_S) < LOGS_EVERY_S:
                 return
             self._last_logs[record.id] = now
-        if event == "completed":
-            self._last_logs.pop(record.id, None)
-        worker = self._workers[hash(record.id) % _WORKERS]
-        worker.put(_Message(time.monotonic(), next(self._numbers), record, event, body))
+        with self._changed:
+            self._put(_Message(record, event, body))
 
     def close(self, timeout_s: float = 5.0) -> None:
         """Send what is due now, within the time; last events that remain are sent after the next start."""
         deadline = time.monotonic() + timeout_s
-        for worker in self._workers:
-            worker.stop()
-        for worker in self._workers:
-            worker.thread.join(max(0.0, deadline - time.monotonic()))
-
-
-class _Worker:
-    def __init__(self, store: Store, fetcher: Fetcher, secret: str, number: int) -> None:
-        self._store, self._fetcher, self._secret = store, fetcher, secret
-        self._messages: list[_Message] = []
-        self._changed = threading.Condition()
-        self._stopping = False
-        self.thread = threading.Thread(target=self._work, name=f"ritocco-webhooks-{number}", daemon=True)
-        self.thread.start()
-
-    def put(self, message: _Message) -> None:
-        with self._changed:
-            if len(self._messages) >= _MOST_WAITING and message.event != "completed":
-                _log.warning(
-                    "webhook dropped", extra={"prediction": message.record.id, "event": message.event}
-                )
-                return
-            heapq.heappush(self._messages, message)
-            self._changed.notify()
-
-    def stop(self) -> None:
         with self._changed:
             self._stopping = True
-            self._changed.notify()
+            self._changed.notify_all()
+        for thread in self._threads:
+            thread.join(max(0.0, deadline - time.monotonic()))
+
+    def _put(self, message: _Message) -> None:
+        """Under the lock."""
+        key = (_host(message.record.webhook), hash(message.record.id) % _LANES)
+        queue = self._queues.get(key)
+        if queue is None:
+            queue = self._queues[key] = _Queue()
+            self._ready.append(key)
+        if len(queue) >= (_MOST_LAST if message.event == "completed" else _MOST_WAITING):
+            said = {"prediction": message.record.id, "event": message.event}
+            _log.warning("webhook dropped", extra=said)  # a last one is still due, after the next start
+            return
+        queue.put(message)
+        if len(self._ready) > self._idle and len(self._threads) < _WORKERS and not self._stopping:
+            name = f"ritocco-webhooks-{len(self._threads)}"
+            thread = threading.Thread(target=self._work, name=name, daemon=True)
+            self._threads.append(thread)
+            thread.start()
+        self._changed.notify()
 
     def _work(self) -> None:
-        while (message := self._next()) is not None:
+        while (found := self._next()) is not None:
+            key, message = found
             try:
                 self._deliver(message)
             except Exception:  # a worker goes on, whatever a message did
                 _log.exception("webhook failed", extra={"prediction": message.record.id})
+            with self._changed:
+                if self._queues[key]:
+                    self._ready.append(key)
+                    self._changed.notify()
+                else:
+                    del self._queues[key]
 
-    def _next(self) -> _Message | None:
-        """The next message once it is due; None where it is time to stop."""
+    def _next(self) -> tuple[tuple[str, int], _Message] | None:
+        """The next message once it is due, and its queue; None where it is time to stop."""
         with self._changed:
             while True:
-                left = self._messages[0].due - time.monotonic() if self._messages else None
-                if left is not None and left <= 0:
-                    return heapq.heappop(self._messages)
+                while self._later and self._later[0][0] <= time.monotonic():
+                    self._put(heapq.heappop(self._later)[2])
+                if self._ready:
+                    key = self._ready.popleft()
+                    return key, self._queues[key].take()
                 if self._stopping:
                     return None
-                self._changed.wait(left)
+                self._idle += 1
+                self._changed.wait(self._later[0][0] - time.monotonic() if self._later else None)
+                self._idle -= 1
 
     def _deliver(self, message: _Message) -> None:
-        url = message.record.webhook or ""
+        url, last = message.record.webhook or "", message.event == "completed"
         message.attempts += 1
         body = message.body()
         headers = {"Content-Type": "application/json"}
-        headers |= signed(self._secret, message.id, body, at=int(time.time()))
+        headers |= signed(self.secret, message.id, body, at=int(time.time()))
         said: dict[str, object] = {"prediction": message.record.id, "event": message.event}
         try:
-            status = self._fetcher.post(url, body, headers, field="webhook")
+            status = (self._fetcher if last else self._hasty).post(url, body, headers, field="webhook")
             arrived, why = 200 <= status < 300, f"status {status}"
         except RitoccoError as error:
-            arrived, why = False, str(error)
+            # Receivers' paths tend to be secrets.
+            arrived, why = False, str(error).replace(redacted(url), _origin(url))
         said |= {"attempt": message.attempts, "outcome": "delivered" if arrived else why}
         _log.info("webhook", extra=said)
-        if message.event != "completed":
+        if not last:
             return
         if arrived or message.attempts >= _ATTEMPTS:
             self._store.delivered(message.record.id)
         else:
-            message.due = time.monotonic() + _FIRST_PAUSE_S * 2 ** (message.attempts - 1)
-            self.put(message)
+            due = time.monotonic() + _FIRST_PAUSE_S * 2 ** (message.attempts - 1)
+            with self._changed:
+                heapq.heappush(self._later, (due, next(self._numbers), message))
+                self._changed.notify()
+
+
+def _origin(url: str) -> str:
+    """Scheme and host, fit for logs."""
+    return "/".join(redacted(url).split("/")[:3])
+
+
+def _host(url: str | None) -> str:
+    try:
+        return (urlsplit(url or "").hostname or "").rstrip(".")
+    except ValueError:  # none that the fetcher would open
+        return ""
