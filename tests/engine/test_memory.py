@@ -30,10 +30,18 @@ from ritocco.schema import InputError
 HAS_BFLOAT16 = onednn_bfloat16()
 # Where oneDNN has no bfloat16 there is nothing to hold a plan against, and `plan` refuses.
 FORETOLD = ["float32", *(["bfloat16"] if HAS_BFLOAT16 else [])]
-LARGER = (((256, 256), 1), ((512, 384), 2))
+LARGER = (((256, 256), 1), ((512, 384), 2), ((512, 512), 4))
 MOST_OVER = 0.02  # of the allocator's peak; never below it
 STANDING = 96 << 10  # of oneDNN, which a plan always counts: much beside a network of a megabyte
 MOST_BESIDE = 0.1  # of the process's peak, which holds what no allocator knows of
+
+
+@pytest.fixture(scope="module")
+def tiny_float16(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Stored in float16, so that weights take memory in float32."""
+    from ritocco_bench.folder import make_folder
+
+    return make_folder(tmp_path_factory.mktemp("memory") / "tiny", "tiny")
 
 
 def usage(checkpoint: Checkpoint, *, dtype: torch.dtype, **asked: Any) -> Usage:
@@ -64,10 +72,36 @@ def assert_foretold(
 @pytest.mark.parametrize("dtype", FORETOLD)
 @pytest.mark.parametrize(
     ("size", "count"),
-    [((256, 128), 4), *(pytest.param(*case, marks=pytest.mark.slow) for case in LARGER)],
+    [((64, 64), 1), ((256, 128), 4), *(pytest.param(*case, marks=pytest.mark.slow) for case in LARGER)],
 )
 def test_the_embedded_models_peak_is_foretold(size: tuple[int, int], count: int, dtype: str) -> None:
     assert_foretold(pocket_model(), dtype, size, count)
+
+
+def test_the_same_request_takes_the_same_whatever_was_asked_before(tiny_float16: Path) -> None:
+    checkpoint = open_checkpoint(tiny_float16)
+    small = {"height": 64, "width": 64}
+    large = {"height": 256, "width": 256, "num_outputs": 4}
+    rehearsal = Rehearsal(checkpoint, dtype=torch.float32)
+    first = rehearsal.usage(**small)
+    rehearsal.usage(**large)
+    assert rehearsal.usage(**small) == first
+    assert all(phase.moment != "what was held before" for phase in first.phases.values())
+    movable = Rehearsal(checkpoint, dtype=torch.float32, movable=True)
+    ways = [{"at_once": one.at_once, "leaving": one.leaving} for one in strategies(1)]
+    forth = [movable.usage(**small, **way) for way in ways]
+    other = Rehearsal(checkpoint, dtype=torch.float32, movable=True)
+    assert [other.usage(**small, **way) for way in reversed(ways)] == forth[::-1]
+
+
+def test_latents_are_held_until_their_pictures_are_decoded(tiny_float16: Path) -> None:
+    """Of as many pixels, so that decoding itself takes alike."""
+    rehearsal = Rehearsal(open_checkpoint(tiny_float16), dtype=torch.float32)
+    taken = [
+        rehearsal.usage(height=256, width=256, num_outputs=count).phases["decode"].most for count in (3, 4)
+    ]
+    picture, lane = 4 * 3 * 256 * 256, 4 * 4 * (1 + 3) * 32 * 32  # its latents and three steps of history
+    assert taken[1] - taken[0] == picture + lane
 
 
 @pytest.mark.slow
