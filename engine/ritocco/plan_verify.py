@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ritocco.errors import BackendError
+from ritocco.plan_report import planned
 from ritocco.plans import asked_without_pictures
 from ritocco.schema import PredictionInput
 from ritocco.shown import said
@@ -49,7 +50,8 @@ def allocated(model: Path, fields: PredictionInput, *, dtype: str, **where: Any)
 def resident(model: Path, fields: PredictionInput, *, dtype: str, **where: Any) -> dict[str, int] | None:
     """Most bytes that a fresh process had resident in each phase, as of `allocated`, beyond what it holds
     before it loads; freed blocks go back to the kernel at once. Pages of mapped weights count while they are
-    read, in `load` above all: the kernel may take them back. None where the system does not tell.
+    read, in `load` above all, and with a budget, under which files stay mapped, from then on: the kernel may
+    take them back. None where the system does not tell.
 
     where: as for `allocated`. Raises BackendError where the process fails.
     """
@@ -102,8 +104,20 @@ def _main() -> None:
     asked: Mapping[str, Any] = json.load(sys.stdin)
     fields = asked_without_pictures(asked["given"])
     _warm_up()
+    where = asked["where"]
+    model, dtype, budget = Path(asked["model"]), asked["dtype"], where.get("memory_budget")
+    if budget is not None:  # what the planner itself keeps is no request's
+        tokenizer = Path(where["tokenizer"]) if where.get("tokenizer") else None
+        planned(
+            model,
+            asked["given"],
+            dtype=dtype,
+            variant=where.get("variant"),
+            tokenizer=tokenizer,
+            budget=budget,
+        )
     watch = HighWater()
-    _run(Path(asked["model"]), fields, watch, dtype=asked["dtype"], **asked["where"])
+    _run(model, fields, watch, dtype=dtype, **where)
     watch.end()
     sys.stdout.write(json.dumps(watch.most) + "\n")
 
