@@ -49,7 +49,7 @@ BackendOptions = Annotated[
 ]
 Variant = Annotated[str | None, typer.Option(help="fp16 and such, where a folder holds several.")]
 MemoryBudget = Annotated[
-    str | None, typer.Option(help="Of torch's memory, as 8GiB or 500MB. Default: nothing is planned.")
+    str | None, typer.Option(help="Of torch's memory, as 8GiB or 500MB. Default: see docs/memory.md.")
 ]
 TokenizerFolder = Annotated[
     Path | None, typer.Option(help="Folder of vocab.json and merges.txt, for a single file.")

@@ -75,7 +75,7 @@ class Rehearsal:
         see `TorchRuntime`; a safety checker stays.
         """
         self._checkpoint, self._live = checkpoint, Live(_WORKSPACES[device])
-        self._standing = _STANDING_BYTES[device]
+        self._standing, self._shared = _STANDING_BYTES[device], device == "cpu"
         self._mode = FakeTensorMode(allow_non_fake_inputs=True)
         path = None if device == "cpu" else _HollowPath(kernels=True, packed=True, graphs=False, search=False)
         with self._mode, torch.inference_mode():
@@ -136,6 +136,8 @@ class Rehearsal:
             encoded = runtime._encode_mean(runtime._image(np.zeros((3, height, width), np.float32))).float()
             found["encode"] = self._taken()
             states = _denoise(runtime, size, _lanes(runtime, size, table, guided, num_outputs))
+            if not self._shared:
+                states.clear()
             found["denoise"] = self._taken()
             runtime.need("vae")
             latents = np.zeros((runtime.unet.spec.out_channels, size.height, size.width), np.float32)
