@@ -49,7 +49,7 @@ BackendOptions = Annotated[
 ]
 Variant = Annotated[str | None, typer.Option(help="fp16 and such, where a folder holds several.")]
 MemoryBudget = Annotated[
-    str | None, typer.Option(help="Of torch's memory, as 8GiB or 500MB. Default: nothing is planned.")
+    str | None, typer.Option(help="Of torch's memory, as 8GiB or 500MB. Default: see docs/memory.md.")
 ]
 TokenizerFolder = Annotated[
     Path | None, typer.Option(help="Folder of vocab.json and merges.txt, for a single file.")
@@ -239,6 +239,9 @@ def plan(
     num_inference_steps: Annotated[int, typer.Option(help="Steps, 1 to 500.")] = 50,
     guidance_scale: Annotated[float, typer.Option(help="1 to 20; 1 takes half of the UNet's rows.")] = 7.5,
     scheduler: Annotated[str, typer.Option(help="One of the six names.")] = "DPMSolverMultistep",
+    disable_safety_checker: Annotated[
+        bool, typer.Option("--disable-safety-checker", help="Plan without its judging; its weights stay.")
+    ] = False,
     check: Annotated[
         bool, typer.Option("--verify", help="Run the request too, and print what it really took.")
     ] = False,
@@ -266,6 +269,7 @@ def plan(
         raise typer.BadParameter("runs the request on this CPU; --device is " + device, param_hint="--verify")
     given = {"width": width, "height": height, "num_outputs": num_outputs, "scheduler": scheduler}
     given |= {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
+    given |= {"disable_safety_checker": disable_safety_checker}
     path = model_path(model)
     where: dict[str, Any] = {"variant": variant, "tokenizer": tokenizer}
     if check and str(path) in KNOWN and not path.exists():
@@ -273,6 +277,7 @@ def plan(
         raise RequestError(f"--model is {shown(str(path))}; {rule}", field="--verify")
     if is_artefacts(path):
         idle: dict[str, Any] = {"budget": budget, "verify": check, "plot": plot, **where}
+        idle["device"] = None if device == "cpu" else device
         asked, arenas = graph_report.planned_graphs(path, given, dtype=dtype, **idle)
         if as_json:
             typer.echo(json.dumps(graph_report.graphs_as_json(asked, arenas), indent=2))
@@ -282,15 +287,15 @@ def plan(
     from ritocco import plan_report, plan_verify
 
     fields, found = plan_report.planned(path, given, dtype=dtype, device=device, budget=budget, **where)
-    taken: list[Any] = []
-    if check:
-        how = {"dtype": found.dtype, "memory_budget": budget, **where}
-        taken = [plan_verify.allocated(path, fields, **how), plan_verify.resident(path, fields, **how)]
-    if plot is not None:
+    if plot is not None:  # before the request runs, for minutes
         from ritocco.plan_plot import draw
 
         with _disk(plot, "--plot"):
             draw(found, plot)
+    taken: list[Any] = []
+    if check:
+        how = {"dtype": found.dtype, "memory_budget": budget, **where}
+        taken = [plan_verify.allocated(path, fields, **how), plan_verify.resident(path, fields, **how)]
     typer.echo(
         json.dumps(plan_report.as_json(found, *taken), indent=2)
         if as_json

@@ -23,7 +23,7 @@ from ritocco.device import responds
 from ritocco.errors import BackendError
 from ritocco.fetch import Fetcher
 from ritocco.pixels import Pixels
-from ritocco.plans import asked_without_pictures, mib
+from ritocco.plans import asked_without_pictures, mib_down, mib_up
 from ritocco.prediction import MODEL, Prediction
 from ritocco.progress import Log
 from ritocco.request import Request, prepare
@@ -162,16 +162,16 @@ class Engine:
         planner = self._planner
         if planner is not None and planner.budget is not None:
             plan = planner.plan(fields)
-            log.note(f"Memory: {plan.strategy}, at most {mib(plan.least)} of {mib(planner.budget)}")
+            log.note(f"Memory: {plan.strategy}, at most {mib_up(plan.least)} of {mib_down(planner.budget)}")
         return stages.Job(prediction, request, begun)
 
     def plan(self, **input: Any) -> MemoryPlan:
         """What a request will take, and how it will be computed; nothing is loaded or computed.
 
         input: fields of `PredictionInput`; picture and mask may be left out. The first plan of a size takes
-        seconds, those after it none. Raises RequestError for bad fields and where `memory_budget` does not
-        hold the request, and BackendError where the engine runs exported graphs; `ritocco plan` tells what
-        those take.
+        seconds, later ones almost nothing. Raises RequestError for bad fields and where `memory_budget` does
+        not hold the request, and BackendError where the engine runs exported graphs; `ritocco plan` tells
+        what those take.
         """
         planner = self._planner
         self.refuse_closed()

@@ -6,17 +6,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ritocco.errors import BackendError
+from ritocco.plans import mib_down, mib_up, smallest_takes
 
 if TYPE_CHECKING:
     import torch
 
+    from ritocco.checkpoint import Checkpoint
     from ritocco.plans import Planner
 
 RESERVE_BYTES = 768 << 20
-"""Left free: what an allocator reserves beyond what it hands out, and on a GPU what graphs and cuDNN's search
-keep (docs/gpu.md: up to 650 MiB for a picture of 512 x 512)."""
+"""Left free, but never more than half: what an allocator reserves beyond what it hands out, and on a GPU what
+graphs and cuDNN's search keep (docs/gpu.md: up to 650 MiB for a picture of 512 x 512)."""
 
-_AMPLE = 3  # times the weights: twice what the largest request of the full-size model takes beside them
+_MOST_PIXELS, _MOST_ROWS = 1024 * 1024, 8 * 128 * 128  # of the schema: of a picture, of the UNet's cells
+# Values at once, in widths of the first levels: twice and more what the largest requests take.
+_PICTURES, _LAYERS = 8, 8
+_BESIDE = 256 << 20
 _MEMINFO, _CGROUP = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
 
 
@@ -32,18 +37,42 @@ def free_bytes(device: torch.device) -> int | None:
     return min(told, default=None)
 
 
-def default_budget(planner: Planner, weights: int, free: int | None) -> int | None:
+def ample_bytes(checkpoint: Checkpoint, weights: int, itemsize: int) -> int:
+    """More than any request of the schema takes, told without a rehearsal, which takes seconds.
+
+    weights: bytes of all networks in the dtype that they are used in, whose numbers take `itemsize` bytes.
+    """
+    from ritocco.nets.specs import UNetSpec, VAESpec
+
+    unet, vae = UNetSpec.from_config(checkpoint.unet), VAESpec.from_config(checkpoint.vae)
+    decoded = _PICTURES * max(vae.channels[:2]) * _MOST_PIXELS
+    denoised = _LAYERS * (max(unet.layers) + 2) * unet.channels[0] * _MOST_ROWS
+    return weights + weights // 4 + itemsize * max(decoded, denoised) + _BESIDE
+
+
+def default_budget(planner: Planner, ample: int, free: int | None) -> int | None:
     """Bytes, where the largest request of the schema might not fit with all networks in memory; else None.
 
-    planner: without a budget. weights: bytes of all networks in the dtype that they are used in.
+    planner: of networks that come and go. ample: see `ample_bytes`. Where the reserve would leave less than
+    the smallest request takes, it shrinks. Raises BackendError where that is more than what is free.
     """
-    if free is None or free >= _AMPLE * weights + RESERVE_BYTES:
+    if free is None:
         return None
-    left = max(1, free - RESERVE_BYTES)
+    reserve = min(RESERVE_BYTES, free // 2)
+    if free - reserve >= ample:
+        return None
     try:
-        return None if planner.largest().least <= left else left
+        if planner.most() <= free - reserve:
+            return None
+        least = planner.least()
     except BackendError:  # there are no plans of this device and dtype
         return None
+    if least > free:
+        raise BackendError(
+            f"{mib_down(free)} are free, of which {mib_up(reserve)} would be kept in reserve; "
+            f"{smallest_takes(least)}. memory_budget= loads it all the same, and keeps to what it names"
+        )
+    return max(free - reserve, least)
 
 
 def _available() -> int | None:

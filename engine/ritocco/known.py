@@ -16,6 +16,21 @@ KNOWN: Mapping[str, str] = MappingProxyType({"sd2-inpainting": "sd2", "sd1.5-inp
 """Name -> family of `ldm_keys.DEFAULT_CONFIGS`."""
 
 _STORED = "F16"  # as both are published
+# Stable Diffusion 1.5's folder has one, of CLIP ViT-L/14; 2's has none.
+_SAFETY_CHECKERS: Mapping[str, Mapping[str, object]] = {
+    "sd15": {
+        "projection_dim": 768,
+        "vision_config": {
+            "hidden_size": 1024,
+            "intermediate_size": 4096,
+            "num_attention_heads": 16,
+            "num_hidden_layers": 24,
+            "patch_size": 14,
+            "image_size": 224,
+            "hidden_act": "quick_gelu",
+        },
+    }
+}
 
 
 def outline(name: str) -> Checkpoint:
@@ -31,6 +46,9 @@ def outline(name: str) -> Checkpoint:
     networks: dict[NetworkName, Mapping[str, object]] = {
         one: unet if one == "unet" else configs[one] for one in REQUIRED
     }
+    safety = _SAFETY_CHECKERS.get(KNOWN[name])
+    if safety is not None:
+        networks["safety_checker"] = safety
     return Checkpoint(
         source=name,
         path=None,
@@ -38,7 +56,7 @@ def outline(name: str) -> Checkpoint:
         vae=configs["vae"],
         text_encoder=configs["text_encoder"],
         scheduler=configs["scheduler"],
-        safety_checker=None,
+        safety_checker=safety,
         feature_extractor=None,
         tokenizer=Path(),
         weights={one: {"": _tensors(one, config)} for one, config in networks.items()},

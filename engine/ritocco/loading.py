@@ -29,7 +29,7 @@ from ritocco.disk import cache_root
 from ritocco.engine import Engine
 from ritocco.errors import BackendError, CheckpointError
 from ritocco.fetch import Fetcher
-from ritocco.plans import Planner, Strategy, mib, parse_budget
+from ritocco.plans import Planner, Strategy, mib_down, parse_budget
 from ritocco.prediction import Prediction
 from ritocco.safety import SafetyChecker
 from ritocco.schema import PredictionInput
@@ -171,7 +171,7 @@ def _engine(
     from ritocco.backends.torch_ import TorchRuntime
     from ritocco.checkpoint import fingerprint, load_tokenizer
     from ritocco.device import choose
-    from ritocco.free_memory import default_budget, free_bytes
+    from ritocco.free_memory import ample_bytes, default_budget, free_bytes
     from ritocco.parameters import without_tensors
     from ritocco.scheduler_config import check_scheduler, from_pipeline
 
@@ -192,11 +192,12 @@ def _engine(
         planner.refuse_too_little()
     elif checkpoint.path is not None:  # a pipeline's tensors are in memory already
         free = free_bytes(choice.device)
-        budget = default_budget(planner, _weight_bytes(outline, choice.dtype), free)
+        rationed = _planner(outline, choice, free, running)
+        ample = ample_bytes(outline, _weight_bytes(outline, choice.dtype), choice.dtype.itemsize)
+        budget = default_budget(rationed, ample, free)
         if budget is not None:
-            planner = _planner(outline, choice, budget, running)
-            planner.refuse_too_little()
-            kept = f"{mib(budget)} of {mib(free or 0)} that are free"
+            rationed.budget, planner = budget, rationed
+            kept = f"{mib_down(budget)} of {mib_down(free or 0)} that are free"
             warnings.append(
                 f"Memory: requests keep to {kept} on {choice.device}; memory_budget= changes that"
             )

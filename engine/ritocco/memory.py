@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ritocco.backends.fast_path import FastPath
@@ -50,7 +50,9 @@ class Phase:
 class Usage:
     """Bytes. weights: of each network, as the device holds them. phases: of `PHASES`, in their order.
 
-    A weight that is used straight from its mapped file is among `weights`, and not in any phase.
+    A weight that is used straight from its mapped file is among `weights`, and not in any phase. `load` is of
+    what comes before the request; the other phases are of a request that follows an equal one, which bounds
+    the first: by then every weight has come that stays.
     """
 
     weights: Mapping[str, int]
@@ -73,13 +75,14 @@ class Rehearsal:
         see `TorchRuntime`; a safety checker stays.
         """
         self._checkpoint, self._live = checkpoint, Live(_WORKSPACES[device])
-        self._standing = _STANDING_BYTES[device]
+        self._standing, self._shared = _STANDING_BYTES[device], device == "cpu"
         self._mode = FakeTensorMode(allow_non_fake_inputs=True)
         path = None if device == "cpu" else _HollowPath(kernels=True, packed=True, graphs=False, search=False)
         with self._mode, torch.inference_mode():
             # What goes to a GPU is a copy whatever its dtype: none is stored in float64.
             stored = None if device == "cpu" else torch.float64
             hollow = replace(checkpoint, weights=_without_numbers(checkpoint, self._live, stored))
+            self._live.course = []
             with self._live:
                 self._runtime = TorchRuntime(
                     hollow, device=torch.device("cpu"), dtype=dtype, path=path, movable=movable
@@ -88,6 +91,9 @@ class Rehearsal:
                 if checkpoint.safety_checker is not None:
                     self._checker = SafetyChecker.load(hollow, device="cpu", dtype=dtype)
                 self._loading = self._taken()
+                if not movable:
+                    self._runtime._bring_decoder()
+        self._coming: dict[frozenset[str], Phase] = {}  # of networks that stay, by who does not
         networks: dict[str, nn.Module] = {name: getattr(self._runtime, name) for name in REQUIRED}
         if self._checker is not None:
             networks["safety_checker"] = self._checker.network
@@ -114,19 +120,14 @@ class Rehearsal:
         rows of the UNet a picture. checked: by the safety checker, where there is one. at_once, leaving: of a
         movable runtime, see `TorchRuntime.follow`. course: keep what every operation reaches.
         """
-        live, runtime, found = self._live, self._runtime, {"load": self._loading}
-        live.course = [] if course else None
+        live, runtime = self._live, self._runtime
         size = LatentSize(height=height // 8, width=width // 8)
         table = build(scheduler, num_inference_steps, from_pipeline(self._checkpoint.scheduler))
         with self._mode, torch.inference_mode(), live:
-            if at_once is not None:
-                nobody_stays = set(leaving) >= set(REQUIRED)
-                if not nobody_stays:
-                    live.begin()
-                runtime.follow(size, at_once=at_once, leaving=leaving)
-                if nobody_stays:  # who was there before has left
-                    live.begin()
-                found["load"] = self._taken()
+            load = self._loading if at_once is None else self._settled(size, at_once, leaving)
+            found = {"load": load if course else replace(load, course=())}
+            live.course = [] if course else None
+            live.begin()
             runtime.need("text_encoder")
             tokens = torch.zeros(1 + guided, runtime.text_encoder.spec.positions, dtype=torch.int64)
             context = runtime._encode_text(tokens).float()
@@ -134,20 +135,37 @@ class Rehearsal:
             runtime.need("vae")
             encoded = runtime._encode_mean(runtime._image(np.zeros((3, height, width), np.float32))).float()
             found["encode"] = self._taken()
-            _denoise(runtime, size, _lanes(runtime, size, table, guided, num_outputs))
+            states = _denoise(runtime, size, _lanes(runtime, size, table, guided, num_outputs))
+            if not self._shared:
+                states.clear()
             found["denoise"] = self._taken()
             runtime.need("vae")
             latents = np.zeros((runtime.unet.spec.out_channels, size.height, size.width), np.float32)
             # Pictures stay as they were decoded until all are.
             made = [runtime._decoded(latents).float() for _ in range(num_outputs)]
             found["decode"] = self._taken()
-            del made, context, encoded  # all of them to the end
+            del made, states, context, encoded  # all of them to the end
             if checked and self._checker is not None:
                 self._live.begin()
                 side = self._checker.side
                 self._checker.embeds(np.zeros((num_outputs, 3, side, side), np.float32))
                 found["safety"] = self._taken()
         return Usage(weights=self.weights, phases=found)
+
+    def _settled(self, size: LatentSize, at_once: int, leaving: Collection[str]) -> Phase:
+        """Networks are where an equal request leaves them; returns what their coming took."""
+        runtime, who = self._runtime, frozenset(leaving)
+        if who not in self._coming:
+            runtime.follow(size, at_once=at_once, leaving=REQUIRED)
+            runtime.need("vae")
+            self._live.course = []
+            self._live.begin()
+            runtime.follow(size, at_once=at_once, leaving=leaving)
+            self._coming[who] = self._taken()
+        self._live.course = None
+        runtime.follow(size, at_once=at_once, leaving=leaving)
+        runtime.need("vae")
+        return self._coming[who]
 
     def _taken(self) -> Phase:
         """Of the phase that ends here; the next one begins."""
@@ -168,12 +186,17 @@ class _HollowPath(FastPath):
         return HOLLOW
 
 
-def _denoise(runtime: TorchRuntime, size: LatentSize, lanes: Sequence[Lane]) -> None:
+def _denoise(runtime: TorchRuntime, size: LatentSize, lanes: Sequence[Lane]) -> list[tuple[Tensor, Tensor]]:
+    """Latents and history of each lane: on a CPU they share memory with what the host gets of them, and a
+    batcher keeps both until the pictures are decoded.
+    """
     batch = runtime.open(size, len(lanes))
     for slot, lane in enumerate(lanes):
         batch.join(slot, lane)
     for row in range(min(_STEPS, len(lanes[0].table))):
         batch.step(dict.fromkeys(range(len(lanes)), row))
+    batch._scatter()
+    return [(seat.latents, seat.history) for seat in batch._seats.values()]
 
 
 def _lanes(runtime: TorchRuntime, size: LatentSize, table: StepTable, guided: bool, count: int) -> list[Lane]:

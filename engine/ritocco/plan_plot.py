@@ -35,7 +35,9 @@ def draw(plan: MemoryPlan, file: Path) -> None:
         if end - begin > ends[-1] / 40:
             axes.text((begin + end) / 2, -0.02, name, ha="center", va="top", transform=_below(axes))
     name, peak = plan.usage.peak
-    position = ends[list(phases).index(name)] + (peak.course.index(peak.most) if peak.course else 0)
+    # What is held before the first operation may be the most.
+    reached = peak.course.index(peak.most) if peak.most in peak.course else 0
+    position = ends[list(phases).index(name)] + reached
     axes.annotate(
         f"{peak.most / _GIB:.2f} GiB, {name}, in {peak.moment}",
         (position, peak.most / _GIB),

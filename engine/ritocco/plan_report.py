@@ -14,14 +14,30 @@ from ritocco.device import choose, refuse_unplanned
 from ritocco.errors import RequestError
 from ritocco.known import outline
 from ritocco.memory import Rehearsal
-from ritocco.plans import MemoryPlan, Planner, Strategy, asked_without_pictures, mib, parse_budget
+from ritocco.plans import (
+    MemoryPlan,
+    Planner,
+    Strategy,
+    asked_without_pictures,
+    mib,
+    mib_down,
+    mib_up,
+    parse_budget,
+)
 from ritocco.schema import PredictionInput
 from ritocco.shown import shown
 
-NOT_COUNTED = (
-    "Not counted: Python and its libraries, pictures on the host, and what the C library keeps of freed "
-    "memory."
-)
+NOT_COUNTED = {
+    "cpu": (
+        "Not counted: Python and its libraries, pictures on the host, and what the C library keeps of freed "
+        "memory."
+    ),
+    "cuda": (
+        "Not counted: what CUDA graphs keep, workspaces of cuDNN and cuBLAS over 56 MiB, what the allocator "
+        "rounds up\nand reserves, the device's context, and all that lies on the host."
+    ),
+}
+"""By the device's type."""
 
 
 def planned(
@@ -43,7 +59,7 @@ def planned(
     fields = asked_without_pictures(given)
     if device not in ("cpu", "cuda"):
         raise RequestError(f"--device is {shown(device)}; it must be cpu or cuda", field="--device")
-    kept = None if budget is None else parse_budget(budget)
+    kept = None if budget is None else parse_budget(budget, "--budget")
     if is_artefacts(model):
         rule = "exported graphs; see graph_report"
         raise RequestError(f"--model is {shown(str(model))}, {rule}", field="--model")
@@ -62,6 +78,7 @@ def planned(
         device=device,
         dtype=str(held).removeprefix("torch."),
         budget=kept,
+        name="--budget",
     )
     return fields, planner.explained(fields)
 
@@ -111,27 +128,39 @@ def as_text(
     count, found = plan.num_outputs, plan.usage
     what = f"{count} picture{'s' if count > 1 else ''} of {plan.width} x {plan.height}"
     weights = ", ".join(f"{name} {mib(size)}" for name, size in found.weights.items())
-    columns = {"most at once": {name: one.most for name, one in found.phases.items()}}
-    columns |= {} if allocated is None else {"allocated": dict(allocated)}
-    columns |= {} if resident is None else {"resident": dict(resident)}
+    columns = {"most at once": {name: mib_up(one.most) for name, one in found.phases.items()}}
+    measured = {"allocated": allocated, "resident": resident}
+    columns |= {
+        head: {name: mib(size) for name, size in column.items()}
+        for head, column in measured.items()
+        if column is not None
+    }
     rows = [("phase", *columns, "in")]
     rows += [
-        (name, *(mib(column[name]) for column in columns.values()), one.moment)
+        (name, *(column[name] for column in columns.values()), one.moment)
         for name, one in found.phases.items()
     ]
     table = ["  ".join([row[0].ljust(8), *(cell.rjust(14) for cell in row[1:-1]), row[-1]]) for row in rows]
     lines = [f"{what} on torch, {plan.device}, {plan.dtype}", f"weights: {weights}", "", *table]
     phase, peak = found.peak
-    lines += ["", f"peak: {mib(peak.most)}, {phase}, in {peak.moment}"]
+    lines += ["", f"peak: {mib_up(peak.most)}, {phase}, in {peak.moment}"]
     if plan.budget is not None:
-        lines.append(f"budget: {mib(plan.budget)}; {plan.strategy}")
+        lines.append(f"budget: {mib_down(plan.budget)}; {plan.strategy}")
         if plan.read_again:
-            lines.append(f"cost: {mib(plan.read_again)} of weights are read anew for every request")
+            lines.append(
+                f"cost: {mib(plan.read_again)} of weights are read anew for every request, {_time(plan)}"
+            )
         if plan.more is not None:
-            lines.append(f"from {mib(plan.more[0])} on: {plan.more[1]}")
-        lines.append(f"below {mib(plan.least)}: {_below(plan.less)}")
-    return "\n".join([*lines, NOT_COUNTED])
+            lines.append(f"from {mib_up(plan.more[0])} on: {plan.more[1]}")
+        lines.append(f"below {mib_up(plan.least)}: {_below(plan.less)}")
+    return "\n".join([*lines, NOT_COUNTED[plan.device.partition(":")[0]]])
+
+
+def _time(plan: MemoryPlan) -> str:
+    if plan.read_again_seconds is None:
+        return "which an engine times when they come first"
+    return f"which took {plan.read_again_seconds:,.1f} s when they came last"
 
 
 def _below(less: tuple[int, Strategy] | None) -> str:
-    return "nothing fits" if less is None else f"{less[1]}, down to {mib(less[0])}"
+    return "nothing fits" if less is None else f"{less[1]}, down to {mib_up(less[0])}"

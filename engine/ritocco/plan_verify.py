@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ritocco.errors import BackendError
+from ritocco.plan_report import planned
 from ritocco.plans import asked_without_pictures
 from ritocco.schema import PredictionInput
 from ritocco.shown import said
@@ -27,12 +28,14 @@ _BEGINS = {
     "open": "denoise",
     "decode_pixels": "decode",
 }
+_FIRST_STEPS = 2
 # Blocks that are freed go back to the kernel, so that what is resident is what is held.
 _NOTHING_KEPT = {"MALLOC_MMAP_THRESHOLD_": str(64 << 10), "MALLOC_ARENA_MAX": "2"}
 
 
 def allocated(model: Path, fields: PredictionInput, *, dtype: str, **where: Any) -> dict[str, int]:
-    """Most bytes that torch's allocator held in each phase, by running the whole request in this process.
+    """Most bytes that torch's allocator held in each phase, by running the whole request in this process, and
+    before it one like it: see `memory.Usage`.
 
     where: variant, tokenizer and memory_budget, as for `load`.
     """
@@ -45,9 +48,10 @@ def allocated(model: Path, fields: PredictionInput, *, dtype: str, **where: Any)
 
 
 def resident(model: Path, fields: PredictionInput, *, dtype: str, **where: Any) -> dict[str, int] | None:
-    """Most bytes that a fresh process had resident in each phase of the whole request, beyond what it holds
+    """Most bytes that a fresh process had resident in each phase, as of `allocated`, beyond what it holds
     before it loads; freed blocks go back to the kernel at once. Pages of mapped weights count while they are
-    read, in `load` above all: the kernel may take them back. None where the system does not tell.
+    read, in `load` above all, and with a budget, under which files stay mapped, from then on: the kernel may
+    take them back. None where the system does not tell.
 
     where: as for `allocated`. Raises BackendError where the process fails.
     """
@@ -77,6 +81,11 @@ def _run(model: Path, fields: PredictionInput, watch: Any, **how: Any) -> None:
         checker: Any = engine._safety
         if checker is not None:
             checker.embeds = _heard(watch, "safety", checker.embeds)
+        # Under a budget, another count of steps might be computed in another way.
+        steps = (
+            fields.num_inference_steps if engine.budgeted else min(_FIRST_STEPS, fields.num_inference_steps)
+        )
+        engine.predict(given | {"num_inference_steps": steps})
         engine.predict(given)
 
 
@@ -95,8 +104,20 @@ def _main() -> None:
     asked: Mapping[str, Any] = json.load(sys.stdin)
     fields = asked_without_pictures(asked["given"])
     _warm_up()
+    where = asked["where"]
+    model, dtype, budget = Path(asked["model"]), asked["dtype"], where.get("memory_budget")
+    if budget is not None:  # what the planner itself keeps is no request's
+        tokenizer = Path(where["tokenizer"]) if where.get("tokenizer") else None
+        planned(
+            model,
+            asked["given"],
+            dtype=dtype,
+            variant=where.get("variant"),
+            tokenizer=tokenizer,
+            budget=budget,
+        )
     watch = HighWater()
-    _run(Path(asked["model"]), fields, watch, dtype=asked["dtype"], **asked["where"])
+    _run(model, fields, watch, dtype=dtype, **where)
     watch.end()
     sys.stdout.write(json.dumps(watch.most) + "\n")
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import numbers
 import re
 import threading
 from collections import OrderedDict
@@ -17,7 +19,9 @@ if TYPE_CHECKING:
     from ritocco.schema import PredictionInput
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-_KEPT_USAGES = 256
+_KEPT_USAGES = 8192  # every size and number of pictures of the schema, in every strategy
+_KEPT_COURSES = 32  # of some thousand operations each
+_STEP_COUNTS = (2, 3, 5, 10, 20, 30, 50, 75, 100, 150, 200, 300, 500)
 _TEXT, _ALL = ("text_encoder",), ("text_encoder", "vae", "unet")
 _WHO_STAYS = {  # by who leaves
     (): "all networks in memory",
@@ -89,17 +93,24 @@ def strategies(num_outputs: int) -> tuple[Strategy, ...]:
     return tuple(Strategy(at_once=count, leaving=leaving) for leaving in _WHO_STAYS for count in counts)
 
 
-def parse_budget(budget: int | str) -> int:
-    """Bytes of a number, or of words such as `8GiB`, `500 MB`. Raises RequestError."""
-    if isinstance(budget, int) and not isinstance(budget, bool) and budget > 0:
-        return budget
-    found = re.fullmatch(r"\s*([0-9]{1,12}(?:\.[0-9]{1,6})?)\s*([A-Za-z]{0,3})\s*", str(budget))
+def parse_budget(budget: float | str, name: str = "memory_budget") -> int:
+    """Bytes of a whole number, or of words such as `8GiB`, `500 MB`. Raises RequestError, which calls the
+    budget by this name.
+    """
+    if isinstance(budget, numbers.Real) and not isinstance(budget, bool):
+        whole = isinstance(budget, numbers.Integral) or float(budget).is_integer()
+        if whole and budget > 0:
+            return int(budget)
+    found = re.fullmatch(
+        r"\s*((?:[0-9]{1,12}|[0-9]{1,3}(?:,[0-9]{3}){1,3})(?:\.[0-9]{1,6})?)\s*([A-Za-z]{0,3})\s*",
+        str(budget),
+    )
     if isinstance(budget, str) and found is not None and found[2].upper() in _UNITS:
-        size = int(float(found[1]) * _UNITS[found[2].upper()])
+        size = int(float(found[1].replace(",", "")) * _UNITS[found[2].upper()])
         if size > 0:
             return size
-    rule = "it must be a number of bytes, or one with a unit, as 8GiB or 500MB"
-    raise RequestError(f"memory_budget is {shown(budget)}; {rule}", field="memory_budget")
+    rule = "it must be a whole number of bytes over 0, or a number with a unit, as 8GiB or 500MB"
+    raise RequestError(f"{name} is {shown(budget)}; {rule}", field=name)
 
 
 def asked_without_pictures(given: Mapping[str, Any]) -> PredictionInput:
@@ -120,7 +131,10 @@ class Planner:
 
     rehearse: makes what `Rehearsal.usage` is a method of, when it is first needed. follow: makes the runtime
     do as a strategy says, at a height and width in pixels; needed with a budget. came_in: seconds that each
-    network took when it came to the device last.
+    network took when it came to the device last. name: what errors call the budget.
+
+    Plans of a size are kept. Steps are rounded up to one of a few counts: of them a plan knows no more than
+    how many rows their table has.
     """
 
     def __init__(
@@ -132,12 +146,14 @@ class Planner:
         budget: int | None = None,
         follow: Callable[[int, int, Strategy], None] | None = None,
         came_in: Callable[[], Mapping[str, float]] | None = None,
+        name: str = "memory_budget",
     ) -> None:
-        self.budget = budget
+        self.budget, self._name = budget, name
         self._rehearse, self._follow, self._came_in = rehearse, follow, came_in
         self._device, self._dtype = device, dtype
         self._rehearsal: Any = None
         self._usages: OrderedDict[tuple[Any, ...], Usage] = OrderedDict()
+        self._courses: OrderedDict[tuple[Any, ...], Usage] = OrderedDict()
         self._lock = threading.Lock()
 
     def plan(self, fields: PredictionInput) -> MemoryPlan:
@@ -154,12 +170,18 @@ class Planner:
             less = None if self.budget is None else self._less(asked, plan)
         return replace(plan, usage=usage, less=less)
 
-    def largest(self) -> MemoryPlan:
-        """For the largest request of the schema, with all networks in memory and all pictures at once."""
-        asked = _smallest() | {"height": _MOST_SIDE, "width": _MOST_SIDE, "num_outputs": _MOST_PICTURES}
-        asked |= {"guided": True, "checked": True}
+    def most(self) -> int:
+        """Bytes of the largest request of the schema, with all networks in memory and all pictures at once.
+
+        Of networks that come and go, as `least`.
+        """
         with self._lock:
-            return self._made(asked)
+            return self._most(_largest(), Strategy(at_once=_MOST_PICTURES))
+
+    def least(self) -> int:
+        """Bytes of the smallest request of the schema, in the strategy that takes least."""
+        with self._lock:
+            return self._most(_smallest(), _smallest_way())
 
     def follow(self, fields: PredictionInput) -> MemoryPlan | None:
         """Make the runtime ready for a request, where there is a budget. Raises RequestError as `plan`."""
@@ -171,12 +193,9 @@ class Planner:
 
     def refuse_too_little(self) -> None:
         """Raises BackendError where the budget holds not even the smallest request."""
-        least = self._most(_smallest(), _smallest_way())
+        least = self.least()
         if self.budget is not None and least > self.budget:
-            raise BackendError(
-                f"memory_budget is {mib(self.budget)}; the smallest request, one picture of {_LEAST_SIDE} x "
-                f"{_LEAST_SIDE}, unguided, takes {mib(least)} with one network at a time in memory"
-            )
+            raise BackendError(f"{self._name} is {mib_down(self.budget)}; {smallest_takes(least)}")
 
     def _made(self, asked: Mapping[str, Any]) -> MemoryPlan:
         if self.budget is None:
@@ -194,8 +213,9 @@ class Planner:
         if count > 1:
             what = f"{count} pictures of {asked['width']} x {asked['height']} need"
         raise RequestError(
-            f"memory_budget is {mib(self.budget)}; {what} at least {mib(least)}. {self._largest(asked)}",
-            field="memory_budget",
+            f"{self._name} is {mib_down(self.budget)}; {what} at least {mib_up(least)}. "
+            f"{self._largest_square(asked)}",
+            field=self._name,
         )
 
     def _plan(
@@ -232,18 +252,20 @@ class Planner:
         return self._usage(asked, strategy).peak[1].most
 
     def _usage(self, asked: Mapping[str, Any], strategy: Strategy | None, *, course: bool = False) -> Usage:
-        key = (*asked.values(), strategy)
-        usage = None if course else self._usages.pop(key, None)
+        import torch  # late: plans of exported graphs need none
+
+        # Each thread has blocks of its own in attention.
+        key = (*asked.values(), strategy, torch.get_num_threads())
+        kept, most = (self._courses, _KEPT_COURSES) if course else (self._usages, _KEPT_USAGES)
+        usage = kept.pop(key, None)
         if usage is None:
             if self._rehearsal is None:
                 self._rehearsal = self._rehearse()
             given = {} if strategy is None else {"at_once": strategy.at_once, "leaving": strategy.leaving}
             usage = self._rehearsal.usage(**asked, **given, **({"course": True} if course else {}))
-        if course:
-            return usage
-        self._usages[key] = usage
-        while len(self._usages) > _KEPT_USAGES:
-            self._usages.popitem(last=False)
+        kept[key] = usage
+        while len(kept) > most:
+            kept.popitem(last=False)
         return usage
 
     def _seconds(self, leaving: tuple[str, ...]) -> float | None:
@@ -253,7 +275,7 @@ class Planner:
             return None
         return sum(_COMES[one] * seconds[one] for one in leaving)
 
-    def _largest(self, asked: Mapping[str, Any]) -> str:
+    def _largest_square(self, asked: Mapping[str, Any]) -> str:
         """The largest square that the budget holds, in words."""
         fits = 0
         low, high = 1, _MOST_SIDE // _STEP
@@ -273,9 +295,28 @@ def _smallest_way() -> Strategy:
     return Strategy(at_once=1, leaving=_ALL)
 
 
+def smallest_takes(least: int) -> str:
+    """In words, for errors."""
+    side = f"{_LEAST_SIDE} x {_LEAST_SIDE}"
+    return (
+        f"the smallest request, one picture of {side}, unguided, takes {mib_up(least)} with one network at a "
+        "time in memory"
+    )
+
+
 def mib(size: float) -> str:
     """For people."""
     return f"{size / 2**20:,.1f} MiB"
+
+
+def mib_up(size: int) -> str:
+    """The same, of what is needed: a budget of so much, as it is written, is enough."""
+    return mib(math.ceil(size * 10 / 2**20) * 2**20 / 10)
+
+
+def mib_down(size: int) -> str:
+    """The same, of what is there."""
+    return mib(size * 10 // 2**20 * 2**20 / 10)
 
 
 def _asked(fields: PredictionInput) -> dict[str, Any]:
@@ -285,9 +326,21 @@ def _asked(fields: PredictionInput) -> dict[str, Any]:
         "width": fields.width,
         "num_outputs": fields.num_outputs,
         "guided": fields.guidance_scale > 1,
-        "num_inference_steps": fields.num_inference_steps,
+        "num_inference_steps": next(one for one in _STEP_COUNTS if one >= fields.num_inference_steps),
         "scheduler": fields.scheduler,
         "checked": not fields.disable_safety_checker,
+    }
+
+
+def _largest() -> dict[str, Any]:
+    return {
+        "height": _MOST_SIDE,
+        "width": _MOST_SIDE,
+        "num_outputs": _MOST_PICTURES,
+        "guided": True,
+        "num_inference_steps": _STEP_COUNTS[-1],
+        "scheduler": "K_EULER_ANCESTRAL",  # whose steps draw noise
+        "checked": True,
     }
 
 

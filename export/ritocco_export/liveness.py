@@ -28,6 +28,7 @@ _RANDOM = frozenset(
 )
 # Functions whose shapes ONNX does not tell.
 _AS_FIRST_INPUT = frozenset({"GroupNormalization"})
+_OF_SHAPE = frozenset({"Shape", "Size"})  # of a tensor that may have no values, or many
 _SMALL = 4096  # elements: shapes, and what they are made of
 
 
@@ -78,6 +79,9 @@ def liveness(model: onnx.ModelProto, shapes: Mapping[str, tuple[int, ...]]) -> L
     typed = _Typed(model, shapes)
     for node in model.graph.node:
         typed.infer(node)
+    for one in model.graph.output:
+        if one.name not in typed.types:
+            raise CheckpointError(f"no node gives the graph's output {shown(one.name)}")
     return _lives(model.graph, typed)
 
 
@@ -119,7 +123,7 @@ class _Typed:
                 rule = "can't be told from the shapes of the graph's inputs"
                 raise CheckpointError(f"{_told(node)}: the shape of its output {shown(name)} {rule}")
             self.types[name] = found[name]
-        if node.op_type == "Shape" or (
+        if node.op_type in _OF_SHAPE or (
             all(name in self.constant for name in given) and node.op_type not in _RANDOM
         ):
             self.constant.update(filter(None, node.output))
@@ -128,8 +132,10 @@ class _Typed:
         """The outputs' values, where they are small and follow from shapes and small weights."""
         if node.domain not in _ONNX or node.op_type in _RANDOM or "" in node.output:
             return None
-        if node.op_type == "Shape":  # of a tensor that may have no values, or many
+        if node.op_type in _OF_SHAPE:
             dims = _shape(self.types[given[0]])
+            if node.op_type == "Size":
+                return [onnx.helper.make_tensor("", onnx.TensorProto.INT64, [], [prod(dims)])]
             held = {one.name: onnx.helper.get_attribute_value(one) for one in node.attribute}
             part = dims[held.get("start", 0) : held.get("end", len(dims))]
             return [onnx.helper.make_tensor("", onnx.TensorProto.INT64, [len(part)], part)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 from dataclasses import replace
@@ -30,10 +31,18 @@ from ritocco.schema import InputError
 HAS_BFLOAT16 = onednn_bfloat16()
 # Where oneDNN has no bfloat16 there is nothing to hold a plan against, and `plan` refuses.
 FORETOLD = ["float32", *(["bfloat16"] if HAS_BFLOAT16 else [])]
-LARGER = (((256, 256), 1), ((512, 384), 2))
+LARGER = (((256, 256), 1), ((512, 384), 2), ((512, 512), 4))
 MOST_OVER = 0.02  # of the allocator's peak; never below it
 STANDING = 96 << 10  # of oneDNN, which a plan always counts: much beside a network of a megabyte
 MOST_BESIDE = 0.1  # of the process's peak, which holds what no allocator knows of
+
+
+@pytest.fixture(scope="module")
+def tiny_float16(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Stored in float16, so that weights take memory in float32."""
+    from ritocco_bench.folder import make_folder
+
+    return make_folder(tmp_path_factory.mktemp("memory") / "tiny", "tiny")
 
 
 def usage(checkpoint: Checkpoint, *, dtype: torch.dtype, **asked: Any) -> Usage:
@@ -64,10 +73,36 @@ def assert_foretold(
 @pytest.mark.parametrize("dtype", FORETOLD)
 @pytest.mark.parametrize(
     ("size", "count"),
-    [((256, 128), 4), *(pytest.param(*case, marks=pytest.mark.slow) for case in LARGER)],
+    [((64, 64), 1), ((256, 128), 4), *(pytest.param(*case, marks=pytest.mark.slow) for case in LARGER)],
 )
 def test_the_embedded_models_peak_is_foretold(size: tuple[int, int], count: int, dtype: str) -> None:
     assert_foretold(pocket_model(), dtype, size, count)
+
+
+def test_the_same_request_takes_the_same_whatever_was_asked_before(tiny_float16: Path) -> None:
+    checkpoint = open_checkpoint(tiny_float16)
+    small: dict[str, Any] = {"height": 64, "width": 64}
+    large: dict[str, Any] = {"height": 256, "width": 256, "num_outputs": 4}
+    rehearsal = Rehearsal(checkpoint, dtype=torch.float32)
+    first = rehearsal.usage(**small)
+    rehearsal.usage(**large)
+    assert rehearsal.usage(**small) == first
+    assert all(phase.moment != "what was held before" for phase in first.phases.values())
+    movable = Rehearsal(checkpoint, dtype=torch.float32, movable=True)
+    ways: list[dict[str, Any]] = [{"at_once": one.at_once, "leaving": one.leaving} for one in strategies(1)]
+    forth = [movable.usage(**small, **way) for way in ways]
+    other = Rehearsal(checkpoint, dtype=torch.float32, movable=True)
+    assert [other.usage(**small, **way) for way in reversed(ways)] == forth[::-1]
+
+
+def test_latents_are_held_until_their_pictures_are_decoded(tiny_float16: Path) -> None:
+    """Of as many pixels, so that decoding itself takes alike."""
+    rehearsal = Rehearsal(open_checkpoint(tiny_float16), dtype=torch.float32)
+    taken = [
+        rehearsal.usage(height=256, width=256, num_outputs=count).phases["decode"].most for count in (3, 4)
+    ]
+    picture, lane = 4 * 3 * 256 * 256, 4 * 4 * (1 + 3) * 32 * 32  # its latents and three steps of history
+    assert taken[1] - taken[0] == picture + lane
 
 
 @pytest.mark.slow
@@ -99,6 +134,11 @@ def test_the_process_holds_that_and_the_reserve(size: tuple[int, int], count: in
     assert_resident(pocket_model(), size, count)
 
 
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the kernel's count is Linux's")
+def test_the_process_holds_no_more_under_a_budget() -> None:
+    assert_resident(pocket_model(), (256, 256), 1, budget=120 << 20)
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the kernel's count is Linux's")
 def test_a_process_of_the_full_size_holds_that_and_the_reserve(
@@ -109,15 +149,16 @@ def test_a_process_of_the_full_size_holds_that_and_the_reserve(
     assert_resident(make_folder(tmp_path_factory.getbasetemp() / "full", "full"), (256, 256), 1)
 
 
-def assert_resident(model: Path, size: tuple[int, int], count: int) -> None:
+def assert_resident(model: Path, size: tuple[int, int], count: int, budget: int | None = None) -> None:
     given = {"width": size[0], "height": size[1], "num_outputs": count, "num_inference_steps": 3}
-    fields, plan = planned(model, given, dtype="float32", variant=None, tokenizer=None)
-    taken = resident(model, fields, dtype="float32")
+    fields, plan = planned(model, given, dtype="float32", variant=None, tokenizer=None, budget=budget)
+    taken = resident(model, fields, dtype="float32", memory_budget=budget)
     assert taken is not None
     assert tuple(taken) == PHASES
-    # While weights are read, the pages of their files are resident too.
+    # While weights are read, the pages of their files are resident too; with a budget they stay mapped.
     peak, phase = max((most, phase) for phase, most in taken.items() if phase != "load")
-    assert abs(plan.usage.phases[phase].most + RESERVE_BYTES - peak) <= MOST_BESIDE * peak
+    mapped = 0 if budget is None else sum(file.stat().st_size for file in model.rglob("*.safetensors"))
+    assert abs(plan.usage.phases[phase].most + RESERVE_BYTES + mapped - peak) <= MOST_BESIDE * peak
 
 
 def test_the_high_water_is_of_a_phase() -> None:
@@ -264,6 +305,16 @@ print(*(tracker.most[name] for name in ("one", "two")))
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     # The mark of a phase takes a few bytes itself.
     assert all(2 << 20 <= int(most) < (2 << 20) + 100 for most in done.stdout.split())
+
+
+def test_the_safety_checker_of_a_known_model_is_counted() -> None:
+    """CLIP ViT-L/14's vision tower, with its projection: 303,966,208 numbers."""
+    assert outline("sd2-inpainting").safety_checker is None
+    known = outline("sd1.5-inpainting")
+    assert known.safety_checker is not None
+    tensors = known.weights["safety_checker"][""]
+    learned = sum(math.prod(one.shape) for name, one in tensors.items() if "_embeds" not in name)
+    assert learned == 303_966_208
 
 
 def test_the_command_says_it_for_people_and_for_programs(tiny_checkpoint: Path) -> None:

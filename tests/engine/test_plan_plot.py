@@ -59,14 +59,23 @@ def test_the_budget_is_a_line(tmp_path: Path) -> None:
     assert pictures[1] == 0
 
 
+def test_the_most_may_be_held_before_the_first_operation(tmp_path: Path) -> None:
+    phases = {"load": Phase(most=9, moment="to"), "text": Phase(most=9 << 20, moment="", course=(1, 2))}
+    draw(plan(usage=Usage(weights={}, phases=phases)), tmp_path / "plan.png")
+    assert (tmp_path / "plan.png").stat().st_size > 0
+
+
 def test_without_matplotlib_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(BackendError, match=r'pip install "ritocco\[plot\]"'):
         draw(plan(), tmp_path / "plan.png")
 
 
-def test_a_file_that_can_not_be_written_is_one_line(tiny_checkpoint: Path, tmp_path: Path) -> None:
+def test_a_file_that_can_not_be_written_is_one_line(
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ritocco.plan_verify.allocated", None)  # nothing runs before
     words = ["plan", "--model", str(tiny_checkpoint), "--width", "64", "--height", "64", "--dtype", "float32"]
-    done = CliRunner().invoke(app, [*words, "--plot", str(tmp_path / "nowhere" / "plan.png")])
+    done = CliRunner().invoke(app, [*words, "--verify", "--plot", str(tmp_path / "nowhere" / "plan.png")])
     assert done.exit_code == 1
     assert done.output.startswith("error: --plot is ")

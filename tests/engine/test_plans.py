@@ -20,9 +20,9 @@ from ritocco.checkpoint import open_checkpoint
 from ritocco.cli import app
 from ritocco.memory import Phase, Rehearsal, Usage
 from ritocco.parameters import MemoryTensor, without_tensors
-from ritocco.plan_report import planned
+from ritocco.plan_report import as_text, planned
 from ritocco.plan_verify import allocated
-from ritocco.plans import MemoryPlan, Planner, Strategy, parse_budget, strategies
+from ritocco.plans import MemoryPlan, Planner, Strategy, mib_down, mib_up, parse_budget, strategies
 from ritocco.schema import PredictionInput, parse_input
 from ritocco.track import Tracker
 
@@ -36,6 +36,9 @@ LARGER = {"width": 128, "height": 192, "num_outputs": 2, "num_inference_steps": 
     ("budget", "size"),
     [
         (5, 5),
+        (np.int64(5), 5),
+        (8e9, 8_000_000_000),
+        ("1,021.5 MiB", 1_071_120_384),
         ("5", 5),
         ("8GiB", 8 << 30),
         ("1.5 gb", 1_500_000_000),
@@ -43,15 +46,42 @@ LARGER = {"width": 128, "height": 192, "num_outputs": 2, "num_inference_steps": 
         ("2kib", 2048),
     ],
 )
-def test_budgets_in_bytes_and_in_words(budget: int | str, size: int) -> None:
+def test_budgets_in_bytes_and_in_words(budget: float | str, size: int) -> None:
     assert parse_budget(budget) == size
 
 
-@pytest.mark.parametrize("budget", [0, -1, True, 1.5, "", "GiB", "8 XB", "0", "-3GB", "nan", "1e9", None])
+@pytest.mark.parametrize(
+    "budget",
+    [
+        0,
+        -1,
+        True,
+        1.5,
+        "",
+        "GiB",
+        "8 XB",
+        "0",
+        "-3GB",
+        "nan",
+        "1e9",
+        None,
+        float("inf"),
+        float("nan"),
+        np.True_,
+    ],
+)
 def test_other_budgets_are_refused(budget: Any) -> None:
-    with pytest.raises(RequestError, match=r"memory_budget is .*; it must be a number of bytes") as caught:
+    with pytest.raises(
+        RequestError, match=r"memory_budget is .*; it must be a whole number of bytes"
+    ) as caught:
         parse_budget(budget)
     assert caught.value.field == "memory_budget"
+
+
+@pytest.mark.parametrize("size", [1, 104_857, 266_338_305, 266_338_304, 266_443_162, 1_071_533_000])
+def test_what_is_said_to_be_needed_is_enough(size: int) -> None:
+    assert 0 <= parse_budget(mib_up(size)) - size < 2**20 / 10
+    assert 0 <= size - 2**20 / 10 * round(10 * float(mib_down(size).replace(",", "")[:-4])) < 2**20 / 10
 
 
 def test_strategies_go_from_the_fastest_to_the_smallest() -> None:
@@ -115,6 +145,25 @@ def test_the_first_strategy_that_fits_is_taken(
     assert made.asked == before
     assert again.strategy == plan.strategy
     assert again.read_again_seconds == {NONE: 0, TEXT: 0.5, ALL: 4.5}[strategy[1]]
+    for one, told in (
+        (plan, "request, which an engine times when they come first"),
+        (again, f"request, which took {again.read_again_seconds} s when they came last"),
+    ):
+        assert (told in as_text(one)) == (strategy[1] != NONE)
+    planner.explained(fields)
+    assert made.asked == before
+
+
+def test_plans_of_other_step_counts_are_kept_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = Made()
+    planner = Planner(lambda: made, device="cpu", dtype="float32", budget=140)
+    for steps, asked in ((31, 1), (50, 1), (47, 1), (51, 2), (500, 3), (301, 3), (1, 4), (2, 4)):
+        fields, *_ = parse_input({**ASKED, "num_inference_steps": steps}, allow_local=True)
+        planner.plan(fields)
+        assert made.asked == asked
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 77)
+    planner.plan(fields)
+    assert made.asked == 5
 
 
 def test_what_fits_in_no_way_is_refused() -> None:
@@ -199,7 +248,7 @@ def test_a_budget_that_holds_nothing_is_refused_before_weights_are_read(
 
     monkeypatch.setattr("ritocco.parameters.safe_open", refused)
     with pytest.raises(BackendError, match=r"memory_budget is 0\.1 MiB; the smallest request"):
-        ritocco.load(tiny, device="cpu", dtype="float32", memory_budget=100_000)
+        ritocco.load(tiny, device="cpu", dtype="float32", memory_budget=110_000)
 
 
 def test_requests_of_many_sizes_take_no_more_and_more(tiny: Path, switching: dict[Strategy, int]) -> None:
@@ -269,4 +318,18 @@ def test_plans_for_a_gpu_need_none(tiny: Path) -> None:
     assert told.exit_code == 0, told.exception
     assert told.stdout.splitlines()[0] == "1 picture of 64 x 64 on torch, cuda, float16"
     assert "budget: 8,192.0 MiB; all networks in memory, one picture at once" in told.stdout
+    assert "workspaces of cuDNN and cuBLAS" in told.stdout
+    assert "C library" not in told.stdout
     assert CliRunner().invoke(app, [*words, "--verify"]).exit_code == 2
+
+
+def test_a_bad_budget_of_the_command_is_called_by_its_name() -> None:
+    words = ["plan", "--width", "64", "--height", "64", "--dtype", "float32", "--budget"]
+    for budget, rule in (
+        ("0", "--budget is '0'; it must be"),
+        ("1MiB", "--budget is 1.0 MiB; one picture of"),
+    ):
+        result = CliRunner().invoke(app, [*words, budget])
+        assert isinstance(result.exception, RequestError)
+        assert str(result.exception).startswith(rule)
+        assert result.exception.field == "--budget"

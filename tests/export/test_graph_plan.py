@@ -158,6 +158,7 @@ def test_hoisted_graphs_and_half_widths(tiny_hoisted_graphs: Path, tiny_half_gra
     [
         (["--budget", "8GiB"], "--budget"),
         (["--verify"], "--verify"),
+        (["--device", "cuda"], "--device"),
         (["--variant", "fp16"], "--variant"),
         (["--tokenizer", "."], "--tokenizer"),
         (["--dtype", "float16"], "--dtype"),

@@ -43,6 +43,21 @@ def test_a_chain() -> None:
     assert allocate(found.tensors).size == 64 + ROW
 
 
+def test_an_output_that_no_node_gives_is_named() -> None:
+    with pytest.raises(CheckpointError, match="no node gives the graph's output 'z'"):
+        of("(float[N,3] x) => (float[N,3] z) { a = Relu(x) }")
+
+
+def test_a_number_of_elements_follows_from_the_shape() -> None:
+    """And does not hold the tensor whose elements they are."""
+    found = of(
+        "(float[N,3] x) => (float[K] y) { a = Relu(x) b = Exp(a) c = Neg(b) s = Size(a) "
+        "zero = Constant<value: tensor = int64[1] {0}>() t = Unsqueeze(s, zero) y = Reshape(c, t) }"
+    )
+    assert found.shapes["y"] == (6,)
+    assert found.tensors["a"] == Lifetime(ROW, 0, 1)
+
+
 def test_a_branch_is_held_until_it_is_joined() -> None:
     found = of("(float[N,3] x) => (float[N,3] y) { a = Relu(x) b = Exp(a) c = Neg(b) y = Add(a, c) }")
     assert found.tensors["a"] == Lifetime(ROW, 0, 3)

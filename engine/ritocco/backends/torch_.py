@@ -175,10 +175,13 @@ class TorchRuntime:
 
     def _decoded(self, latents: Floats) -> Tensor:
         """Of one picture: [1,3,H,W]."""
+        self._bring_decoder()
+        return self._decode(self._image(latents))
+
+    def _bring_decoder(self) -> None:
         if not self._decodes:
             place(self.vae, device=self.device, dtype=self.dtype)
             self._decodes = True
-        return self._decode(self._image(latents))
 
     def _bytes(self, array: npt.NDArray[Any]) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(array)).to(self.device)
