@@ -15,7 +15,7 @@ from pathlib import Path
 from ritocco.disk import hold
 from ritocco.errors import BackendError, RitoccoError
 
-FORMAT = 1
+FORMAT = 2
 _SCHEMA = """
 CREATE TABLE predictions (
     seq INTEGER PRIMARY KEY AUTOINCREMENT,
@@ -36,7 +36,8 @@ CREATE TABLE predictions (
     completed_at TEXT,
     metrics TEXT NOT NULL DEFAULT '{}',
     data_removed INTEGER NOT NULL DEFAULT 0,
-    ended REAL
+    ended REAL,
+    attempts INTEGER NOT NULL DEFAULT 0
 );
 CREATE INDEX unfinished ON predictions (status) WHERE status IN ('starting', 'processing');
 CREATE INDEX due ON predictions (seq) WHERE webhook_due;
@@ -58,6 +59,7 @@ CREATE TABLE files (
 CREATE INDEX outputs ON files (prediction, place) WHERE prediction IS NOT NULL;
 CREATE TABLE settings (name TEXT PRIMARY KEY, value TEXT NOT NULL);
 """
+_FROM_1 = "ALTER TABLE predictions ADD COLUMN attempts INTEGER NOT NULL DEFAULT 0;"
 
 
 class StorageError(RitoccoError):
@@ -127,12 +129,14 @@ class Database:
 
     def _prepare(self, folder: Path) -> None:
         found = int(self._writer.execute("PRAGMA user_version").fetchone()[0])
-        if found not in (0, FORMAT):
+        if found > FORMAT:
             raise BackendError(
-                f"--data is {str(folder)!r}, of format {found}; this version of ritocco reads format {FORMAT}"
+                f"--data is {str(folder)!r}, of format {found}; this version of ritocco reads formats up to "
+                f"{FORMAT}"
             )
-        if not found:
-            self._writer.executescript(f"BEGIN; {_SCHEMA} PRAGMA user_version = {FORMAT}; COMMIT;")
+        if found < FORMAT:
+            change = _FROM_1 if found else _SCHEMA
+            self._writer.executescript(f"BEGIN; {change} PRAGMA user_version = {FORMAT}; COMMIT;")
 
 
 def _connect(file: Path) -> sqlite3.Connection:
