@@ -309,6 +309,14 @@ def test_cancel_in_every_state(runtime: VirtualRuntime, make: Make, asked: Ask, 
     assert batcher.submit(asked(1, 3)).result(PATIENCE).status == "succeeded"
 
 
+def test_what_waits_has_let_go_of_its_sources(
+    runtime: VirtualRuntime, engine_on: Callable[..., Engine], asked: Ask
+) -> None:
+    request = engine_on(runtime).check(asked(1, 1)).request
+    assert (request.fields.image, request.fields.mask, request.fields.num_inference_steps) == ("", "", 1)
+    assert request.inputs.pixels.shape == (64, 64, 3)
+
+
 def test_on_step_cancels_and_its_errors_are_its_own(runtime: VirtualRuntime, make: Make, asked: Ask) -> None:
     runtime.step_seconds = lambda cells, rows: 1.0  # so that they share their steps
     batcher = make()
