@@ -27,6 +27,8 @@ LEAST_SEATS = 4
 """Pictures of the largest request, which move together."""
 BROKEN = 3
 """Failures one after the other, of whatever requests, after which an engine is not called healthy."""
+PAUSE_S, LONGEST_PAUSE_S = 1.0, 60.0
+"""After a failure of such an engine, each double the last: it is not to fail at all that waits."""
 
 
 class DeviceLoop:
@@ -56,6 +58,7 @@ class DeviceLoop:
         self._settles = self._crowded and not shared
         self._seats = Seats(max(capacity, LEAST_SEATS))
         self._held: list[Entry] = []  # whose turn it is
+        self._paused_until = 0.0  # of `time.monotonic`
 
     @property
     def entries(self) -> list[Entry]:
@@ -119,8 +122,12 @@ class DeviceLoop:
             now = self._clock()
             everybody = [*pool.entries, *self._seats.entries]
             over = [one for one in everybody if self._is_over(one, now)]
+            pause = self._paused_until - time.monotonic()
             if over:
                 held = over
+            elif pause > 0 and not pool.closing:
+                pool.changed.wait(pause)
+                return True
             else:
                 works = [one.work(now) for one in everybody]
                 turn = decide(works, self.times, capacity=self._capacity, ageing=self._ageing)
@@ -334,6 +341,9 @@ class DeviceLoop:
         if self._engine.closed or not self._engine.responds():
             raise error  # nothing will run here any more
         self.failures += 1
+        if self.failures >= BROKEN:
+            pause = min(PAUSE_S * 2.0 ** (self.failures - BROKEN), LONGEST_PAUSE_S)
+            self._paused_until = time.monotonic() + pause
         self._end(entry, error)
 
     def _end(self, entry: Entry, error: BaseException) -> None:

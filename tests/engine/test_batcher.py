@@ -6,6 +6,7 @@ import asyncio
 import gc
 import logging
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -482,6 +483,30 @@ def test_a_defect_of_the_loop_itself_ends_all_tickets(
     assert not batcher.healthy
     with pytest.raises(BackendError, match="no engine left"):
         batcher.submit(asked(1, 3))
+
+
+def test_a_broken_engine_does_not_fail_at_all_that_waits(
+    runtime: VirtualRuntime, make: Make, asked: Ask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(what: str, seeds: tuple[int, ...]) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr("ritocco.device_loop.PAUSE_S", 1e6)
+    monkeypatch.setattr("ritocco.device_loop.LONGEST_PAUSE_S", 1e6)
+    runtime.fails = broken
+    batcher = make()
+    *failed, canceled, second, third = queued(batcher, runtime, *(asked(1, seed) for seed in range(6)))
+    for ticket in failed:
+        with pytest.raises(ZeroDivisionError):
+            ticket.result(PATIENCE)
+    assert not batcher.healthy
+    canceled.cancel()
+    assert canceled.result(PATIENCE).status == "canceled", "which does not wait for the pause"
+    assert not second.done()
+    batcher.close(drain=False)
+    for ticket in (second, third):
+        with pytest.raises(BackendError, match=re.escape(INTERRUPTED)):
+            ticket.result(PATIENCE)
 
 
 def test_a_time_limit_counts_from_the_begin_of_the_work(

@@ -244,6 +244,19 @@ def test_a_cancel_between_storing_and_running(
     assert client.get(f"/v1/predictions/{made['id']}").json()["status"] == "canceled"
 
 
+def test_a_broken_engine_is_tried_with_one(make: Make, asked: dict[str, Any], batcher: HandBatcher) -> None:
+    client = make(by_itself=False)
+    batcher.healthy = False
+    assert client.post("/v1/predictions", json={"input": asked}).status_code == 201
+    run = batcher.next()
+    refused = client.post("/v1/predictions", json={"input": asked})
+    assert (refused.status_code, refused.json()["title"]) == (503, "Engine broken")
+    assert refused.headers["Retry-After"] == "30"
+    batcher.healthy = True
+    assert client.post("/v1/predictions", json={"input": asked}).status_code == 201
+    run.succeed()
+
+
 def test_no_path_of_the_data_folder_is_shown(make: Make, asked: dict[str, Any], tmp_path: Path) -> None:
     client = make()
     upload = client.post("/v1/files", files={"content": b"x"}).json()

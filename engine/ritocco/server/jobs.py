@@ -53,6 +53,10 @@ class StoppingError(RitoccoError):
     """The server is about to stop and accepts nothing more."""
 
 
+class BrokenError(RitoccoError):
+    """The engine fails at everything, and enough waits to try it with."""
+
+
 @dataclass(eq=False, slots=True)
 class Live:
     """A prediction of this process that has not ended. record: without its input, which may take megabytes.
@@ -110,9 +114,11 @@ class Jobs:
         self._start(suspects)  # which are opened one after the other: one of them may have ended a process
 
     def accept(self, new: Record) -> tuple[Record, bool]:
-        """Store a prediction and run it; see `Store.accept` for what is raised, and StoppingError."""
+        """Store a prediction and run it; raises as `Store.accept`, StoppingError and BrokenError."""
         if self._stopping:
             raise StoppingError("the server is about to stop")
+        if self._lives and not self._batcher.healthy:
+            raise BrokenError("the engine fails at everything")
         with self._accepting:
             record, fresh = self._store.accept(new)
             if fresh:
