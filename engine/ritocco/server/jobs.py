@@ -1,31 +1,29 @@
 """From the queue on disk to the batcher and back: what was accepted is run, and what ended is written down.
 
-Threads: the caller's accept and cancel; a few prepare, others prepare what has to be fetched; the batcher's
-begin and step, and wait for the disk when they begin; one writes ends, in their order.
+Threads: the caller's accept and cancel; a few prepare, and others what has pictures to fetch; the batcher's
+call `on_start`, which waits for the disk, and `on_step`; one writes ends, in their order.
 """
 
 from __future__ import annotations
 
 import logging
-import re
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 from ritocco.batcher import Batcher
 from ritocco.errors import BusyError, DeviceLostError, RequestError, RitoccoError
-from ritocco.images import data_uri
-from ritocco.prediction import Prediction
 from ritocco.server.answers import answer
 from ritocco.server.database import StorageError
 from ritocco.server.files import StoredFile
+from ritocco.server.inputs import is_elsewhere, with_own_files
+from ritocco.server.live import Live, failure
 from ritocco.server.metrics import Metrics
 from ritocco.server.settings import Settings
-from ritocco.server.signals import Signal
 from ritocco.server.store import INTERRUPTED, Outcome, Record, Store
 from ritocco.server.webhooks import Event, Webhooks
 from ritocco.shown import said
@@ -37,14 +35,8 @@ FETCHING = 16
 _PREPARING = 4
 _RETRY_STORING_S = 5.0
 _AFTER_GRACE_S = 10.0
-# The address of a file of ours, under whatever name the server was reached.
-_OWN_FILE = re.compile(
-    r"https?://[^/?#]+/(?:[^?#]*/)?(?:files|outputs)/([0-9a-hjkmnp-tv-z]{26})(?:/[^/?#]*)?"
-)
-
 # No path of the data folder's reaches a client.
 _NOT_STORED = "The result could not be stored; the server's log has more"
-_NO_STORAGE = "The server can't store or read this at the moment; its log has more"
 
 _log = logging.getLogger(__name__)
 
@@ -55,29 +47,6 @@ class StoppingError(RitoccoError):
 
 class BrokenError(RitoccoError):
     """The engine fails at everything, and enough waits to try it with."""
-
-
-@dataclass(eq=False, slots=True)
-class Live:
-    """A prediction of this process that has not ended. record: without its input, which may take megabytes.
-    pictures: that it makes. changed: new logs, a new status, the end.
-    """
-
-    record: Record
-    pictures: int = 1
-    ticket: Ticket | None = None
-    started: bool = False
-    ended: bool = False
-    canceled: bool = False
-    set_aside: bool = False  # to be run after the next start
-    stepped: float = 0.0
-    changed: Signal = field(default_factory=Signal)
-    lock: threading.Lock = field(default_factory=threading.Lock)
-
-    @property
-    def prediction(self) -> Prediction | None:
-        """What its run says."""
-        return None if self.ticket is None else self.ticket.prediction
 
 
 class Jobs:
@@ -231,8 +200,8 @@ class Jobs:
             record = self._store.get(live.record.id)
             if record is None or live.canceled or self._stopping:
                 return True
-            given = self._with_own_files(record.input)
-            if not fetch and _is_elsewhere(given):
+            given = with_own_files(self._store.files, record.input)
+            if not fetch and is_elsewhere(given):
                 return False
             self._store.prepare(record.id)
             try:
@@ -245,7 +214,7 @@ class Jobs:
             self._device_lost(live, error)
         except Exception as error:
             if not self._stopping:  # else it is run after the next start
-                self._finish(live, _failure(live, error))
+                self._finish(live, failure(live, error))
         else:
             if ticket is not None:
                 self._adopt(live, ticket)
@@ -276,16 +245,6 @@ class Jobs:
                 with self._room:
                     self._room.wait(busy.retry_after)
         return None
-
-    def _with_own_files(self, given: Mapping[str, Any]) -> dict[str, Any]:
-        """Files of ours come from the disk: the server need not reach itself, nor be public."""
-        made = dict(given)
-        for name in ("image", "mask"):
-            found = _OWN_FILE.match(made.get(name) or "")
-            file = None if found is None else self._store.files.find(found[1])
-            if file is not None:
-                made[name] = data_uri(self._store.files.read(file), "png")  # the type is not believed anyway
-        return made
 
     def _begun(self, live: Live) -> bool:
         """Whether it is still wanted. On the batcher's thread, before the device works on it: once that may
@@ -319,7 +278,7 @@ class Jobs:
             self._device_lost(live, error)
             return
         except Exception as error:
-            self._finish(live, _failure(live, error))
+            self._finish(live, failure(live, error))
             return
         if prediction.status == "canceled" and live.set_aside and not live.canceled:
             self._store.requeue(live.record.id)
@@ -411,21 +370,3 @@ class Jobs:
             return made.to_json().encode("utf-8")
 
         self._webhooks.send(record, event, body)
-
-
-def _is_elsewhere(given: Mapping[str, Any]) -> bool:
-    """Whether a picture of it has to be fetched."""
-    return any(str(given.get(name)).lstrip()[:5].lower() != "data:" for name in ("image", "mask"))
-
-
-def _failure(live: Live, error: Exception) -> Outcome:
-    """What went wrong, in words; those of other people's exceptions stay in the log."""
-    running = live.prediction
-    logs = "" if running is None else running.logs
-    if isinstance(error, StorageError):
-        _log.error("not stored", extra={"prediction": live.record.id, "error": said(error)})
-        return Outcome(status="failed", logs=logs, error=_NO_STORAGE)
-    if isinstance(error, RitoccoError | TimeoutError):
-        return Outcome(status="failed", logs=logs, error=said(error))
-    _log.error("prediction broke", exc_info=error, extra={"prediction": live.record.id})
-    return Outcome(status="failed", logs=logs, error="Internal error; the server's log has more")
