@@ -361,8 +361,6 @@ class Jobs:
             self._writer.submit(guarded)
 
     def _send(self, record: Record, event: Event, live: Live | None = None) -> None:
-        record = replace(record, input={})  # the disk has it
-
         def body() -> bytes:
             held = self._store.get(record.id) or record
             running = None if live is None else live.prediction
