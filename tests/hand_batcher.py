@@ -31,8 +31,8 @@ def picture(shade: int) -> str:
 class Run:
     """A ticket in the test's hand."""
 
-    def __init__(self, input: Mapping[str, Any], id: str, on_step: Any) -> None:
-        self.id, self.input, self.on_step = id, input, on_step
+    def __init__(self, input: Mapping[str, Any], id: str, on_start: Any, on_step: Any) -> None:
+        self.id, self.input, self.on_start, self.on_step = id, input, on_start, on_step
         self.prediction = Prediction(id=id)
         self.canceled = False
         self._done = threading.Event()
@@ -40,11 +40,20 @@ class Run:
         self._callbacks: list[Callable[[Any], object]] = []
         self._lock = threading.Lock()
 
+    def begin(self) -> None:
+        """As the batcher does before a device works on it."""
+        if self.on_start() is False:
+            self.cancel()
+            return
+        self.prediction.status, self.prediction.started_at = "processing", timestamp()
+        self.prediction.logs = "Using seed: 7\n"
+
     def step(self, done: int, total: int) -> None:
         """As the batcher does after a step."""
         if self.prediction.status == "starting":
-            self.prediction.status, self.prediction.started_at = "processing", timestamp()
-            self.prediction.logs = "Using seed: 7\n"
+            self.begin()
+        if self._done.is_set():
+            return
         percent = 100 * done // total
         self.prediction.logs += f"{percent:3d}%|{'█' * done}| {done}/{total} [00:00<00:00,  9.90it/s]\n"
         self.on_step(done, total)
@@ -106,13 +115,15 @@ class HandBatcher:
         self.runs: queue.Queue[Run] = queue.Queue()
         self.seen: list[Run] = []
 
-    def submit(self, input: Any, *, on_step: Any, id: str, created_at: str, allow_local: bool) -> Run:
+    def submit(
+        self, input: Any, *, on_start: Any, on_step: Any, id: str, created_at: str, allow_local: bool
+    ) -> Run:
         assert not allow_local
         parse_input(input, allow_local=False)
         if self.busy:
             self.busy -= 1
             raise BusyError("full", retry_after=0.01)
-        run = Run(input, id, on_step)
+        run = Run(input, id, on_start, on_step)
         self.seen.append(run)
         self.runs.put(run)
         if self.by_itself:

@@ -80,8 +80,9 @@ class Batcher:
         """Start a thread for each engine, and one that makes files.
 
         capacity: pictures that share a step at most; a request's own, up to four, always do. waiting:
-        requests that are not on a device at most. time_limit: seconds from `submit` to the end, None for no
-        limit. ageing: over 0, see `policy.py`. clock: seconds, for tests.
+        requests that are not on a device at most. time_limit: seconds that a request may take from the begin
+        of its work on a device, the time that it is set aside included; None for no limit. ageing: over 0,
+        see `policy.py`. clock: seconds, for tests.
         An engine may be used directly beside it: its `predict` takes the device for a whole prediction.
         Raises RequestError.
         """
@@ -107,6 +108,7 @@ class Batcher:
         self,
         input: Mapping[str, Any] | PredictionInput,
         *,
+        on_start: Callable[[], bool | None] | None = None,
         on_step: OnStep | None = None,
         id: str | None = None,
         created_at: str | None = None,
@@ -114,8 +116,10 @@ class Batcher:
     ) -> Ticket:
         """Check a request in this thread, and queue it.
 
-        input, options: as for `Engine.predict`. on_step: called in the batcher's thread, and everybody waits
-        for it; see `OnStep`. id, created_at: of the prediction, where they are given.
+        input, options: as for `Engine.predict`. on_start: called once, before a device works on it and its
+        status is `processing`; returning False cancels it. on_step: see `OnStep`. Both are called in the
+        batcher's thread, and everybody waits for them; what they raise is the end of this request alone.
+        id, created_at: of the prediction, where they are given.
         Raises BusyError, before anything is looked at; RequestError and FetchError; BackendError where the
         batcher is closed, or has no engine that works.
         """
@@ -135,10 +139,10 @@ class Batcher:
                 job.prediction.created_at = created_at
             job.prediction.logs = job.request.log.text()
             ticket = _HeldTicket(job.prediction, self._core.is_own_thread, pool.wake, self)
-            deadline = None if self._time_limit is None else arrived + self._time_limit
             with pool.changed:
                 self._refuse_closed()
-                pool.put([Entry(ticket, job, next(self._keys), arrived, deadline, on_step)])
+                key = next(self._keys)
+                pool.put([Entry(ticket, job, key, arrived, self._time_limit, on_start, on_step)])
         finally:
             with pool.changed:
                 pool.reserved -= 1

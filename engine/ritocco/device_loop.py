@@ -27,6 +27,8 @@ LEAST_SEATS = 4
 """Pictures of the largest request, which move together."""
 BROKEN = 3
 """Failures one after the other, of whatever requests, after which an engine is not called healthy."""
+PAUSE_S, LONGEST_PAUSE_S = 1.0, 60.0
+"""After a failure of such an engine, each double the last: it is not to fail at all that waits."""
 
 
 class DeviceLoop:
@@ -56,6 +58,7 @@ class DeviceLoop:
         self._settles = self._crowded and not shared
         self._seats = Seats(max(capacity, LEAST_SEATS))
         self._held: list[Entry] = []  # whose turn it is
+        self._paused_until = 0.0  # of `time.monotonic`
 
     @property
     def entries(self) -> list[Entry]:
@@ -119,8 +122,12 @@ class DeviceLoop:
             now = self._clock()
             everybody = [*pool.entries, *self._seats.entries]
             over = [one for one in everybody if self._is_over(one, now)]
+            pause = self._paused_until - time.monotonic()
             if over:
                 held = over
+            elif pause > 0 and not pool.closing:
+                pool.changed.wait(pause)
+                return True
             else:
                 works = [one.work(now) for one in everybody]
                 turn = decide(works, self.times, capacity=self._capacity, ageing=self._ageing)
@@ -130,7 +137,7 @@ class DeviceLoop:
             pool.entries = [one for one in pool.entries if one not in held]
         seated = self._seats.entries
         if over:
-            self._end_over(over, now)
+            self._end_over(over)
         elif turn.act == "step":
             self._step(held, now)
         else:
@@ -147,7 +154,7 @@ class DeviceLoop:
         late = entry.deadline is not None and now >= entry.deadline
         return entry.ticket.cancelled or late or self._pool.interrupted
 
-    def _end_over(self, entries: list[Entry], now: float) -> None:
+    def _end_over(self, entries: list[Entry]) -> None:
         for entry in entries:
             self._discard(entry)
             if self._pool.interrupted:
@@ -155,12 +162,13 @@ class DeviceLoop:
             elif entry.ticket.cancelled:
                 self._cancel(entry)
             else:
-                limit = (entry.deadline or now) - entry.arrived
-                words = f"not done within the time limit of {limit:g} seconds, after {entry.taken} of "
+                words = f"not done within the time limit of {entry.limit:g} seconds, after {entry.taken} of "
                 self._end(entry, TimeLimitError(f"{words}{entry.steps} steps"))
 
     def _pass(self, turn: Turn, entry: Entry) -> None:
         """Start or finish a request. Where that fails, it fails, and the loop goes on."""
+        if turn.act == "start" and not self._begin(entry):
+            return
         work = self._start if turn.act == "start" else self._finish
         try:
             with self._engine.on_device(entry.job.request.fields) as runtime:
@@ -178,14 +186,24 @@ class DeviceLoop:
         else:
             self.failures = 0
 
-    def _start(self, runtime: Runtime, entry: Entry) -> None:
+    def _begin(self, entry: Entry) -> bool:
+        """Whether it is still wanted now that it is its turn; noted once, before anything is computed."""
         prediction, request = entry.job.prediction, entry.job.request
-        if prediction.status == "starting":
-            prediction.started_at = timestamp()
-            prediction.status = "processing"
-            waited = time.perf_counter() - entry.job.begun - request.seconds["inputs"]
-            request.seconds["waited"] = waited
-            entry.job = replace(entry.job, begun=entry.job.begun + waited)
+        if prediction.status != "starting":  # it begins again
+            return True
+        if entry.on_start is not None and not self._wanted(entry, entry.on_start):
+            return False
+        prediction.started_at = timestamp()
+        prediction.status = "processing"
+        waited = time.perf_counter() - entry.job.begun - request.seconds["inputs"]
+        request.seconds["waited"] = waited
+        entry.job = replace(entry.job, begun=entry.job.begun + waited)
+        if entry.limit is not None:
+            entry.deadline = self._clock() + entry.limit
+        return True
+
+    def _start(self, runtime: Runtime, entry: Entry) -> None:
+        request = entry.job.request
         began = self._clock()
         lanes = stages.lanes(runtime, request)
         self.times.took("start", entry.job.size, self._clock() - began)
@@ -275,23 +293,27 @@ class DeviceLoop:
             self.times.waited(self._clock())
 
     def _tell(self, entry: Entry) -> None:
-        """Whoever asked for it, about the step. What `on_step` raises is the end of its request alone."""
+        """Whoever asked for it, about the step."""
         if entry.ticket.done():
             return
         log = entry.job.request.log
         log.progress(entry.taken, entry.steps)
         entry.job.prediction.logs = log.text()
-        if entry.on_step is None:
-            return
+        if entry.on_step is not None:
+            self._wanted(entry, partial(entry.on_step, entry.taken, entry.steps))
+
+    def _wanted(self, entry: Entry, told: Callable[[], bool | None]) -> bool:
+        """Whether it goes on, of which its owner is told. What they raise is the end of it alone."""
         try:
-            wanted = entry.on_step(entry.taken, entry.steps) is not False
+            wanted = told() is not False
         except BaseException as error:
             self._discard(entry)
             self._end(entry, error)
-        else:
-            if not wanted:
-                self._discard(entry)
-                self._cancel(entry)
+            return False
+        if not wanted:
+            self._discard(entry)
+            self._cancel(entry)
+        return wanted
 
     def _vacate(self, kept: list[Entry]) -> None:
         for entry in self._seats.entries:
@@ -319,6 +341,9 @@ class DeviceLoop:
         if self._engine.closed or not self._engine.responds():
             raise error  # nothing will run here any more
         self.failures += 1
+        if self.failures >= BROKEN:
+            pause = min(PAUSE_S * 2.0 ** (self.failures - BROKEN), LONGEST_PAUSE_S)
+            self._paused_until = time.monotonic() + pause
         self._end(entry, error)
 
     def _end(self, entry: Entry, error: BaseException) -> None:

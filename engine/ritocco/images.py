@@ -62,21 +62,21 @@ def load_inputs(
     """
     loader = Loader(allow_local=allow_local, fetcher=fetcher, max_bytes=max_bytes, max_pixels=max_pixels)
     # One after the other: a picture may be hundreds of times larger than what is made of it.
-    picture = loader.flat(image, field="input.image", ground=WHITE)
-    across, down = picture.size
-    pixels = np.array(picture.resize((width, height), Image.Resampling.LANCZOS))
-    del picture
-    stencil = loader.flat(mask, field="input.mask", ground=BLACK)
+    with loader.flat(image, field="input.image", ground=WHITE) as picture:
+        across, down = picture.size
+        pixels = np.array(picture.resize((width, height), Image.Resampling.LANCZOS))
+        del picture
+    with loader.flat(mask, field="input.mask", ground=BLACK, mode="L") as stencil:
+        wide, high = stencil.size
+        white = stencil.point([0] * 128 + [255] * 128)
+        repaint = np.asarray(white.resize((width, height), Image.Resampling.BOX)) >= 128
+        del stencil, white
     notes = []
-    if stencil.size != (across, down):
+    if (wide, high) != (across, down):
         notes.append(
-            f"Warning: the mask has {stencil.width}x{stencil.height} pixels and the image {across}x{down}; "
+            f"Warning: the mask has {wide}x{high} pixels and the image {across}x{down}; "
             "the mask is stretched over it"
         )
-    grey = np.asarray(stencil.convert("L"))
-    del stencil
-    white = Image.fromarray(np.where(grey >= 128, np.uint8(255), np.uint8(0)))
-    repaint = np.asarray(white.resize((width, height), Image.Resampling.BOX)) >= 128
     return Inputs(pixels=pixels, mask=repaint, notes=(*notes, *_mask_notes(repaint)))
 
 

@@ -35,8 +35,9 @@ CELL = 8  # pixels per side of a latent cell
 class Request:
     """One checked request: what was asked, the pictures, the steps, who judges the results.
 
-    tokens: of the prompt and, where guidance is over 1, of the negative prompt. noise: float32 [4,h,w] for
-    each output, where the caller gave it. safety: None where nothing is checked.
+    fields: without image and mask, of which `inputs` were made. tokens: of the prompt and, where guidance is
+    over 1, of the negative prompt. noise: float32 [4,h,w] for each output, where the caller gave it. safety:
+    None where nothing is checked.
     """
 
     fields: PredictionInput
@@ -111,7 +112,8 @@ def prepare(
             "fractions are cut off"
         )
     request = Request(
-        fields=fields,
+        # Without the pictures' sources: megabytes, of which nothing is needed any more.
+        fields=fields.model_copy(update={"image": "", "mask": ""}),
         options=options,
         inputs=inputs,
         table=table,

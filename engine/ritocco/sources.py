@@ -13,7 +13,8 @@ import binascii
 import io
 import os
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,10 +29,13 @@ from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
+from ritocco.backends.host_memory import give_back_freed_memory
 from ritocco.errors import RequestError
 from ritocco.fetch import MAX_BYTES, Fetcher, redacted
 from ritocco.jpeg import JpegOutline, outline
 from ritocco.orientation import orientation_of
+from ritocco.pixel_budget import PixelBudget
+from ritocco.strips import from_16_bits, on_colour
 
 MAX_PIXELS = 64 * 1024 * 1024
 MAX_SIDE = 1 << 16  # resizing keeps a table of the source's side
@@ -46,6 +50,9 @@ _FORMATS: tuple[tuple[str, Callable[[bytes], bool], Callable[[io.BytesIO], Image
     ("GIF", lambda data: data.startswith((b"GIF87a", b"GIF89a")), GifImageFile),
     ("BMP", lambda data: data.startswith(b"BM"), BmpImageFile),
 )
+# Of all threads together: a pixel takes up to 10 bytes while it is open, 16 as WebP.
+_OPEN = PixelBudget(MAX_PIXELS)
+_LARGE_PIXELS = 1 << 22
 _REMOTE = ("http://", "https:/", "data:")
 _ORIENTATION_TAG = 0x0112
 _UPRIGHT = {
@@ -73,35 +80,42 @@ class Loader:
     max_bytes: int = MAX_BYTES
     max_pixels: int = MAX_PIXELS
 
-    def load(self, source: Any, *, field: str) -> Image.Image:
-        """The picture upright, with 8 bits per channel, any mode but those with 16 or 32 bits.
+    @contextmanager
+    def flat(
+        self, source: Any, *, field: str, ground: tuple[int, int, int], mode: str = "RGB"
+    ) -> Iterator[Image.Image]:
+        """The picture upright, its transparent parts laid on the colour `ground`, within the block.
 
-        field: `input.image` or `input.mask`. Raises RequestError, which names field, value and rule;
-        FetchError for a URL.
+        All threads together have at most `MAX_PIXELS` open. field: `input.image` or `input.mask`.
+        mode: RGB or L. Raises RequestError, which names field, value and rule; FetchError for a URL.
         """
+        with ExitStack() as room:
+            picture = self._load(source, field, room)
+            try:
+                picture = on_colour(picture, ground, mode)
+            except (
+                Exception
+            ) as error:  # a palette or transparency that fits no picture; Pillow raises any class
+                why = f"can't be read as colours ({_first_line(error)})"
+                raise RequestError(f"{field}: {describe(source)} {why}", field=field) from error
+            yield picture
+            del picture
+
+    def _load(self, source: Any, field: str, room: ExitStack) -> Image.Image:
+        """Upright, with 8 bits per channel. room: what it takes of the budget is held there."""
         try:
             if isinstance(source, str) and source.strip()[:7].lower().startswith(_REMOTE):
-                picture = self._decode(self._remote(source.strip(), field))
-            elif not self.allow_local:
+                return self._decode(self._remote(source.strip(), field), room)
+            if not self.allow_local:
                 raise _Unusable("is not allowed here; image and mask are http(s) URLs or data URIs")
-            elif isinstance(source, np.ndarray):
-                picture = _from_array(source, self.max_pixels)
-            elif isinstance(source, Image.Image):
-                picture = self._opened(source)
-            else:
-                picture = self._decode(_read_local(source, self.max_bytes))
+            if isinstance(source, np.ndarray):
+                return _from_array(source, self.max_pixels)
+            if isinstance(source, Image.Image):
+                self._check_size(source.size)
+                return self._opened(source)
+            return self._decode(_read_local(source, self.max_bytes), room)
         except _Unusable as why:
             raise RequestError(f"{field}: {describe(source)} {why}", field=field) from why.__cause__
-        return picture
-
-    def flat(self, source: Any, *, field: str, ground: tuple[int, int, int]) -> Image.Image:
-        """The picture upright in RGB, its transparent parts laid on the colour `ground`. Raises as `load`."""
-        picture = self.load(source, field=field)
-        try:
-            return _on_colour(picture, ground)
-        except Exception as error:  # a palette or transparency that fits no picture; Pillow raises any class
-            why = f"can't be read as colours ({_first_line(error)})"
-            raise RequestError(f"{field}: {describe(source)} {why}", field=field) from error
 
     def _remote(self, source: str, field: str) -> bytes:
         if source[:5].lower() == "data:":
@@ -109,7 +123,7 @@ class Loader:
         fetcher = self.fetcher or Fetcher.from_environment(max_bytes=self.max_bytes)
         return fetcher.get(source, field=field)
 
-    def _decode(self, data: bytes) -> Image.Image:
+    def _decode(self, data: bytes, room: ExitStack) -> Image.Image:
         if not data:
             raise _Unusable("is empty")
         if len(data) > self.max_bytes:
@@ -119,16 +133,26 @@ class Loader:
             names = ", ".join(name for name, _, _ in _FORMATS)
             raise _Unusable(f"is none of the formats that are read: {names}")
         name, opener = found
-        self._check_size(_announced_size(data))
+        announced = _announced_size(data)
+        self._check_size(announced)
         if name == "JPEG":
             self._check_jpeg(outline(data))
+        if name == "WebP":  # whose decoder takes its memory before a pixel is asked for
+            _take(room, announced)
         try:
             # The decoder's own class: Image.open would first judge the size by a global limit, and warn.
             picture = opener(io.BytesIO(data))
         except Exception as error:  # decoders raise nearly every class on hostile bytes
             raise _Unusable(f"is a damaged {name} file ({_first_line(error)})") from error
+        self._check_size(picture.size)
+        if name != "WebP":
+            _take(room, picture.size)
         # PNG tells its orientation after its pixels, so the tag is looked up once they are decoded.
-        return self._opened(picture, f"a damaged or truncated {name} file", orientation_of)
+        try:
+            return self._opened(picture, f"a damaged or truncated {name} file", orientation_of)
+        except _Unusable:
+            picture.close()  # the error's traceback still has it
+            raise
 
     def _opened(
         self,
@@ -136,7 +160,6 @@ class Loader:
         blame: str = "an image that can't be read",
         orientation: Callable[[Mapping[Any, Any]], int] | None = None,
     ) -> Image.Image:
-        self._check_size(picture.size)
         try:
             picture.load()
             tag = _own_orientation(picture) if orientation is None else orientation(picture.info)
@@ -177,6 +200,13 @@ def describe(source: Any) -> str:
     if isinstance(source, bytes | bytearray | memoryview):
         return f"the content of {len(source)} bytes"
     return f"the {type(source).__name__}"
+
+
+def _take(room: ExitStack, size: tuple[int, int]) -> None:
+    pixels = size[0] * size[1]
+    room.enter_context(_OPEN.hold(pixels))
+    if pixels >= _LARGE_PIXELS:
+        room.callback(give_back_freed_memory)  # of which the C library keeps a part for every thread
 
 
 def _check_size(size: tuple[int, int], max_pixels: int) -> None:
@@ -307,7 +337,7 @@ def _from_array(array: npt.NDArray[Any], max_pixels: int) -> Image.Image:
     elif kind == "u" and bits == 8:
         levels = array
     elif kind == "u" and bits == 16:
-        levels = _from_16_bits(array)
+        levels = from_16_bits(array)
     elif kind == "f":
         if not np.isfinite(array).all():
             raise _Unusable("holds NaN or infinity; floats are 0 to 1")
@@ -317,10 +347,6 @@ def _from_array(array: npt.NDArray[Any], max_pixels: int) -> Image.Image:
     else:
         raise _Unusable("has a dtype other than bool, uint8, uint16 and float (0 to 1)")
     return Image.fromarray(np.ascontiguousarray(levels[..., 0] if levels.shape[2:] == (1,) else levels))
-
-
-def _from_16_bits(levels: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
-    return ((levels.astype(np.uint32) * 255 + 32767) // 65535).astype(np.uint8)
 
 
 def _own_orientation(picture: Image.Image) -> int:
@@ -335,23 +361,14 @@ def _own_orientation(picture: Image.Image) -> int:
 def _eight_bits(picture: Image.Image) -> Image.Image:
     if picture.mode.startswith("I;16"):
         levels, clear = np.asarray(picture), picture.info.get("transparency")
-        grey = Image.fromarray(_from_16_bits(levels))
+        grey = Image.fromarray(from_16_bits(levels))
         if not isinstance(clear, int):
             return grey
-        return Image.merge("LA", (grey, Image.fromarray(np.where(levels == clear, 0, 255).astype(np.uint8))))
+        opaque = np.where(levels == clear, np.uint8(0), np.uint8(255))
+        return Image.merge("LA", (grey, Image.fromarray(opaque)))
     if picture.mode in ("I", "F"):
         raise _Unusable("has a mode whose white is not defined; convert it to L, or pass an array")
     return picture
-
-
-def _on_colour(picture: Image.Image, colour: tuple[int, int, int]) -> Image.Image:
-    """RGB: the picture itself where opaque, else laid on the colour. Other colour spaces: Pillow's rules."""
-    if not picture.has_transparency_data:
-        return picture.convert("RGB")
-    if picture.mode in ("La", "PA"):
-        picture = picture.convert("LA" if picture.mode == "La" else "RGBA")
-    ground = Image.new("RGBA", picture.size, (*colour, 255))
-    return Image.alpha_composite(ground, picture.convert("RGBA")).convert("RGB")
 
 
 def _first_line(error: BaseException) -> str:

@@ -90,8 +90,9 @@ class Ticket:
 class Entry:
     """A request inside a batcher. Belongs to whoever took it from the pool.
 
-    key: the order of arrival. arrived, deadline: of the batcher's clock, in seconds. first: its lanes as they
-    begin; empty before text and picture are encoded. lanes: as they were when they last left the device.
+    key: the order of arrival. arrived, deadline: of the batcher's clock, in seconds; the latter is known once
+    it has begun. limit: seconds from its begin to its end. first: its lanes as they begin; empty before text
+    and picture are encoded. lanes: as they were when they last left the device.
     taken: steps. alone: it goes by itself, because a step that it had part in failed. left_the_device: it has
     ended, or its pictures are being made into files.
     """
@@ -100,8 +101,10 @@ class Entry:
     job: stages.Job
     key: int
     arrived: float
-    deadline: float | None
-    on_step: Callable[[int, int], bool | None] | None
+    limit: float | None = None
+    on_start: Callable[[], bool | None] | None = None
+    on_step: Callable[[int, int], bool | None] | None = None
+    deadline: float | None = None
     first: list[Lane] = field(default_factory=list)
     lanes: list[Lane] = field(default_factory=list)
     taken: int = 0

@@ -6,6 +6,7 @@ import asyncio
 import gc
 import logging
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -309,6 +310,14 @@ def test_cancel_in_every_state(runtime: VirtualRuntime, make: Make, asked: Ask, 
     assert batcher.submit(asked(1, 3)).result(PATIENCE).status == "succeeded"
 
 
+def test_what_waits_has_let_go_of_its_sources(
+    runtime: VirtualRuntime, engine_on: Callable[..., Engine], asked: Ask
+) -> None:
+    request = engine_on(runtime).check(asked(1, 1)).request
+    assert (request.fields.image, request.fields.mask, request.fields.num_inference_steps) == ("", "", 1)
+    assert request.inputs.pixels.shape == (64, 64, 3)
+
+
 def test_on_step_cancels_and_its_errors_are_its_own(runtime: VirtualRuntime, make: Make, asked: Ask) -> None:
     runtime.step_seconds = lambda cells, rows: 1.0  # so that they share their steps
     batcher = make()
@@ -331,6 +340,36 @@ def test_on_step_cancels_and_its_errors_are_its_own(runtime: VirtualRuntime, mak
     assert (broken.prediction.status, broken.prediction.error) == ("failed", "ZeroDivisionError: mine")
     assert [one.status for one in results([first, fine])] == ["succeeded"] * 2
     assert any({2, 3, 4} <= set(step) for step in runtime.steps())
+    assert batcher.healthy
+
+
+def test_on_start_comes_before_the_device_and_may_cancel(
+    runtime: VirtualRuntime, make: Make, asked: Ask
+) -> None:
+    batcher, seen = make(), list[tuple[str, int]]()
+
+    def told() -> None:
+        seen.append((ticket.prediction.status, len(runtime.done)))
+
+    def fails() -> None:
+        raise ZeroDivisionError("mine")
+
+    runtime.hold()
+    first = batcher.submit(asked(1, 1))
+    assert runtime.arrive() == "start"
+    ticket = batcher.submit(asked(2, 2), on_start=told)
+    unwanted = batcher.submit(asked(3, 3), on_start=lambda: False)
+    broken = [batcher.submit(asked(4, 4), on_start=fails) for _ in range(3)]
+    runtime.let_all()
+    assert [one.status for one in results([first, ticket, unwanted])] == ["succeeded"] * 2 + ["canceled"]
+    assert [status for status, _ in seen] == ["starting"]
+    assert runtime.done[seen[0][1]][0] == "start", "what was computed next"
+    assert unwanted.prediction.started_at is None
+    assert unwanted.prediction.logs.splitlines()[-1] == "Canceled after 0 of 3 steps"
+    for one in broken:
+        with pytest.raises(ZeroDivisionError, match="mine"):
+            one.result(PATIENCE)
+    assert {seeds for what, seeds in runtime.done if what == "step"} == {(1,), (2,)}
     assert batcher.healthy
 
 
@@ -446,16 +485,53 @@ def test_a_defect_of_the_loop_itself_ends_all_tickets(
         batcher.submit(asked(1, 3))
 
 
-def test_a_time_limit_counts_from_the_submission(runtime: VirtualRuntime, make: Make, asked: Ask) -> None:
+def test_a_broken_engine_does_not_fail_at_all_that_waits(
+    runtime: VirtualRuntime, make: Make, asked: Ask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(what: str, seeds: tuple[int, ...]) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr("ritocco.device_loop.PAUSE_S", 1e6)
+    monkeypatch.setattr("ritocco.device_loop.LONGEST_PAUSE_S", 1e6)
+    runtime.fails = broken
+    batcher = make()
+    *failed, canceled, second, third = queued(batcher, runtime, *(asked(1, seed) for seed in range(6)))
+    for ticket in failed:
+        with pytest.raises(ZeroDivisionError):
+            ticket.result(PATIENCE)
+    assert not batcher.healthy
+    canceled.cancel()
+    assert canceled.result(PATIENCE).status == "canceled", "which does not wait for the pause"
+    assert not second.done()
+    batcher.close(drain=False)
+    for ticket in (second, third):
+        with pytest.raises(BackendError, match=re.escape(INTERRUPTED)):
+            ticket.result(PATIENCE)
+
+
+def test_a_time_limit_counts_from_the_begin_of_the_work(
+    runtime: VirtualRuntime, make: Make, asked: Ask
+) -> None:
     batcher = make(capacity=1, time_limit=10.0)
-    first, late, quick = queued(batcher, runtime, asked(8, 1), asked(30, 2), asked(1, 3))
-    assert [one.status for one in results([first, quick])] == ["succeeded"] * 2
-    with pytest.raises(TimeLimitError, match=r"time limit of 10 seconds, after \d of 30 steps"):
-        late.result(PATIENCE)
-    assert late.prediction.status == "failed"
-    alone = batcher.submit(asked(30, 4))
-    with pytest.raises(TimeLimitError, match="after 10 of 30"):
+    first, late = queued(batcher, runtime, asked(8, 1), asked(9, 2))
+    assert [one.status for one in results([first, late])] == ["succeeded"] * 2, "8 seconds in the queue"
+    alone = batcher.submit(asked(30, 3))
+    with pytest.raises(TimeLimitError, match="time limit of 10 seconds, after 10 of 30 steps"):
         alone.result(PATIENCE)
+    assert alone.prediction.status == "failed"
+
+
+def test_a_time_limit_goes_on_while_others_pass(runtime: VirtualRuntime, make: Make, asked: Ask) -> None:
+    runtime.hold()
+    batcher = make(capacity=1, time_limit=10.0)
+    passed = batcher.submit(asked(30, 1))
+    runtime.let(2)
+    assert [runtime.arrive() for _ in range(3)] == ["start", "step", "step"]
+    short = batcher.submit(asked(4, 2))
+    runtime.let_all()
+    assert short.result(PATIENCE).status == "succeeded"
+    with pytest.raises(TimeLimitError, match="after 6 of 30"):
+        passed.result(PATIENCE)
 
 
 def test_closing_drains(runtime: VirtualRuntime, make: Make, asked: Ask) -> None:

@@ -586,7 +586,8 @@ def test_messages_about_urls_keep_secrets() -> None:
 
 
 def test_the_loader_alone() -> None:
-    assert Loader(allow_local=True).load(PHOTO, field="input.image").size == (64, 48)
+    with Loader(allow_local=True).flat(PHOTO, field="input.image", ground=(0, 0, 0)) as picture:
+        assert (picture.size, picture.mode) == ((64, 48), "RGB")
 
 
 @pytest.mark.parametrize("size", [(70_000, 1), (1, 70_000)])

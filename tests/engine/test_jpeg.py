@@ -20,8 +20,11 @@ def jpeg(width: int = 40, height: int = 24, **options: object) -> bytes:
 
 
 def refused(data: bytes) -> str:
-    with pytest.raises(RequestError) as caught:
-        Loader(allow_local=True).load(data, field="input.image")
+    with (
+        pytest.raises(RequestError) as caught,
+        Loader(allow_local=True).flat(data, field="input.image", ground=(0, 0, 0)),
+    ):
+        pass
     return str(caught.value)
 
 

@@ -59,5 +59,5 @@ def test_thousands_of_bad_tags_say_nothing() -> None:
     Image.new("RGB", (6, 4)).save(file, "PNG", exif=exif)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        picture = Loader(allow_local=True).load(file.getvalue(), field="input.image")
-    assert picture.size == (6, 4)
+        with Loader(allow_local=True).flat(file.getvalue(), field="input.image", ground=(0, 0, 0)) as picture:
+            assert picture.size == (6, 4)

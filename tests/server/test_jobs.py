@@ -75,6 +75,197 @@ def test_what_ran_when_the_process_was_lost_failed(make: Make, asked: dict[str, 
     assert (held["status"], held["error"]) == ("failed", INTERRUPTED)
 
 
+def test_the_disk_knows_before_the_device_works(
+    make: Make, asked: dict[str, Any], batcher: HandBatcher
+) -> None:
+    client = make(by_itself=False)
+    made = client.post("/v1/predictions", json={"input": asked}).json()
+    run = batcher.next()
+    store: Store = client.app.state.shared.store  # type: ignore[attr-defined]
+    assert store.queued() == [made["id"]]
+    run.begin()
+    held = store.get(made["id"])
+    assert held is not None
+    assert (held.status, held.started_at is None) == ("processing", False)
+    run.succeed()
+
+
+def test_what_cannot_be_noted_is_not_begun(
+    make: Make, asked: dict[str, Any], batcher: HandBatcher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = make(by_itself=False)
+    client.post("/v1/predictions", json={"input": asked})
+
+    def full(*_: object) -> None:
+        raise StorageError("disk is full")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Store, "start", full)
+        with pytest.raises(StorageError):
+            batcher.next().begin()
+
+
+def test_a_preparation_is_an_attempt_until_it_is_over(
+    make: Make, asked: dict[str, Any], batcher: HandBatcher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    submit, prepared = batcher.submit, Store.prepared
+    attempts: list[int] = []
+    over = threading.Event()
+
+    def look(*arguments: Any, id: str, **named: Any) -> Any:
+        attempts.append(store.get(id).attempts)  # type: ignore[union-attr]
+        return submit(*arguments, id=id, **named)
+
+    def told(self: Store, id: str) -> None:
+        prepared(self, id)
+        over.set()
+
+    monkeypatch.setattr(batcher, "submit", look)
+    monkeypatch.setattr(Store, "prepared", told)
+    client = make(by_itself=False)
+    store: Store = client.app.state.shared.store  # type: ignore[attr-defined]
+    made = client.post("/v1/predictions", json={"input": asked}).json()
+    batcher.next()
+    assert over.wait(30)
+    attempts.append(store.get(made["id"]).attempts)  # type: ignore[union-attr]
+    assert attempts == [1, 0]
+
+
+def test_suspects_are_prepared_one_after_the_other(
+    make: Make, asked: dict[str, Any], batcher: HandBatcher, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    client = make(by_itself=False)
+    ids = [client.post("/v1/predictions", json={"input": asked}).json()["id"] for _ in range(6)]
+    client.app.close()  # type: ignore[attr-defined]
+    store = Store(tmp_path / "data")
+    for id in ids[:3]:
+        store.prepare(id)  # as a process that was killed
+    store.close()
+    submit, others, inside, most = batcher.submit, threading.Barrier(4), list[str](), list[int]()
+
+    def slow(*arguments: Any, id: str, **named: Any) -> Any:
+        if id in ids[:3]:
+            inside.append(id)
+            most.append(len(inside))
+            if id == ids[0]:
+                others.wait(30)
+            inside.remove(id)
+        else:
+            others.wait(30)
+        return submit(*arguments, id=id, **named)
+
+    monkeypatch.setattr(batcher, "submit", slow)
+    again = make()
+    for id in ids:
+        again.get(again.get(f"/v1/predictions/{id}").json()["urls"]["stream"])
+        assert again.get(f"/v1/predictions/{id}").json()["status"] == "succeeded"
+    assert most == [1, 1, 1]
+
+
+def test_pictures_from_elsewhere_hold_up_nobody_else(
+    make: Make, asked: dict[str, Any], batcher: HandBatcher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    submit, answered = batcher.submit, threading.Event()
+
+    def fetches(given: Any, **named: Any) -> Any:
+        if given["mask"].startswith("http"):
+            answered.wait(60)
+        return submit(given, **named)
+
+    monkeypatch.setattr(batcher, "submit", fetches)
+    client = make(by_itself=False)
+    slow = asked | {"mask": "http://192.0.2.1/mask.png"}
+    for _ in range(40):
+        made = client.post("/v1/predictions", json={"input": slow}).json()
+        client.post(f"/v1/predictions/{made['id']}/cancel")
+    innocent = client.post("/v1/predictions", json={"input": asked}).json()
+    assert batcher.next().id == innocent["id"]
+    answered.set()
+
+
+def test_what_waits_holds_no_input(make: Make, asked: dict[str, Any], batcher: HandBatcher) -> None:
+    client = make(by_itself=False)
+    made = client.post("/v1/predictions", json={"input": asked | {"num_outputs": 2}}).json()
+    run = batcher.next()
+    run.begin()
+    live = client.app.state.shared.jobs.live(made["id"])  # type: ignore[attr-defined]
+    assert (live.record.input, live.pictures) == ({}, 2)
+    assert client.get(f"/v1/predictions/{made['id']}").json()["input"]["image"] == asked["image"]
+    run.succeed()
+
+
+def test_between_storing_and_running(
+    make: Make, asked: dict[str, Any], batcher: HandBatcher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    accept, answers = Store.accept, dict[str, Any]()
+    client = make(by_itself=False)
+
+    def put(name: str) -> None:
+        answers[name] = client.put("/predictions/mine", json={"input": asked}).json()
+
+    second = threading.Thread(target=put, args=("second",))
+
+    def stored(self: Store, new: Any) -> Any:
+        found = accept(self, new)
+        if not second.ident:
+            second.start()
+            second.join(0.5)  # it has to wait for what follows this
+        return found
+
+    monkeypatch.setattr(Store, "accept", stored)
+    first = threading.Thread(target=put, args=("first",))
+    first.start()
+    run = batcher.next()
+    run.succeed()
+    for one in (first, second):
+        one.join(30)
+    assert {name: one["status"] for name, one in answers.items()} == {
+        "first": "succeeded",
+        "second": "succeeded",
+    }
+
+
+def test_a_cancel_between_storing_and_running(
+    make: Make, asked: dict[str, Any], batcher: HandBatcher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    accept, canceling = Store.accept, list[threading.Thread]()
+    client = make(by_itself=False)
+
+    def stored(self: Store, new: Any) -> Any:
+        found = accept(self, new)
+        canceling.append(threading.Thread(target=client.post, args=(f"/v1/predictions/{new.id}/cancel",)))
+        canceling[0].start()
+        canceling[0].join(0.5)
+        return found
+
+    monkeypatch.setattr(Store, "accept", stored)
+    made = client.post("/v1/predictions", json={"input": asked}).json()
+    canceling[0].join(30)
+    assert client.get(f"/v1/predictions/{made['id']}").json()["status"] == "canceled"
+
+
+def test_a_broken_engine_is_tried_with_one(make: Make, asked: dict[str, Any], batcher: HandBatcher) -> None:
+    client = make(by_itself=False)
+    batcher.healthy = False
+    assert client.post("/v1/predictions", json={"input": asked}).status_code == 201
+    run = batcher.next()
+    refused = client.post("/v1/predictions", json={"input": asked})
+    assert (refused.status_code, refused.json()["title"]) == (503, "Engine broken")
+    assert refused.headers["Retry-After"] == "30"
+    batcher.healthy = True
+    assert client.post("/v1/predictions", json={"input": asked}).status_code == 201
+    run.succeed()
+
+
+def test_no_path_of_the_data_folder_is_shown(make: Make, asked: dict[str, Any], tmp_path: Path) -> None:
+    client = make()
+    upload = client.post("/v1/files", files={"content": b"x"}).json()
+    (tmp_path / "data" / "files" / upload["id"]).unlink()
+    held = client.post("/predictions", json={"input": asked | {"image": upload["urls"]["get"]}}).json()
+    assert held["status"] == "failed"
+    assert held["error"] == "The server can't store or read this at the moment; its log has more"
+
+
 def test_a_canceled_one_stays_canceled(make: Make, asked: dict[str, Any], batcher: HandBatcher) -> None:
     client = make(by_itself=False)
     made = client.post("/v1/predictions", json={"input": asked}).json()
@@ -96,7 +287,7 @@ def test_a_result_that_does_not_fit_the_disk(
     monkeypatch.setattr("ritocco.server.files.write_whole", full)
     held = client.post("/predictions", json={"input": asked}).json()
     assert held["status"] == "failed"
-    assert held["error"].startswith("The result could not be stored:")
+    assert held["error"] == "The result could not be stored; the server's log has more"
     got = client.post("/v1/files", files={"content": b"x"})
     assert (got.status_code, got.json()["title"]) == (507, "Insufficient storage")
     assert "device" not in got.text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -61,6 +62,29 @@ def test_under_a_prefix(kind: Any, root: str, tmp_path: Path, asked: dict[str, A
     create_app(HandBatcher(), settings).close()  # type: ignore[arg-type]
 
 
+def test_canceled_fetches_take_nobodys_place(
+    tiny_engine: Engine, asked: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fetching, answered = threading.Event(), threading.Event()
+
+    def slow(*_: Any, **__: Any) -> bytes:
+        fetching.set()
+        answered.wait(60)
+        return b""
+
+    monkeypatch.setattr("ritocco.fetch.Fetcher.get", slow)
+    small = asked | {"width": 64, "height": 64}
+    app = create_app(tiny_engine, Settings(data=tmp_path, waiting=1))
+    with TestClient(app) as client:
+        given = {"input": small | {"mask": "http://192.0.2.1/mask.png"}}
+        made = client.post("/v1/predictions", json=given).json()
+        assert fetching.wait(60)
+        client.post(f"/v1/predictions/{made['id']}/cancel")
+        held = client.post("/v1/predictions", json={"input": small}, headers={"Prefer": "wait"}).json()
+        answered.set()
+    assert held["status"] == "succeeded"
+
+
 def test_the_answer_is_the_librarys(tiny_engine: Engine, ask: Any, tmp_path: Path) -> None:
     given = ask(num_outputs=2, seed=11)
     plain = tiny_engine.predict(given)
@@ -72,7 +96,8 @@ def test_the_answer_is_the_librarys(tiny_engine: Engine, ask: Any, tmp_path: Pat
         held = client.post("/predictions", json={"input": wire}).json()
     assert (held["status"], held["error"]) == ("succeeded", None)
     for uri, expected in zip(held["output"], plain.images, strict=True):
-        made = np.asarray(Loader().load(uri, field="output"))
+        with Loader().flat(uri, field="output", ground=(0, 0, 0)) as picture:
+            made = np.asarray(picture)
         np.testing.assert_allclose(made.astype(int), np.asarray(expected).astype(int), atol=1)
     assert held["logs"].startswith("Using seed: 11\n")
     assert "| 3/3 [" in held["logs"]

@@ -180,6 +180,28 @@ def test_after_a_restart_queued_ones_run_and_running_ones_fail(store: Store) -> 
     store.close()
 
 
+def test_what_was_being_prepared_when_two_processes_ended_failed(store: Store) -> None:
+    guilty, outlived, requeued, waiting = (store.accept(record(webhook="http://there/"))[0] for _ in range(4))
+    for one in (guilty, outlived, requeued):
+        store.prepare(one.id)
+    store = reopened(store)
+    assert store.queued() == [guilty.id, outlived.id, requeued.id, waiting.id]
+    assert [getattr(store.get(id), "attempts", None) for id in store.queued()] == [1, 1, 1, 0]
+    store.prepared(outlived.id)
+    assert store.requeue(requeued.id)
+    for one in (guilty, outlived, requeued):
+        store.prepare(one.id)
+    store = reopened(store)
+    assert store.queued() == [outlived.id, requeued.id, waiting.id]
+    held = store.get(guilty.id)
+    assert held is not None
+    assert (held.status, held.error) == ("failed", INTERRUPTED)
+    assert held.started_at is not None
+    assert store.due() == [guilty.id]
+    assert not store.requeue(guilty.id)
+    store.close()
+
+
 def test_one_process_at_a_time(store: Store, tmp_path: Path) -> None:
     with pytest.raises(BackendError, match="another process is using"):
         Store(tmp_path / "data")
@@ -191,6 +213,18 @@ def test_a_folder_of_a_later_version(store: Store, tmp_path: Path) -> None:
     store.close()
     with pytest.raises(BackendError, match="of format 99"):
         Store(tmp_path / "data")
+
+
+def test_a_folder_of_the_first_version(store: Store, tmp_path: Path) -> None:
+    new, _ = store.accept(record())
+    with store.database.write() as db:
+        db.execute("ALTER TABLE predictions DROP COLUMN attempts")
+        db.execute("PRAGMA user_version = 1")
+    store.close()
+    for _ in range(2):
+        again = Store(tmp_path / "data")
+        assert again.get(new.id) == new
+        again.close()
 
 
 def test_a_folder_that_is_none(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from ritocco.server import health, models, predictions, uploads
 from ritocco.server.database import StorageError
 from ritocco.server.document import document
 from ritocco.server.gate import PREFIXES, SEND_TIMEOUT_S, BodyLimits, Gate, SendLimits
-from ritocco.server.jobs import Jobs
+from ritocco.server.jobs import FETCHING, Jobs
 from ritocco.server.logs import AccessLog
 from ritocco.server.metrics import Metrics
 from ritocco.server.problems import install
@@ -146,7 +146,9 @@ class _Parts:
             engines = [engine] if isinstance(engine, Engine) else list(engine)
             served = engines[0].version
             batcher = self._owned = Batcher(
-                engines, waiting=settings.waiting, time_limit=settings.time_limit_s
+                engines,
+                waiting=settings.waiting + FETCHING,  # canceled ones may still be fetching
+                time_limit=settings.time_limit_s,
             )
         else:
             batcher, served = engine, engine.version

@@ -15,7 +15,7 @@ from pathlib import Path
 from ritocco.disk import hold
 from ritocco.errors import BackendError, RitoccoError
 
-FORMAT = 1
+FORMAT = 2
 _SCHEMA = """
 CREATE TABLE predictions (
     seq INTEGER PRIMARY KEY AUTOINCREMENT,
@@ -36,13 +36,16 @@ CREATE TABLE predictions (
     completed_at TEXT,
     metrics TEXT NOT NULL DEFAULT '{}',
     data_removed INTEGER NOT NULL DEFAULT 0,
-    ended REAL
+    ended REAL,
+    attempts INTEGER NOT NULL DEFAULT 0
 );
 CREATE INDEX unfinished ON predictions (status) WHERE status IN ('starting', 'processing');
 CREATE INDEX due ON predictions (seq) WHERE webhook_due;
 CREATE INDEX ended ON predictions (ended) WHERE ended IS NOT NULL;
 -- Apart, since pictures come as data URIs of megabytes, and every update of a row writes all of it.
 CREATE TABLE inputs (id TEXT PRIMARY KEY, json TEXT NOT NULL);
+-- Cut ones, so that lists and streams pass megabytes by.
+CREATE TABLE IF NOT EXISTS briefs (id TEXT PRIMARY KEY, json TEXT NOT NULL);
 CREATE TABLE files (
     id TEXT PRIMARY KEY,
     prediction TEXT,
@@ -58,8 +61,10 @@ CREATE TABLE files (
 CREATE INDEX outputs ON files (prediction, place) WHERE prediction IS NOT NULL;
 CREATE TABLE settings (name TEXT PRIMARY KEY, value TEXT NOT NULL);
 """
-# Apart from the inputs, so that lists and streams pass megabytes by.
-_BRIEFS = "CREATE TABLE IF NOT EXISTS briefs (id TEXT PRIMARY KEY, json TEXT NOT NULL)"
+_FROM_1 = """
+ALTER TABLE predictions ADD COLUMN attempts INTEGER NOT NULL DEFAULT 0;
+CREATE TABLE IF NOT EXISTS briefs (id TEXT PRIMARY KEY, json TEXT NOT NULL);
+"""
 
 
 class StorageError(RitoccoError):
@@ -76,7 +81,6 @@ class Database:
             self._held = hold(folder, "--data")
             self._writer = _connect(folder / "ritocco.sqlite")
             self._prepare(folder)
-            self._writer.execute(_BRIEFS)
             self._reader = _connect(folder / "ritocco.sqlite")
         except (OSError, sqlite3.Error) as error:
             raise BackendError(f"--data is {str(folder)!r}, which can't be used: {error}") from error
@@ -138,12 +142,14 @@ class Database:
 
     def _prepare(self, folder: Path) -> None:
         found = int(self._writer.execute("PRAGMA user_version").fetchone()[0])
-        if found not in (0, FORMAT):
+        if found > FORMAT:
             raise BackendError(
-                f"--data is {str(folder)!r}, of format {found}; this version of ritocco reads format {FORMAT}"
+                f"--data is {str(folder)!r}, of format {found}; this version of ritocco reads formats up to "
+                f"{FORMAT}"
             )
-        if not found:
-            self._writer.executescript(f"BEGIN; {_SCHEMA} PRAGMA user_version = {FORMAT}; COMMIT;")
+        if found < FORMAT:
+            change = _FROM_1 if found else _SCHEMA
+            self._writer.executescript(f"BEGIN; {change} PRAGMA user_version = {FORMAT}; COMMIT;")
 
 
 def _is_the_disks(error: sqlite3.DatabaseError) -> bool:

@@ -1,44 +1,42 @@
 """From the queue on disk to the batcher and back: what was accepted is run, and what ended is written down.
 
-Threads: the caller's accept and cancel; a few prepare (they fetch pictures); the batcher's call `on_step`;
-one writes starts and ends, in their order.
+Threads: the caller's accept and cancel; a few prepare, and others what has pictures to fetch; the batcher's
+call `on_start`, which waits for the disk, and `on_step`; one writes ends, in their order.
 """
 
 from __future__ import annotations
 
 import logging
-import re
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 from ritocco.batcher import Batcher
 from ritocco.errors import BusyError, DeviceLostError, RequestError, RitoccoError
-from ritocco.images import data_uri
-from ritocco.prediction import Prediction
 from ritocco.server.answers import answer
 from ritocco.server.database import StorageError
 from ritocco.server.files import StoredFile
+from ritocco.server.inputs import is_elsewhere, with_own_files
+from ritocco.server.live import Live, failure
 from ritocco.server.metrics import Metrics
 from ritocco.server.settings import Settings
-from ritocco.server.signals import Signal
 from ritocco.server.store import INTERRUPTED, Outcome, Record, Store
 from ritocco.server.webhooks import Event, Webhooks
 from ritocco.shown import said
 from ritocco.sources import decode_data_uri
 from ritocco.tickets import Ticket
 
-_PREPARING = 8
+FETCHING = 16
+"""Predictions that may wait for other servers at a time."""
+_PREPARING = 4
 _RETRY_STORING_S = 5.0
 _AFTER_GRACE_S = 10.0
-# The address of a file of ours, under whatever name the server was reached.
-_OWN_FILE = re.compile(
-    r"https?://[^/?#]+/(?:[^?#]*/)?(?:files|outputs)/([0-9a-hjkmnp-tv-z]{26})(?:/[^/?#]*)?"
-)
+# No path of the data folder's reaches a client.
+_NOT_STORED = "The result could not be stored; the server's log has more"
 
 _log = logging.getLogger(__name__)
 
@@ -47,24 +45,8 @@ class StoppingError(RitoccoError):
     """The server is about to stop and accepts nothing more."""
 
 
-@dataclass(eq=False, slots=True)
-class Live:
-    """A prediction of this process that has not ended. changed: new logs, a new status, the end."""
-
-    record: Record
-    ticket: Ticket | None = None
-    started: bool = False
-    ended: bool = False
-    canceled: bool = False
-    set_aside: bool = False  # to be run after the next start
-    stepped: float = 0.0
-    changed: Signal = field(default_factory=Signal)
-    lock: threading.Lock = field(default_factory=threading.Lock)
-
-    @property
-    def prediction(self) -> Prediction | None:
-        """What its run says."""
-        return None if self.ticket is None else self.ticket.prediction
+class BrokenError(RitoccoError):
+    """The engine fails at everything, and enough waits to try it with."""
 
 
 class Jobs:
@@ -76,11 +58,12 @@ class Jobs:
         self._store, self._batcher, self._webhooks = store, batcher, webhooks
         self._metrics, self._settings = metrics, settings
         self._lives: dict[str, Live] = {}
-        self._lock = threading.Lock()
+        self._lock, self._accepting = threading.Lock(), threading.Lock()
         self._room = threading.Condition()
         self._stopping = False
         self._lost = False
         self._preparers = ThreadPoolExecutor(_PREPARING, thread_name_prefix="ritocco-prepare")
+        self._fetchers = ThreadPoolExecutor(FETCHING, thread_name_prefix="ritocco-fetch")
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="ritocco-write")
         metrics.watch(self._figures, batcher.snapshot)
 
@@ -89,18 +72,27 @@ class Jobs:
         for id in self._store.due():
             if (record := self._store.get(id)) is not None:
                 self._send(record, "completed")
+        suspects = []
         for id in self._store.queued():
             if (record := self._store.get(id)) is not None:
-                self._run(record)
+                live = self._known(record)
+                if record.attempts:
+                    suspects.append(live)
+                else:
+                    self._start([live])
+        self._start(suspects)  # which are opened one after the other: one of them may have ended a process
 
     def accept(self, new: Record) -> tuple[Record, bool]:
-        """Store a prediction and run it; see `Store.accept` for what is raised, and StoppingError."""
+        """Store a prediction and run it; raises as `Store.accept`, StoppingError and BrokenError."""
         if self._stopping:
             raise StoppingError("the server is about to stop")
-        record, fresh = self._store.accept(new)
-        if fresh:
-            self._metrics.accepted.inc()
-            self._run(record)
+        if self._lives and not self._batcher.healthy:
+            raise BrokenError("the engine fails at everything")
+        with self._accepting:
+            record, fresh = self._store.accept(new)
+            if fresh:
+                self._metrics.accepted.inc()
+                self._start([self._known(record)])
         return record, fresh
 
     @property
@@ -115,6 +107,9 @@ class Jobs:
     def cancel(self, id: str) -> None:
         """End a prediction: one that waits at once, one that runs between two steps."""
         live = self._lives.get(id)
+        if live is None:
+            with self._accepting:  # it may have been stored this moment
+                live = self._lives.get(id)
         if live is None:
             return
         with live.lock:
@@ -158,7 +153,8 @@ class Jobs:
                 live.ticket.cancel()
             live.changed.notify()
         self._await_ends(_AFTER_GRACE_S)
-        self._preparers.shutdown(wait=False, cancel_futures=True)  # one may be fetching a picture
+        for pool in (self._preparers, self._fetchers):
+            pool.shutdown(wait=False, cancel_futures=True)  # one may be fetching a picture
         self._writer.shutdown(wait=True)
         for live in self._all():
             with suppress(StorageError):
@@ -178,35 +174,60 @@ class Jobs:
         """Waiting and running predictions, and the pictures of the latter."""
         lives = self._all()
         running = [one for one in lives if one.started]
-        pictures = sum(int(one.record.input.get("num_outputs") or 1) for one in running)
-        return len(lives) - len(running), len(running), pictures
+        return len(lives) - len(running), len(running), sum(one.pictures for one in running)
 
-    def _run(self, record: Record) -> None:
-        live = Live(record)
+    def _known(self, record: Record) -> Live:
+        live = Live(replace(record, input={}), int(record.input.get("num_outputs") or 1))
         with self._lock:
             self._lives[record.id] = live
-        with suppress(RuntimeError):  # shut down meanwhile: it stays in the queue on disk
-            self._preparers.submit(self._prepare, live)
+        live.set_aside = self._stopping
+        return live
 
-    def _prepare(self, live: Live) -> None:
+    def _start(self, lives: Sequence[Live], *, fetch: bool = False) -> None:
+        """Prepare them in a thread, one after the other."""
+        pool = self._fetchers if fetch else self._preparers
+        with suppress(RuntimeError):  # shut down meanwhile: they stay in the queue on disk
+            pool.submit(self._prepare_all, lives, fetch=fetch)
+
+    def _prepare_all(self, lives: Sequence[Live], *, fetch: bool) -> None:
+        elsewhere = [live for live in lives if not self._prepare(live, fetch=fetch)]
+        if elsewhere:
+            self._start(elsewhere, fetch=True)
+
+    def _prepare(self, live: Live, *, fetch: bool) -> bool:
+        """Hand it to the batcher. False where a picture has to be fetched, and this is not the place."""
         try:
-            ticket = self._submitted(live, self._with_own_files(live.record.input))
+            record = self._store.get(live.record.id)
+            if record is None or live.canceled or self._stopping:
+                return True
+            given = with_own_files(self._store.files, record.input)
+            if not fetch and is_elsewhere(given):
+                return False
+            self._store.prepare(record.id)
+            try:
+                ticket = self._submitted(live, given)
+            finally:
+                self._write(self._store.prepared, record.id)
         except RequestError as error:
             self._finish(live, Outcome(status="failed", error=str(error)))
         except DeviceLostError as error:
             self._device_lost(live, error)
         except Exception as error:
             if not self._stopping:  # else it is run after the next start
-                self._finish(live, _failure(live, error))
+                self._finish(live, failure(live, error))
         else:
-            if ticket is None:
-                return
-            with live.lock:
-                live.ticket = ticket
-                unwanted = live.canceled or live.set_aside
-            if unwanted:
-                ticket.cancel()
-            ticket.add_done_callback(lambda _: self._write(self._ended, live))
+            if ticket is not None:
+                self._adopt(live, ticket)
+        return True
+
+    def _adopt(self, live: Live, ticket: Ticket) -> None:
+        ticket.prediction.input = {}  # the disk has it, and megabytes would wait here
+        with live.lock:
+            live.ticket = ticket
+            unwanted = live.canceled or live.set_aside
+        if unwanted:
+            ticket.cancel()
+        ticket.add_done_callback(lambda _: self._write(self._ended, live))
 
     def _submitted(self, live: Live, given: Mapping[str, Any]) -> Ticket | None:
         """Its place in the batcher, waited for; None where it is not wanted any more."""
@@ -216,6 +237,7 @@ class Jobs:
                     given,
                     id=live.record.id,
                     created_at=live.record.created_at,
+                    on_start=lambda: self._begun(live),
                     on_step=lambda done, total: self._stepped(live),
                     allow_local=False,  # no path of a client's reaches the disk
                 )
@@ -224,32 +246,28 @@ class Jobs:
                     self._room.wait(busy.retry_after)
         return None
 
-    def _with_own_files(self, given: Mapping[str, Any]) -> dict[str, Any]:
-        """Files of ours come from the disk: the server need not reach itself, nor be public."""
-        made = dict(given)
-        for name in ("image", "mask"):
-            found = _OWN_FILE.match(made.get(name) or "")
-            file = None if found is None else self._store.files.find(found[1])
-            if file is not None:
-                made[name] = data_uri(self._store.files.read(file), "png")  # the type is not believed anyway
-        return made
+    def _begun(self, live: Live) -> bool:
+        """Whether it is still wanted. On the batcher's thread, before the device works on it: once that may
+        have ended the process, the disk knows of it.
+        """
+        with live.lock:
+            if live.canceled or live.set_aside:
+                return False
+            live.started = True
+        if not self._store.start(live.record.id):
+            return False
+        self._send(live.record, "start", live)
+        live.changed.notify()
+        return True
 
     def _stepped(self, live: Live) -> None:
         """On the batcher's thread: nothing here waits."""
         now = time.monotonic()
-        if not live.started:
-            with live.lock:
-                live.started = True
-            self._write(self._started, live)
-        elif live.stepped:
+        if live.stepped:
             self._metrics.step_seconds.observe(now - live.stepped)
         live.stepped = now
         self._send(live.record, "logs", live)
         live.changed.notify()
-
-    def _started(self, live: Live) -> None:
-        if self._store.start(live.record.id):
-            self._send(live.record, "start", live)
 
     def _ended(self, live: Live) -> None:
         ticket = live.ticket
@@ -260,7 +278,7 @@ class Jobs:
             self._device_lost(live, error)
             return
         except Exception as error:
-            self._finish(live, _failure(live, error))
+            self._finish(live, failure(live, error))
             return
         if prediction.status == "canceled" and live.set_aside and not live.canceled:
             self._store.requeue(live.record.id)
@@ -303,8 +321,7 @@ class Jobs:
             self._store.files.unlink([one.id for one in files])
             _log.error("not stored", extra={"prediction": id, "error": said(error)})
             if output:
-                text = f"The result could not be stored: {said(error)}"
-                self._finish(live, Outcome(status="failed", logs=outcome.logs, error=text))
+                self._finish(live, Outcome(status="failed", logs=outcome.logs, error=_NOT_STORED))
             elif not self._stopping:
                 again = threading.Timer(_RETRY_STORING_S, self._write, (self._finish, live, outcome))
                 again.daemon = True
@@ -354,13 +371,3 @@ class Jobs:
             return made.to_json().encode("utf-8")
 
         self._webhooks.send(lean, event, body)
-
-
-def _failure(live: Live, error: Exception) -> Outcome:
-    """What went wrong, in words; those of other people's exceptions stay in the log."""
-    running = live.prediction
-    logs = "" if running is None else running.logs
-    if isinstance(error, RitoccoError | TimeoutError):
-        return Outcome(status="failed", logs=logs, error=said(error))
-    _log.error("prediction broke", exc_info=error, extra={"prediction": live.record.id})
-    return Outcome(status="failed", logs=logs, error="Internal error; the server's log has more")

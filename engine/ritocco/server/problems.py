@@ -18,7 +18,7 @@ from starlette.types import Scope
 from ritocco.errors import BusyError, RequestError
 from ritocco.schema import InputError, Violation
 from ritocco.server.database import StorageError
-from ritocco.server.jobs import StoppingError
+from ritocco.server.jobs import BrokenError, StoppingError
 from ritocco.server.metrics import Metrics
 from ritocco.server.store import ConflictError
 from ritocco.shown import plain
@@ -98,6 +98,9 @@ def problem_of(error: Exception) -> ProblemError:
         case StoppingError():
             detail = "The server is about to stop; ask again in a moment."
             return ProblemError(503, "Stopping", detail, headers={"Retry-After": "5"})
+        case BrokenError():
+            detail = "The engine fails at what it is given; ask again in a moment."
+            return ProblemError(503, "Engine broken", detail, headers={"Retry-After": "30"})
         case StorageError():
             _log.error("storage", extra={"error": str(error)})
             return ProblemError(
@@ -125,7 +128,7 @@ def install(app: FastAPI, routes: Sequence[BaseRoute], metrics: Metrics) -> None
         return made.response()
 
     for kind in (
-        *(ProblemError, RequestError, BusyError, StoppingError, StorageError),
+        *(ProblemError, RequestError, BusyError, StoppingError, BrokenError, StorageError),
         *(RequestValidationError, HTTPException, ClientDisconnect, Exception),
     ):
         app.add_exception_handler(kind, handle)

@@ -25,8 +25,8 @@ class Settings:
     and files; None takes one that is gone with the process. waiting: most predictions unfinished at a time,
     beyond which creation is answered with 429. retention_s: seconds that inputs, logs, outputs and uploads
     are kept. max_work: most steps x outputs x pixels of one prediction; None leaves the fields' own bounds.
-    time_limit_s: seconds that one prediction may take. max_body_bytes: of a request with JSON.
-    max_upload_bytes: of an uploaded file. body_timeout_s: seconds in which a request's body has to be here.
+    time_limit_s: seconds that one prediction may take once it has begun. max_body_bytes: of a request with
+    JSON. max_upload_bytes: of an uploaded file. body_timeout_s: seconds in which its body has to be here.
     outputs: `url`, `data` (data URIs), or `auto`: URLs where the server is reached by https, else data URIs,
     since the clients make files only of those two. public_url: the root under which clients reach the server,
     where the request does not tell. cors_origins: web pages that may call; none. fetcher: opens the URLs of

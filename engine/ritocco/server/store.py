@@ -3,7 +3,8 @@
     starting ── processing ── succeeded | failed | canceled
 
 A prediction that was `starting` when its process ended runs after the next start; one that was `processing`
-fails with the words on which clients of the original try again.
+fails with the words on which clients of the original try again. So does one whose pictures were being opened
+when two processes ended, since it may be what ended them.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from ritocco.server.files import Files, StoredFile, insert_files
 
 INTERRUPTED = "Prediction interrupted; please retry (code: PA)"
 ENDED: tuple[Status, ...] = ("succeeded", "failed", "canceled")
+_ATTEMPTS = 2  # of opening its pictures, in as many processes
 _DAY_S = 24 * 60 * 60
 _KEPT_WITHOUT_DATA_S = 30 * _DAY_S
 _BRIEF_CHARS = 256
@@ -36,7 +38,8 @@ class Record:
     seq: its place in the order of creation; 0 before it is stored. version: as it was asked for. base: URL
     under which its API was reached, without a slash at the end. stream: random, names its event stream.
     webhook_events: of `start`, `output`, `logs` and `completed`. webhook_due: the last event is still to be
-    delivered. digest: of what was asked. key: the client's, of a creation that may be repeated.
+    delivered. digest: of what was asked. key: the client's, of a creation that may be repeated. attempts:
+    processes that opened its pictures and did not come to an end with it.
     """
 
     id: str
@@ -58,6 +61,7 @@ class Record:
     completed_at: str | None = None
     metrics: Mapping[str, Any] = field(default_factory=dict)
     data_removed: bool = False
+    attempts: int = 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -179,6 +183,16 @@ class Store:
             asked = "SELECT id FROM predictions WHERE webhook_due AND ended IS NOT NULL ORDER BY seq"
             return [row["id"] for row in db.execute(asked)]
 
+    def prepare(self, id: str) -> None:
+        """Its pictures are about to be opened, which is an attempt until `prepared` is said."""
+        with self.database.write() as db:
+            db.execute("UPDATE predictions SET attempts = attempts + 1 WHERE id = ?", (id,))
+
+    def prepared(self, id: str) -> None:
+        """The process has outlived that."""
+        with self.database.write() as db:
+            db.execute("UPDATE predictions SET attempts = 0 WHERE id = ?", (id,))
+
     def start(self, id: str) -> bool:
         """From `starting` to `processing`; False where it is not `starting`."""
         change = "UPDATE predictions SET status = 'processing', started_at = ?"
@@ -187,9 +201,9 @@ class Store:
             return db.execute(asked, (timestamp(), id)).rowcount == 1
 
     def requeue(self, id: str) -> bool:
-        """From `processing` back to `starting`: it is run once more, from its beginning."""
-        change = "UPDATE predictions SET status = 'starting', started_at = NULL"
-        asked = f"{change} WHERE id = ? AND status = 'processing'"
+        """Back to where it was accepted: it is run once more, from its beginning. False where it ended."""
+        change = "UPDATE predictions SET status = 'starting', started_at = NULL, attempts = 0"
+        asked = f"{change} WHERE id = ? AND ended IS NULL"
         with self.database.write() as db:
             return db.execute(asked, (id,)).rowcount == 1
 
@@ -287,11 +301,13 @@ class Store:
 
     def _recover(self) -> None:
         ended = (
-            "UPDATE predictions SET status = 'failed', error = ?, completed_at = ?, ended = ?, "
-            "webhook_due = webhook IS NOT NULL WHERE status = 'processing'"
+            "UPDATE predictions SET status = 'failed', error = ?, completed_at = ?, ended = ?, "  # noqa: S608
+            f"started_at = coalesce(started_at, ?), webhook_due = {_LAST_EVENT_IS_ASKED_FOR} "
+            "WHERE status = 'processing' OR status = 'starting' AND attempts >= ?"
         )
+        now = timestamp()
         with self.database.write() as db:
-            db.execute(ended, (INTERRUPTED, timestamp(), time.time()))
+            db.execute(ended, (INTERRUPTED, now, time.time(), now, _ATTEMPTS))
         self.files.sweep()
 
 
@@ -302,6 +318,7 @@ _LAST_EVENT_IS_ASKED_FOR = (
 _NAMES = (
     *("seq", "id", "key", "digest", "status", "version", "base", "stream", "webhook", "webhook_events"),
     *("webhook_due", "logs", "error", "created_at", "started_at", "completed_at", "metrics", "data_removed"),
+    "attempts",
 )
 _COLUMNS = ", ".join(_NAMES)
 _WHOLE = "(SELECT json FROM inputs WHERE inputs.id = predictions.id)"
