@@ -101,7 +101,7 @@ def test_half_a_request_is_not_waited_for(run: Run, sent: bytes) -> None:
 
 def test_half_a_second_request_is_not_waited_for(run: Run) -> None:
     with ExitStack() as stack:
-        connection = connect(run(100, 0.2), stack)
+        connection = connect(run(100, 2.0), stack)
         connection.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
         assert answered(connection)
         connection.sendall(b"GET / HTTP/1.1\r\n")
@@ -109,7 +109,7 @@ def test_half_a_second_request_is_not_waited_for(run: Run) -> None:
 
 
 def test_a_request_that_takes_longer_is_answered(run: Run, held: threading.Event) -> None:
-    address = run(100, 0.2)
+    address = run(100, 2.0)
     with ExitStack() as stack:
         idle, busy = connect(address, stack), connect(address, stack)
         busy.sendall(b"GET /held HTTP/1.1\r\nHost: x\r\n\r\n")

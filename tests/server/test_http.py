@@ -181,7 +181,7 @@ def test_the_stream_is_live(serve: Serve, batcher: HandBatcher, asked: dict[str,
 def test_a_client_that_does_not_read_is_given_up(
     serve: Serve, asked: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ritocco.server.app.SEND_TIMEOUT_S", 0.2)
+    monkeypatch.setattr("ritocco.server.app.SEND_TIMEOUT_S", 2.0)
     given_up = threading.Event()
 
     class Watch(logging.Handler):
