@@ -27,12 +27,10 @@ def judge() -> Judge:
     return load_judge(JUDGE)[0]
 
 
-# Each export of the model takes a minute: the quick run has the one that CPUs get by default.
-SLOW = ("plain on onnxruntime", "plain on openvino", "plain on tensorrt", "hoisted on tensorrt")
-ENGINES = (
-    *("plain on torch", "hoisted on onnxruntime", "hoisted on openvino"),
-    *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW),
-)
+SESSIONS = ("onnxruntime", "openvino", "tensorrt")
+# Each export of the model takes two minutes; quick tests hold small graphs against torch (test_sessions.py).
+SLOW = [f"{graphs} on {runtime}" for graphs in ("plain", "hoisted") for runtime in SESSIONS]
+ENGINES = ("plain on torch", *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW))
 
 
 @pytest.fixture(scope="module", params=ENGINES)

@@ -92,6 +92,7 @@ def test_an_empty_prompt_continues_the_background(engine: ritocco.Engine) -> Non
     assert np.abs(empty - 150).max() < 40 < np.abs(apple - 150).max()
 
 
+@pytest.mark.slow
 def test_its_whole_vocabulary_works(engine: ritocco.Engine) -> None:
     """Every sixth subject by its first name; the judge never saw a picture of the model's."""
     judge, codes = load_judge(JUDGE)[0], tuple(SUBJECTS)[::6]

@@ -173,6 +173,7 @@ def test_optimums_layout_paints_the_same(
         assert np.abs(floats(engine, given) - floats(tiny_engine, given)).max() < TOLERANCE
 
 
+@pytest.mark.slow
 def test_the_dtype_of_an_export_without_a_manifest_is_that_of_its_graphs(
     tiny_checkpoint: Path, export: Callable[..., Path], tmp_path: Path, ask: Ask
 ) -> None:

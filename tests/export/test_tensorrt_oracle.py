@@ -109,6 +109,7 @@ def test_several_profiles_are_taken(tiny_checkpoint: Path, tmp_path: Path) -> No
     assert_taken(verdicts(questions))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_the_pocket_models_graphs_of_one_size_are_taken(tmp_path: Path, dtype: str) -> None:
     questions = write(tmp_path, pocket_model(), dtype, "512@1", static=True)
