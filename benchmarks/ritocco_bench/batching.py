@@ -17,7 +17,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +28,8 @@ from ritocco.engine import Engine
 from ritocco.errors import RitoccoError
 from ritocco_bench import traces
 from ritocco_bench.batching_times import asked_of, from_json, measured, of_ladder, to_json
-from ritocco_bench.environment import Environment, environment
 from ritocco_bench.processes import BenchError
+from ritocco_bench.rows import append
 from ritocco_bench.simulation import Asked, Given, Outcome, batched, one_by_one
 from ritocco_bench.traces import MEAN_STEPS, Trace
 
@@ -170,7 +169,7 @@ def _times(arguments: argparse.Namespace) -> None:
     engine = _engine(arguments)
     given = measured(engine, _sizes(arguments), repeats=arguments.repeats)
     row = {"case": "batching-times", "model": str(arguments.model or "embedded"), **to_json(given)}
-    _append(arguments.out, row | {"dtype": engine.traits.dtype}, environment(engine.traits.device))
+    append(arguments.out, row | {"dtype": engine.traits.dtype}, device=engine.traits.device)
     for size, steps in given.steps.items():
         each = ", ".join(f"{seconds * 1000:.1f} ms at {count}" for count, seconds in steps.items())
         around = f"start {given.start(size):.3f} s, finish {given.finish(size):.3f} s"
@@ -234,7 +233,7 @@ def _report(
     print(f"{case}, {title}, {len(pairs)} traces: {said(found)}")
     row = {"case": case, "arrivals": title, "traces": len(pairs), "file": arguments.file.name}
     row |= {"capacity": arguments.capacity, "ageing": arguments.ageing, **found, **to_json(times)}
-    _append(arguments.out, row, environment("cpu"))
+    append(arguments.out, row)
 
 
 def _measured(arguments: argparse.Namespace) -> Given:
@@ -245,12 +244,6 @@ def _measured(arguments: argparse.Namespace) -> Given:
     if not rows:
         raise BenchError(f"{file} has no step times; run `python -m ritocco_bench.batching times` first")
     return from_json(rows[-1])
-
-
-def _append(file: Path, row: dict[str, Any], env: Environment) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with file.open("a", encoding="utf-8") as stream:
-        stream.write(json.dumps(row | {"environment": asdict(env)}) + "\n")
 
 
 def _interval(values: Sequence[float]) -> tuple[float, float, float]:

@@ -8,7 +8,6 @@ Each takes its turn; seconds are those of the whole commands. Rows go to `--out`
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 import subprocess
@@ -16,15 +15,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from ritocco_bench.environment import environment
 from ritocco_bench.processes import BenchError
+from ritocco_bench.rows import append
 
 OUT = Path("benchmarks/results/folders.jsonl")
 
@@ -57,9 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     ratios = [theirs / ours for ours, theirs in zip(together, each, strict=True)]
     row: dict[str, Any] = {"case": "folder", "pictures": given.pictures, "size": given.size}
     row |= {"steps": given.steps, "batch_s": together, "process_each_s": each, "times_faster": ratios}
-    given.out.parent.mkdir(parents=True, exist_ok=True)
-    with given.out.open("a", encoding="utf-8") as stream:
-        stream.write(json.dumps(row | {"environment": asdict(environment("cpu"))}) + "\n")
+    append(given.out, row)
     print(
         f"{given.pictures} pictures, {given.size} x {given.size}, {given.steps} steps: batch is "
         f"{statistics.median(ratios):.2f} times faster ({min(ratios):.2f} to {max(ratios):.2f})"

@@ -11,14 +11,13 @@ from __future__ import annotations
 
 import argparse
 import io
-import json
 import statistics
 import sys
 import tempfile
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,7 @@ from PIL import Image
 import ritocco
 from ritocco.images import data_uri
 from ritocco_bench.batching_times import asked_of
-from ritocco_bench.environment import environment
+from ritocco_bench.rows import append
 from ritocco_bench.serving import TOKEN, served
 
 OUT = Path("benchmarks/results/server.jsonl")
@@ -135,7 +134,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             row |= {"steps": given.steps, "predictions": len(seen.wholes), "refused": seen.refused}
             row |= {"per_second": rate, "engine_per_second": by_itself}
             row |= {f"{name}_s": _spread(getattr(seen, f"{name}s")) for name in ("create", "get", "whole")}
-            _append(given.out, row | {"environment": asdict(environment("cpu"))})
+            append(given.out, row)
             print(_said(row), flush=True)
     return 1 if broken else 0
 
@@ -155,12 +154,6 @@ def _said(row: dict[str, Any]) -> str:
         if held:
             parts.append(f"{words} {held['p50']:.3f} s (95 %: {held['p95']:.3f}, most {held['most']:.3f})")
     return ", ".join([*parts, f"{row['predictions']} done, {row['refused']} told to come again"])
-
-
-def _append(file: Path, row: dict[str, Any]) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with file.open("a", encoding="utf-8") as stream:
-        stream.write(json.dumps(row) + "\n")
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -13,6 +13,28 @@ from typing import Annotated, Any
 import typer
 from tqdm import tqdm
 
+from ritocco.cli_options import (
+    Backend,
+    Devices,
+    DisableSafetyChecker,
+    Dtype,
+    GuidanceScale,
+    Height,
+    MaskFeather,
+    MemoryBudget,
+    Model,
+    NegativePrompt,
+    NumOutputs,
+    OutputFormat,
+    PasteBack,
+    Prompt,
+    Scheduler,
+    Steps,
+    Strength,
+    TokenizerFolder,
+    Variant,
+    Width,
+)
 from ritocco.errors import RequestError
 from ritocco.folders.manifest import NAME, Manifest
 from ritocco.folders.pairs import Bad, Pair, pairs, read_table
@@ -27,37 +49,35 @@ def batch(
     images: Annotated[Path, typer.Option(help="Folder of the pictures.")],
     masks: Annotated[Path, typer.Option(help="Folder of masks of the same stems, or one file for all.")],
     out: Annotated[Path, typer.Option(help="Folder of the results and of manifest.jsonl.")],
-    prompt: Annotated[str | None, typer.Option(help="What to paint.")] = None,
+    prompt: Prompt = None,
     prompts: Annotated[
         Path | None, typer.Option(help="CSV: the column name, and prompt, seed, width or other inputs.")
     ] = None,
-    negative_prompt: Annotated[str | None, typer.Option(help="What not to paint.")] = None,
-    width: Annotated[int | None, typer.Option(help="As of `predict`.")] = None,
-    height: Annotated[int | None, typer.Option(help="As of `predict`.")] = None,
+    negative_prompt: NegativePrompt = None,
+    width: Width = None,
+    height: Height = None,
     own_sizes: Annotated[
         bool, typer.Option("--own-sizes", help="Each in its own size, in multiples of 64 up to 1024.")
     ] = False,
-    num_outputs: Annotated[int | None, typer.Option(help="As of `predict`.")] = None,
-    num_inference_steps: Annotated[int | None, typer.Option(help="As of `predict`.")] = None,
-    guidance_scale: Annotated[float | None, typer.Option(help="As of `predict`.")] = None,
-    scheduler: Annotated[str | None, typer.Option(help="As of `predict`.")] = None,
+    num_outputs: NumOutputs = None,
+    num_inference_steps: Steps = None,
+    guidance_scale: GuidanceScale = None,
+    scheduler: Scheduler = None,
     seed: Annotated[
         int | None, typer.Option(help="The same for each. Default: a random one for each.")
     ] = None,
-    disable_safety_checker: Annotated[
-        bool, typer.Option("--disable-safety-checker", help="Keep every picture, whatever it shows.")
-    ] = False,
-    output_format: Annotated[str | None, typer.Option(help="png, jpg or webp. Default: png.")] = None,
-    mask_feather: Annotated[float | None, typer.Option(help="As of `predict`.")] = None,
-    paste_back: Annotated[bool, typer.Option(help="Put the kept pixels back, bit for bit.")] = True,
-    strength: Annotated[float | None, typer.Option(help="As of `predict`.")] = None,
-    model: Annotated[str | None, typer.Option(help="As of `predict`.")] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda:N; several with commas.")] = "auto",
-    dtype: Annotated[str, typer.Option(help="As of `predict`.")] = "auto",
-    backend: Annotated[str, typer.Option(help="As of `predict`.")] = "auto",
-    memory_budget: Annotated[str | None, typer.Option(help="As of `predict`, for each device.")] = None,
-    variant: Annotated[str | None, typer.Option(help="As of `predict`.")] = None,
-    tokenizer: Annotated[Path | None, typer.Option(help="As of `predict`.")] = None,
+    disable_safety_checker: DisableSafetyChecker = False,
+    output_format: OutputFormat = None,
+    mask_feather: MaskFeather = None,
+    paste_back: PasteBack = True,
+    strength: Strength = None,
+    model: Model = None,
+    device: Devices = "auto",
+    dtype: Dtype = "auto",
+    backend: Backend = "auto",
+    memory_budget: MemoryBudget = None,
+    variant: Variant = None,
+    tokenizer: TokenizerFolder = None,
 ) -> None:
     """Repaint a folder of pictures; again, it goes on where it was interrupted.
 

@@ -19,6 +19,29 @@ import typer
 from tqdm import tqdm
 
 from ritocco.batch import batch
+from ritocco.cli_options import (
+    Backend,
+    BackendOptions,
+    Device,
+    DisableSafetyChecker,
+    Dtype,
+    GuidanceScale,
+    Height,
+    MaskFeather,
+    MemoryBudget,
+    Model,
+    NegativePrompt,
+    NumOutputs,
+    OutputFormat,
+    PasteBack,
+    Prompt,
+    Scheduler,
+    Steps,
+    Strength,
+    TokenizerFolder,
+    Variant,
+    Width,
+)
 from ritocco.errors import RequestError, RitoccoError
 from ritocco.serve import serve
 from ritocco.shown import printable, shown
@@ -34,26 +57,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-
-Model = Annotated[
-    str | None,
-    typer.Option(
-        help="Diffusers folder, .safetensors file or exported graphs. Default: RITOCCO_MODEL, else embedded."
-    ),
-]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
-Dtype = Annotated[str, typer.Option(help="auto, float32, float16 or bfloat16.")]
-Backend = Annotated[str, typer.Option(help="auto, torch, onnxruntime, openvino, tensorrt or tensorrt-rtx.")]
-BackendOptions = Annotated[
-    str | None, typer.Option(metavar="JSON", help="Of TensorRT; see docs/export.md: '{\"level\": 5}'.")
-]
-Variant = Annotated[str | None, typer.Option(help="fp16 and such, where a folder holds several.")]
-MemoryBudget = Annotated[
-    str | None, typer.Option(help="Of torch's memory, as 8GiB or 500MB. Default: see docs/memory.md.")
-]
-TokenizerFolder = Annotated[
-    Path | None, typer.Option(help="Folder of vocab.json and merges.txt, for a single file.")
-]
 
 
 def _print_version(asked: bool) -> None:
@@ -92,30 +95,20 @@ class _Terminal(logging.Handler):
 def predict(
     image: Annotated[str, typer.Option(help="Path or http(s) URL of the picture.")],
     mask: Annotated[str, typer.Option(help="Path or URL of the mask: white is repainted, black is kept.")],
-    prompt: Annotated[str | None, typer.Option(help="What to paint.")] = None,
-    negative_prompt: Annotated[str | None, typer.Option(help="What not to paint.")] = None,
-    width: Annotated[
-        int | None, typer.Option(help="Pixels, a multiple of 64 up to 1024. Default: 512.")
-    ] = None,
-    height: Annotated[
-        int | None, typer.Option(help="Pixels, a multiple of 64 up to 1024. Default: 512.")
-    ] = None,
-    num_outputs: Annotated[int | None, typer.Option(help="Pictures, 1 to 4. Default: 1.")] = None,
-    num_inference_steps: Annotated[int | None, typer.Option(help="Steps, 1 to 500. Default: 50.")] = None,
-    guidance_scale: Annotated[float | None, typer.Option(help="1 to 20. Default: 7.5.")] = None,
-    scheduler: Annotated[
-        str | None, typer.Option(help="One of the six names; see the README. Default: DPMSolverMultistep.")
-    ] = None,
+    prompt: Prompt = None,
+    negative_prompt: NegativePrompt = None,
+    width: Width = None,
+    height: Height = None,
+    num_outputs: NumOutputs = None,
+    num_inference_steps: Steps = None,
+    guidance_scale: GuidanceScale = None,
+    scheduler: Scheduler = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the noise. Default: random.")] = None,
-    disable_safety_checker: Annotated[
-        bool, typer.Option("--disable-safety-checker", help="Return every picture, whatever it shows.")
-    ] = False,
-    output_format: Annotated[str | None, typer.Option(help="png, jpg or webp. Default: png.")] = None,
-    mask_feather: Annotated[float | None, typer.Option(help="Soft seam inside the mask, pixels.")] = None,
-    paste_back: Annotated[bool, typer.Option(help="Put the kept pixels back, bit for bit.")] = True,
-    strength: Annotated[
-        float | None, typer.Option(help="Part of the schedule that is run, over 0 to 1.")
-    ] = None,
+    disable_safety_checker: DisableSafetyChecker = False,
+    output_format: OutputFormat = None,
+    mask_feather: MaskFeather = None,
+    paste_back: PasteBack = True,
+    strength: Strength = None,
     out: Annotated[Path, typer.Option(help="Folder of the pictures.")] = Path("out"),
     as_json: Annotated[
         bool, typer.Option("--json", help="Print the prediction as JSON, with paths as output.")

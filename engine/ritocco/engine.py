@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from ritocco import stages
 from ritocco.backends.host_memory import give_back_freed_memory
+from ritocco.backends.host_threads import let_go_of_workers
 from ritocco.backends.runtime import Floats, Lane, Runtime
 from ritocco.denoise import denoise
 from ritocco.device import responds
@@ -71,6 +72,7 @@ class Engine:
         self._device = threading.Lock()
         self._holder: int | None = None  # the thread that has the device
         self._closed = False
+        let_go_of_workers()  # of what was computed while loading
 
     def predict(
         self,
@@ -104,14 +106,17 @@ class Engine:
             allow_local=allow_local,
         )
         job.prediction.status, job.prediction.started_at = "processing", job.prediction.created_at
-        with self.on_device(job.request.fields):
-            pixels = self._painted(job, on_step)
-        if pixels is None:
-            stages.conclude(job, "canceled")
-        else:
-            with job.request.timed("outputs"):
-                status = stages.publish(job, *self._judged(job.request, pixels))
-            stages.conclude(job, status)
+        try:
+            with self.on_device(job.request.fields):
+                pixels = self._painted(job, on_step)
+            if pixels is None:
+                stages.conclude(job, "canceled")
+            else:
+                with job.request.timed("outputs"):
+                    status = stages.publish(job, *self._judged(job.request, pixels))
+                stages.conclude(job, status)
+        finally:
+            let_go_of_workers()
         return job.prediction
 
     def check(

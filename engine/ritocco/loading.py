@@ -106,17 +106,7 @@ def load(
 
 
 def load_on_each(model: str | Path | None, devices: str, **options: Any) -> list[Engine]:
-    """An engine for each device of a list with commas. options, raises: as of `load`.
-
-    For a Batcher: loading computes in a thread that ends. OpenMP keeps the workers of every thread that has
-    computed; where they are more than the cores, those of a batcher's thread sleep at each barrier instead of
-    spinning, and a small step takes twice as long.
-    """
-    with ThreadPoolExecutor(1, thread_name_prefix="ritocco-load") as pool:
-        return pool.submit(_each, model, devices, options).result()
-
-
-def _each(model: str | Path | None, devices: str, options: Mapping[str, Any]) -> list[Engine]:
+    """An engine for each device of a list with commas. options, raises: as of `load`."""
     engines: list[Engine] = []
     try:
         for name in devices.split(","):

@@ -10,9 +10,11 @@ from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 import typer
 
+from ritocco.cli_options import Backend, Devices, Dtype, MemoryBudget, Model, TokenizerFolder, Variant
 from ritocco.errors import BackendError, RequestError
 from ritocco.fetch import Fetcher
 
@@ -30,9 +32,7 @@ _MOST_CONNECTIONS, _OWN_FILES = 10_000, 200
 
 
 def serve(
-    model: Annotated[
-        str | None, typer.Option(help="As of `predict`. Default: RITOCCO_MODEL, else the embedded one.")
-    ] = None,
+    model: Model = None,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one, and prints it.")] = 5000,
     token_file: Annotated[
@@ -42,12 +42,12 @@ def serve(
         bool, typer.Option("--no-tokens", help="Let everybody in who can reach a public address.")
     ] = False,
     data: Annotated[Path, typer.Option(help="Folder of predictions and files.")] = Path("ritocco-data"),
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda:N; several with commas.")] = "auto",
-    dtype: Annotated[str, typer.Option(help="auto, float32, float16 or bfloat16.")] = "auto",
-    backend: Annotated[str, typer.Option(help="As of `predict`.")] = "auto",
-    memory_budget: Annotated[str | None, typer.Option(help="As of `predict`, for each device.")] = None,
-    variant: Annotated[str | None, typer.Option(help="As of `predict`.")] = None,
-    tokenizer: Annotated[Path | None, typer.Option(help="As of `predict`.")] = None,
+    device: Devices = "auto",
+    dtype: Dtype = "auto",
+    backend: Backend = "auto",
+    memory_budget: MemoryBudget = None,
+    variant: Variant = None,
+    tokenizer: TokenizerFolder = None,
     waiting: Annotated[int, typer.Option(min=1, help="Most predictions unfinished at a time.")] = 64,
     retention_hours: Annotated[float, typer.Option(help="Hours that inputs and outputs are kept.")] = _DAY_H,
     max_work: Annotated[
@@ -113,7 +113,8 @@ def serve(
     engines = load_on_each(model, device, **load)
     app = create_app(engines, settings)
     if not tokens:
-        app.add_middleware(KnownHosts, names=[host, *(allow_host or ())])
+        names = [host, urlsplit(public_url or "").hostname or host, *(allow_host or ())]
+        app.add_middleware(KnownHosts, names=names)
     config = uvicorn.Config(
         app,
         host=host,
@@ -145,7 +146,7 @@ def _server(config: uvicorn.Config, app: App, listener: Listener) -> uvicorn.Ser
     import uvicorn
 
     class Server(uvicorn.Server):
-        _stop: threading.Thread | None = None
+        _asked = False
 
         async def startup(self, sockets: Any = None) -> None:
             await super().startup(sockets)
@@ -161,17 +162,13 @@ def _server(config: uvicorn.Config, app: App, listener: Listener) -> uvicorn.Ser
             return app.lost or await super().on_tick(counter)
 
         def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-            if self._stop is not None:  # asked again: at once
-                super().handle_exit(sig, frame)
-                return
-
             def stop() -> None:
                 app.drain()
                 super(Server, self).handle_exit(sig, frame)
 
             # The handler interrupts whatever holds locks, so these are asked for elsewhere.
-            self._stop = threading.Thread(target=stop, name="ritocco-drain")
-            self._stop.start()
+            asked, self._asked = self._asked, True
+            threading.Thread(target=app.hurry if asked else stop, name="ritocco-stop").start()
 
     return Server(config)
 

@@ -93,9 +93,8 @@ class Loader:
             picture = self._load(source, field, room)
             try:
                 picture = on_colour(picture, ground, mode)
-            except (
-                Exception
-            ) as error:  # a palette or transparency that fits no picture; Pillow raises any class
+            # A palette or transparency that fits no picture; Pillow raises any class.
+            except Exception as error:
                 why = f"can't be read as colours ({_first_line(error)})"
                 raise RequestError(f"{field}: {describe(source)} {why}", field=field) from error
             yield picture

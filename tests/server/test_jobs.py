@@ -399,3 +399,21 @@ def test_what_comes_after_the_loss_waits_too(
     again = make()
     again.get(again.get(f"/v1/predictions/{made['id']}").json()["urls"]["stream"])
     assert again.get(f"/v1/predictions/{made['id']}").json()["status"] == "succeeded"
+
+
+def test_a_stop_that_is_hurried_puts_back_what_runs(
+    make: Make, asked: dict[str, Any], batcher: HandBatcher
+) -> None:
+    client = make(by_itself=False, grace_s=3600.0)
+    made = client.post("/v1/predictions", json={"input": asked}).json()
+    run = batcher.next()
+    run.step(1, 2)
+    closing = threading.Thread(target=client.app.close)  # type: ignore[attr-defined]
+    closing.start()
+    client.app.hurry()  # type: ignore[attr-defined]
+    closing.join(60)
+    assert not closing.is_alive()
+    assert run.canceled
+    again = make()
+    again.get(again.get(f"/v1/predictions/{made['id']}").json()["urls"]["stream"])
+    assert again.get(f"/v1/predictions/{made['id']}").json()["status"] == "succeeded"

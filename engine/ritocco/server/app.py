@@ -60,6 +60,10 @@ class App(FastAPI):
         """Accept nothing more, and finish what runs within `grace_s`; `close` has to follow."""
         self._parts.drain()
 
+    def hurry(self) -> None:
+        """Have `drain` and `close` wait for no prediction: what runs begins again after the next start."""
+        self._parts.shared.jobs.hurry()
+
     def close(self) -> None:
         """Finish what runs, within the settings' `grace_s`, and let go of everything. Again does nothing."""
         self._parts.close()

@@ -60,7 +60,7 @@ class Jobs:
         self._lives: dict[str, Live] = {}
         self._lock, self._accepting = threading.Lock(), threading.Lock()
         self._room = threading.Condition()
-        self._stopping = False
+        self._stopping = self._hurried = False
         self._lost = False
         self._preparers = ThreadPoolExecutor(_PREPARING, thread_name_prefix="ritocco-prepare")
         self._fetchers = ThreadPoolExecutor(FETCHING, thread_name_prefix="ritocco-fetch")
@@ -142,10 +142,16 @@ class Jobs:
                 live.ticket.cancel()
             live.changed.notify()
 
+    def hurry(self) -> None:
+        """What runs gets no more time: a `stop` that waits for it goes on."""
+        self._hurried = True
+        with self._room:
+            self._room.notify_all()
+
     def stop(self) -> None:
         """`begin_stop`, then wait `grace_s` for what runs; the rest is run after the next start."""
         self.begin_stop()
-        self._await_ends(self._settings.grace_s)
+        self._await_ends(self._settings.grace_s, lambda: self._hurried)
         for live in self._all():
             with live.lock:
                 live.set_aside = True
@@ -164,10 +170,12 @@ class Jobs:
         with self._lock:
             return list(self._lives.values())
 
-    def _await_ends(self, seconds: float) -> None:
+    def _await_ends(self, seconds: float, enough: Callable[[], bool] = lambda: False) -> None:
         deadline = time.monotonic() + seconds
         with self._room:
-            while any(one.started for one in self._all()) and (left := deadline - time.monotonic()) > 0:
+            while any(one.started for one in self._all()) and not enough():
+                if (left := deadline - time.monotonic()) <= 0:
+                    break
                 self._room.wait(left)
 
     def _figures(self) -> tuple[int, int, int]:
