@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from ritocco.server.again import Listener
     from ritocco.server.app import App
 
+_DATA = Path("ritocco-data")
 _DAY_H = 24.0
 _MIB = 1 << 20
 _MAX_HEADER_BYTES = 32 << 10
@@ -41,7 +42,19 @@ def serve(
     no_tokens: Annotated[
         bool, typer.Option("--no-tokens", help="Let everybody in who can reach a public address.")
     ] = False,
-    data: Annotated[Path, typer.Option(help="Folder of predictions and files.")] = Path("ritocco-data"),
+    data: Annotated[
+        Path | None, typer.Option(help="Folder of predictions and files. Default: ritocco-data.")
+    ] = None,
+    database: Annotated[
+        str | None,
+        typer.Option(
+            envvar="RITOCCO_DATABASE",
+            help="postgresql://..., for several servers, in the place of --data; see docs/many-servers.md.",
+        ),
+    ] = None,
+    gone_after: Annotated[
+        float, typer.Option(help="Seconds after which another server on the database is taken for gone.")
+    ] = 10.0,
     device: Devices = "auto",
     dtype: Dtype = "auto",
     backend: Backend = "auto",
@@ -94,7 +107,9 @@ def serve(
     fetcher = Fetcher.from_environment(allow_networks=tuple(allow_network or ()))
     settings = Settings(
         tokens=tokens,
-        data=data,
+        data=data or (_DATA if database is None else None),
+        database=database,
+        gone_after_s=gone_after,
         waiting=waiting,
         retention_s=retention_hours * 3600,
         max_work=max_work,
@@ -212,8 +227,8 @@ def _log_to_stderr(level: str) -> None:
         )
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonLines())
-    for name in ("ritocco", "uvicorn", "asyncio"):
+    for name in ("ritocco", "uvicorn", "asyncio", "psycopg"):
         logger = logging.getLogger(name)
         logger.handlers = [handler]
         logger.propagate = False
-        logger.setLevel(number)
+        logger.setLevel(number if name != "psycopg" else max(number, logging.WARNING))

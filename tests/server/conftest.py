@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +10,11 @@ import pytest
 from starlette.testclient import TestClient
 
 from hand_batcher import HandBatcher, Make, picture
+from real_postgres import RealPostgres, real_postgres
 from ritocco.server import Settings, create_app
 from ritocco.server.app import App
+from ritocco.server.shared_store import SharedStore
+from ritocco.server.store import Store
 
 TOKENS = ("correct-horse-battery-staple", "another-token-of-enough-letters")
 
@@ -21,14 +24,57 @@ def batcher() -> HandBatcher:
     return HandBatcher()
 
 
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[RealPostgres]:
+    """Shared: whoever stops it starts it again."""
+    with real_postgres() as made:
+        yield made
+
+
 @pytest.fixture
-def make(tmp_path: Path, batcher: HandBatcher) -> Iterator[Make]:
+def database(postgres: RealPostgres) -> str:
+    """The URL of an empty one."""
+    return postgres.new_database()
+
+
+@pytest.fixture
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> dict[str, Any]:
+    """Settings that say where predictions are; of `both_stores`, else a data folder."""
+    if getattr(request, "param", "sqlite") == "sqlite":
+        return {"data": tmp_path / "data"}
+    return {"database": request.getfixturevalue("database"), "gone_after_s": 2.0}
+
+
+Open = Callable[..., Store]
+
+
+@pytest.fixture
+def open_store(place: dict[str, Any]) -> Iterator[Open]:
+    """Opens the store of the place; one process after the other, each takes up what was left."""
+    opened: list[Store] = []
+
+    def call(**given: Any) -> Store:
+        if "data" in place:
+            opened.append(Store(place["data"], **given))
+        else:
+            shared = SharedStore(place["database"], gone_after_s=place["gone_after_s"], **given)
+            shared.take_over(run=True)
+            opened.append(shared)
+        return opened[-1]
+
+    yield call
+    for one in opened:
+        one.close()
+
+
+@pytest.fixture
+def make(place: dict[str, Any], batcher: HandBatcher) -> Iterator[Make]:
     """Makes a client of an app with these settings; closes both at the end."""
     opened: list[App] = []
 
     def call(*, by_itself: bool = True, headers: Any = None, **settings: Any) -> TestClient:
         batcher.by_itself = by_itself
-        given = {"data": tmp_path / "data", "grace_s": 0.0} | settings
+        given = place | {"grace_s": 0.0} | settings
         app = create_app(batcher, Settings(**given))  # type: ignore[arg-type]
         opened.append(app)
         return TestClient(app, headers=headers)

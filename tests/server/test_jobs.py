@@ -3,18 +3,30 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from starlette.testclient import TestClient
 
 from hand_batcher import HandBatcher, Make
+from real_postgres import both_stores
 from ritocco.errors import BackendError, DeviceLostError
 from ritocco.server import Settings, create_app
 from ritocco.server.database import StorageError
 from ritocco.server.store import INTERRUPTED, Store
 
+Open = Callable[..., Store]
 
+
+def ended(client: TestClient, id: str) -> dict[str, Any]:
+    """The prediction once it has ended."""
+    client.get(client.get(f"/v1/predictions/{id}").json()["urls"]["stream"])
+    return dict(client.get(f"/v1/predictions/{id}").json())
+
+
+@both_stores
 def test_a_stop_leaves_what_waits_for_the_next_start(
     make: Make, asked: dict[str, Any], batcher: HandBatcher
 ) -> None:
@@ -30,6 +42,7 @@ def test_a_stop_leaves_what_waits_for_the_next_start(
     assert len(batcher.seen) == 6
 
 
+@both_stores
 def test_a_stop_waits_for_what_runs(make: Make, asked: dict[str, Any], batcher: HandBatcher) -> None:
     client = make(by_itself=False, grace_s=60.0)
     made = client.post("/v1/predictions", json={"input": asked}).json()
@@ -45,6 +58,7 @@ def test_a_stop_waits_for_what_runs(make: Make, asked: dict[str, Any], batcher: 
     assert make().get(f"/v1/predictions/{made['id']}").json()["status"] == "succeeded"
 
 
+@both_stores
 def test_what_is_not_ready_in_time_runs_again(
     make: Make, asked: dict[str, Any], batcher: HandBatcher
 ) -> None:
@@ -64,17 +78,21 @@ def test_what_is_not_ready_in_time_runs_again(
     assert len(batcher.seen) == 2
 
 
-def test_what_ran_when_the_process_was_lost_failed(make: Make, asked: dict[str, Any], tmp_path: Path) -> None:
+@both_stores
+def test_what_ran_when_the_process_was_lost_failed(
+    make: Make, asked: dict[str, Any], open_store: Open
+) -> None:
     client = make(by_itself=False)
     made = client.post("/v1/predictions", json={"input": asked}).json()
     client.app.close()  # type: ignore[attr-defined]
-    store = Store(tmp_path / "data")
+    store = open_store()
     store.start(made["id"])
     store.close()
-    held = make().get(f"/v1/predictions/{made['id']}").json()
+    held = ended(make(), made["id"])
     assert (held["status"], held["error"]) == ("failed", INTERRUPTED)
 
 
+@both_stores
 def test_the_disk_knows_before_the_device_works(
     make: Make, asked: dict[str, Any], batcher: HandBatcher
 ) -> None:
@@ -90,6 +108,7 @@ def test_the_disk_knows_before_the_device_works(
     run.succeed()
 
 
+@both_stores
 def test_what_cannot_be_noted_is_not_begun(
     make: Make, asked: dict[str, Any], batcher: HandBatcher, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -105,6 +124,7 @@ def test_what_cannot_be_noted_is_not_begun(
             batcher.next().begin()
 
 
+@both_stores
 def test_a_preparation_is_an_attempt_until_it_is_over(
     make: Make, asked: dict[str, Any], batcher: HandBatcher, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -131,13 +151,14 @@ def test_a_preparation_is_an_attempt_until_it_is_over(
     assert attempts == [1, 0]
 
 
+@both_stores
 def test_suspects_are_prepared_one_after_the_other(
-    make: Make, asked: dict[str, Any], batcher: HandBatcher, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    make: Make, asked: dict[str, Any], batcher: HandBatcher, monkeypatch: pytest.MonkeyPatch, open_store: Open
 ) -> None:
     client = make(by_itself=False)
     ids = [client.post("/v1/predictions", json={"input": asked}).json()["id"] for _ in range(6)]
     client.app.close()  # type: ignore[attr-defined]
-    store = Store(tmp_path / "data")
+    store = open_store()
     for id in ids[:3]:
         store.prepare(id)  # as a process that was killed
     store.close()
@@ -162,6 +183,7 @@ def test_suspects_are_prepared_one_after_the_other(
     assert most == [1, 1, 1]
 
 
+@both_stores
 def test_pictures_from_elsewhere_hold_up_nobody_else(
     make: Make, asked: dict[str, Any], batcher: HandBatcher, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -183,6 +205,7 @@ def test_pictures_from_elsewhere_hold_up_nobody_else(
     answered.set()
 
 
+@both_stores
 def test_what_waits_holds_no_input(make: Make, asked: dict[str, Any], batcher: HandBatcher) -> None:
     client = make(by_itself=False)
     made = client.post("/v1/predictions", json={"input": asked | {"num_outputs": 2}}).json()
@@ -194,6 +217,7 @@ def test_what_waits_holds_no_input(make: Make, asked: dict[str, Any], batcher: H
     run.succeed()
 
 
+@both_stores
 def test_between_storing_and_running(
     make: Make, asked: dict[str, Any], batcher: HandBatcher, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -225,6 +249,7 @@ def test_between_storing_and_running(
     }
 
 
+@both_stores
 def test_a_cancel_between_storing_and_running(
     make: Make, asked: dict[str, Any], batcher: HandBatcher, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -244,6 +269,7 @@ def test_a_cancel_between_storing_and_running(
     assert client.get(f"/v1/predictions/{made['id']}").json()["status"] == "canceled"
 
 
+@both_stores
 def test_a_broken_engine_is_tried_with_one(make: Make, asked: dict[str, Any], batcher: HandBatcher) -> None:
     client = make(by_itself=False)
     batcher.healthy = False
@@ -266,13 +292,14 @@ def test_no_path_of_the_data_folder_is_shown(make: Make, asked: dict[str, Any], 
     assert held["error"] == "The server can't store or read this at the moment; its log has more"
 
 
+@both_stores
 def test_a_canceled_one_stays_canceled(make: Make, asked: dict[str, Any], batcher: HandBatcher) -> None:
     client = make(by_itself=False)
     made = client.post("/v1/predictions", json={"input": asked}).json()
     batcher.next()
     client.post(f"/v1/predictions/{made['id']}/cancel")
     client.app.close()  # type: ignore[attr-defined]
-    assert make().get(f"/v1/predictions/{made['id']}").json()["status"] == "canceled"
+    assert ended(make(), made["id"])["status"] == "canceled"
     assert len(batcher.seen) == 1
 
 
@@ -284,7 +311,7 @@ def test_a_result_that_does_not_fit_the_disk(
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("ritocco.server.files.write_whole", full)
+    monkeypatch.setattr("ritocco.server.contents.write_whole", full)
     held = client.post("/predictions", json={"input": asked}).json()
     assert held["status"] == "failed"
     assert held["error"] == "The result could not be stored; the server's log has more"
@@ -294,6 +321,7 @@ def test_a_result_that_does_not_fit_the_disk(
     assert list((tmp_path / "data" / "files").iterdir()) == []
 
 
+@both_stores
 def test_nothing_is_accepted_that_is_not_stored(
     make: Make, asked: dict[str, Any], batcher: HandBatcher, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -304,6 +332,7 @@ def test_nothing_is_accepted_that_is_not_stored(
     assert batcher.seen == []
 
 
+@both_stores
 def test_an_end_that_cannot_be_written_is_written_later(
     make: Make, asked: dict[str, Any], batcher: HandBatcher, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -325,6 +354,7 @@ def test_an_end_that_cannot_be_written_is_written_later(
     assert refused.is_set()
 
 
+@both_stores
 def test_old_data_goes(make: Make, asked: dict[str, Any]) -> None:
     client = make(outputs="url")
     held = client.post("/predictions", json={"input": asked}).json()
@@ -352,6 +382,7 @@ def test_two_apps_do_not_share_a_folder(make: Make) -> None:
         make()
 
 
+@both_stores
 def test_a_lost_device_fails_what_ran_and_keeps_what_waits(
     make: Make, asked: dict[str, Any], batcher: HandBatcher
 ) -> None:
@@ -374,12 +405,13 @@ def test_a_lost_device_fails_what_ran_and_keeps_what_waits(
     again = make()
     for id in ids:
         again.get(again.get(f"/v1/predictions/{id}").json()["urls"]["stream"])
-    held = [again.get(f"/v1/predictions/{id}").json() for id in ids]
+    held = [ended(again, id) for id in ids]
     assert [one["status"] for one in held] == ["failed", "succeeded", "succeeded"]
     assert held[0]["error"] == INTERRUPTED
     assert [run.id for run in batcher.seen].count(ids[1]) == 2
 
 
+@both_stores
 def test_what_comes_after_the_loss_waits_too(
     make: Make, asked: dict[str, Any], batcher: HandBatcher, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -401,6 +433,7 @@ def test_what_comes_after_the_loss_waits_too(
     assert again.get(f"/v1/predictions/{made['id']}").json()["status"] == "succeeded"
 
 
+@both_stores
 def test_a_stop_that_is_hurried_puts_back_what_runs(
     make: Make, asked: dict[str, Any], batcher: HandBatcher
 ) -> None:

@@ -7,16 +7,17 @@ import os
 import sqlite3
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from real_postgres import both_stores
 from ritocco.errors import BackendError, BusyError, RequestError
 from ritocco.prediction import new_id
-from ritocco.server.database import StorageError
+from ritocco.server.database import StorageError, setting
 from ritocco.server.files import StoredFile
 from ritocco.server.store import INTERRUPTED, Outcome, Record, Store
 
@@ -39,19 +40,21 @@ def output(store: Store, id: str, data: bytes = b"picture") -> StoredFile:
     return store.files.write(data, name="out-0.png", content_type="image/png", prediction=id, place=0)
 
 
+Open = Callable[..., Store]
+
+
 @pytest.fixture
-def store(tmp_path: Path) -> Iterator[Store]:
-    made = Store(tmp_path / "data", waiting=5)
-    yield made
-    made.close()
+def store(open_store: Open) -> Store:
+    return open_store(waiting=5)
 
 
-def reopened(store: Store) -> Store:
-    folder = store.files.path(output(store, "nobody's")).parent.parent
+def reopened(store: Store, open_store: Open) -> Store:
+    output(store, "nobody's")  # a file without a row, as a process leaves that was killed between the two
     store.close()
-    return Store(folder, waiting=5)
+    return open_store(waiting=5)
 
 
+@both_stores
 def test_a_predictions_way(store: Store) -> None:
     new, fresh = store.accept(record(webhook="http://there/", webhook_events=("completed",)))
     assert fresh
@@ -70,13 +73,14 @@ def test_a_predictions_way(store: Store) -> None:
     )
     assert held.created_at <= (held.started_at or "") <= (held.completed_at or "")
     assert store.by_stream(new.stream) == held
-    assert [store.files.path(one).read_bytes() for one in store.files.outputs(new.id)] == [b"picture"]
+    assert [store.files.read(one) for one in store.files.outputs(new.id)] == [b"picture"]
     assert store.due() == [new.id]
     store.delivered(new.id)
     assert store.due() == []
 
 
-def test_an_end_comes_once(store: Store, tmp_path: Path) -> None:
+@both_stores
+def test_an_end_comes_once(store: Store) -> None:
     new, _ = store.accept(record())
     assert store.finish(new.id, Outcome(status="canceled"))
     late = output(store, new.id)
@@ -84,10 +88,11 @@ def test_an_end_comes_once(store: Store, tmp_path: Path) -> None:
     held = store.get(new.id)
     assert held is not None
     assert (held.status, held.started_at) == ("canceled", None)
-    assert not store.files.path(late).exists()
+    assert not store.files.there(late)
     assert store.files.outputs(new.id) == []
 
 
+@both_stores
 def test_the_queue_is_bounded(store: Store) -> None:
     made = [store.accept(record())[0] for _ in range(5)]
     with pytest.raises(BusyError) as refused:
@@ -101,6 +106,7 @@ def test_the_queue_is_bounded(store: Store) -> None:
     assert store.unfinished() == 5
 
 
+@both_stores
 def test_a_repeated_creation_is_the_same_prediction(store: Store) -> None:
     first, _ = store.accept(record(key="k"))
     assert store.accept(record(key="k")) == (first, False)
@@ -114,6 +120,7 @@ def test_a_repeated_creation_is_the_same_prediction(store: Store) -> None:
     assert store.queued() == [first.id]
 
 
+@both_stores
 def test_a_repeated_creation_passes_a_full_queue(store: Store) -> None:
     first, _ = store.accept(record(key="k"))
     for _ in range(4):
@@ -121,8 +128,9 @@ def test_a_repeated_creation_passes_a_full_queue(store: Store) -> None:
     assert store.accept(record(key="k")) == (first, False)
 
 
-def test_pages(store: Store, tmp_path: Path) -> None:
-    with_room = Store(tmp_path / "other")
+@both_stores
+def test_pages(open_store: Open) -> None:
+    with_room = open_store()
     ids = [with_room.accept(record())[0].id for _ in range(5)][::-1]
     first = with_room.page(size=2)
     assert ([one.id for one in first.records], first.newer, first.older) == (ids[:2], False, True)
@@ -132,9 +140,9 @@ def test_pages(store: Store, tmp_path: Path) -> None:
     assert ([one.id for one in third.records], third.older) == (ids[4:], False)
     back = with_room.page(after=second.records[0].seq, size=1)
     assert ([one.id for one in back.records], back.newer) == ([ids[1]], True)
-    with_room.close()
 
 
+@both_stores
 def test_lists_and_streams_read_no_whole_input(store: Store) -> None:
     uri, text = "data:image/png;base64," + "A" * 1000, "a" * 9000
     new, _ = store.accept(record(input={"image": uri, "prompt": text, "seed": 1}))
@@ -152,6 +160,7 @@ def test_lists_and_streams_read_no_whole_input(store: Store) -> None:
     assert (now.input, now.status) == (new.input, "processing")
 
 
+@both_stores
 def test_inputs_that_an_earlier_version_stored(store: Store) -> None:
     store.accept(record(input={"image": "data:," + "A" * 1000}))
     with store.database.write() as db:
@@ -159,7 +168,8 @@ def test_inputs_that_an_earlier_version_stored(store: Store) -> None:
     assert [len(one.input["image"]) for one in store.page().records] == [63]
 
 
-def test_after_a_restart_queued_ones_run_and_running_ones_fail(store: Store) -> None:
+@both_stores
+def test_after_a_restart_queued_ones_run_and_running_ones_fail(store: Store, open_store: Open) -> None:
     queued, running, done, again = (
         store.accept(record(webhook="http://there/", id=f"{i}"))[0] for i in range(4)
     )
@@ -167,31 +177,29 @@ def test_after_a_restart_queued_ones_run_and_running_ones_fail(store: Store) -> 
     store.start(again.id)
     store.requeue(again.id)
     store.finish(done.id, DONE, [output(store, done.id)])
-    store = reopened(store)
+    store = reopened(store, open_store)
     assert store.queued() == [queued.id, again.id]
     held = store.get(running.id)
     assert held is not None
     assert (held.status, held.error) == ("failed", INTERRUPTED)
     assert held.completed_at is not None
     assert store.due() == [running.id, done.id]
-    assert [store.files.path(one).read_bytes() for one in store.files.outputs(done.id)] == [b"picture"]
-    # `reopened` leaves a file without a row, as a process does that was killed between the two.
-    assert len(list((store.files.path(output(store, "x")).parent).iterdir())) == 2
-    store.close()
+    assert [store.files.read(one) for one in store.files.outputs(done.id)] == [b"picture"]
 
 
-def test_what_was_being_prepared_when_two_processes_ended_failed(store: Store) -> None:
+@both_stores
+def test_what_was_being_prepared_when_two_processes_ended_failed(store: Store, open_store: Open) -> None:
     guilty, outlived, requeued, waiting = (store.accept(record(webhook="http://there/"))[0] for _ in range(4))
     for one in (guilty, outlived, requeued):
         store.prepare(one.id)
-    store = reopened(store)
+    store = reopened(store, open_store)
     assert store.queued() == [guilty.id, outlived.id, requeued.id, waiting.id]
     assert [getattr(store.get(id), "attempts", None) for id in store.queued()] == [1, 1, 1, 0]
     store.prepared(outlived.id)
     assert store.requeue(requeued.id)
     for one in (guilty, outlived, requeued):
         store.prepare(one.id)
-    store = reopened(store)
+    store = reopened(store, open_store)
     assert store.queued() == [outlived.id, requeued.id, waiting.id]
     held = store.get(guilty.id)
     assert held is not None
@@ -233,6 +241,7 @@ def test_a_folder_that_is_none(tmp_path: Path) -> None:
         Store(tmp_path / "file")
 
 
+@both_stores
 def test_retention(store: Store) -> None:
     old, _ = store.accept(record(webhook="http://there/"))
     store.finish(old.id, DONE, [output(store, old.id)])
@@ -250,7 +259,7 @@ def test_retention(store: Store) -> None:
     assert (left.status, left.data_removed, left.input, left.logs) == ("succeeded", True, {}, "")
     assert store.files.outputs(old.id) == []
     assert store.files.find(upload.id) is None
-    assert [one for one in (held, upload) if store.files.path(one).exists()] == []
+    assert [one for one in (held, upload) if store.files.there(one)] == []
     assert store.due() == []
     assert store.get(waiting.id) == waiting
     assert store.clean(-31 * 24 * 3600) == 0
@@ -302,6 +311,7 @@ def test_a_damaged_file_is_the_disks_fault(store: Store) -> None:
             raise sqlite3.IntegrityError("UNIQUE constraint failed")
 
 
+@both_stores
 @pytest.mark.parametrize(("events", "due"), [((), 1), (("start", "completed"), 1), (("start", "output"), 0)])
 def test_a_last_event_is_due_where_it_is_asked_for(store: Store, events: tuple[str, ...], due: int) -> None:
     new, _ = store.accept(record(webhook="http://there/", webhook_events=events))
@@ -309,6 +319,7 @@ def test_a_last_event_is_due_where_it_is_asked_for(store: Store, events: tuple[s
     assert len(store.due()) == due
 
 
+@both_stores
 def test_uploads_are_deleted_and_outputs_are_not(store: Store) -> None:
     new, _ = store.accept(record())
     made = output(store, new.id)
@@ -317,9 +328,9 @@ def test_uploads_are_deleted_and_outputs_are_not(store: Store) -> None:
     store.files.record(upload)
     assert store.files.delete(upload.id)
     assert not store.files.delete(upload.id)
-    assert not store.files.path(upload).exists()
+    assert not store.files.there(upload)
     assert not store.files.delete(made.id)
-    assert store.files.path(made).exists()
+    assert store.files.there(made)
 
 
 def test_a_disk_that_refuses(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -331,16 +342,24 @@ def test_a_disk_that_refuses(store: Store, monkeypatch: pytest.MonkeyPatch) -> N
         store.accept(record(input={"prompt": "a cat " * 10000}))
     assert store.queued() == [first.id]
     monkeypatch.setattr(
-        "ritocco.server.files.write_whole", lambda *_: os.open("/dev/null/nowhere", os.O_RDONLY)
+        "ritocco.server.contents.write_whole", lambda *_: os.open("/dev/null/nowhere", os.O_RDONLY)
     )
     with pytest.raises(StorageError, match="nothing can be stored"):
         output(store, first.id)
 
 
-def test_secrets_are_kept(store: Store) -> None:
-    assert store.database.setting("secret", "a") == "a"
-    store = reopened(store)
-    assert store.database.setting("secret", "b") == "a"
+def test_files_without_a_row_go(store: Store, open_store: Open) -> None:
+    folder = store.files.path(output(store, "nobody's"))
+    assert folder is not None
+    store = reopened(store, open_store)
+    assert list(folder.parent.iterdir()) == []
+
+
+@both_stores
+def test_secrets_are_kept(store: Store, open_store: Open) -> None:
+    assert setting(store.database, "secret", "a") == "a"
+    store = reopened(store, open_store)
+    assert setting(store.database, "secret", "b") == "a"
     store.close()
 
 
@@ -400,7 +419,7 @@ rows = store.page(size=10**6).records
 print(json.dumps({
     "said": said,
     "rows": [[row.key, row.id, row.status, row.error] for row in rows],
-    "outputs": {row.id: [store.files.path(one).read_bytes().decode() for one in store.files.outputs(row.id)]
+    "outputs": {row.id: [store.files.read(one).decode() for one in store.files.outputs(row.id)]
                 for row in rows},
     "files": sorted(path.name for path in (folder / "files").iterdir()),
     "known": sorted(one.id for row in rows for one in store.files.outputs(row.id)),

@@ -174,7 +174,7 @@ def test_a_disk_that_refuses_is_not_ready(make: Make, monkeypatch: pytest.Monkey
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patched:
-        patched.setattr("ritocco.server.files.write_whole", full)
+        patched.setattr("ritocco.server.contents.write_whole", full)
         assert client.post("/v1/files", files={"content": ("a", b"x")}).status_code == 507
         got = client.get("/readyz")
         assert (got.status_code, got.json()["status"]) == (503, "storage")

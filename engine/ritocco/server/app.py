@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI
 from starlette.concurrency import run_in_threadpool
@@ -18,10 +18,11 @@ from starlette.types import ASGIApp
 
 from ritocco.batcher import Batcher
 from ritocco.engine import Engine
+from ritocco.errors import BackendError
 from ritocco.fetch import Fetcher
 from ritocco.prediction import VERSION, timestamp
 from ritocco.server import health, models, predictions, uploads
-from ritocco.server.database import StorageError
+from ritocco.server.database import StorageError, setting
 from ritocco.server.document import document
 from ritocco.server.gate import PREFIXES, SEND_TIMEOUT_S, BodyLimits, Gate, SendLimits
 from ritocco.server.jobs import FETCHING, Jobs
@@ -32,6 +33,9 @@ from ritocco.server.settings import Settings
 from ritocco.server.state import Shared
 from ritocco.server.store import Store
 from ritocco.server.webhooks import Webhooks
+
+if TYPE_CHECKING:
+    from ritocco.server.tending import Tending
 
 _CLEAN_EVERY_S = 600.0
 
@@ -73,7 +77,7 @@ def create_app(engine: Engine | Sequence[Engine] | Batcher, settings: Settings |
     """Replicate's API as an ASGI app, to run with uvicorn or to mount under a prefix of another app.
 
     engine: one, several of one checkpoint, or a Batcher, which is the caller's to close.
-    Raises BackendError where the data folder can't be used.
+    Raises BackendError where the data folder or the database can't be used.
     """
     settings = settings or Settings()
     parts = _Parts(engine, settings)
@@ -134,7 +138,7 @@ def create_app(engine: Engine | Sequence[Engine] | Batcher, settings: Settings |
             allow_methods=["GET", "POST", "PUT", "DELETE"],
             allow_headers=["Authorization", "Content-Type", "Idempotency-Key", "Prefer"],
         )
-    shared.jobs.resume()
+    parts.begin()
     return app
 
 
@@ -142,9 +146,8 @@ class _Parts:
     """What has to be closed, in its order."""
 
     def __init__(self, engine: Engine | Sequence[Engine] | Batcher, settings: Settings) -> None:
-        self._temporary = tempfile.TemporaryDirectory(prefix="ritocco-") if settings.data is None else None
-        folder = settings.data if self._temporary is None else Path(self._temporary.name)
-        store = Store(folder or Path(), waiting=settings.waiting)
+        self._temporary: tempfile.TemporaryDirectory[str] | None = None
+        store = self._store(settings)
         self._owned: Batcher | None = None
         if isinstance(engine, Engine | Sequence):
             engines = [engine] if isinstance(engine, Engine) else list(engine)
@@ -165,14 +168,30 @@ class _Parts:
             webhooks=webhooks,
             metrics=metrics,
             version=served or VERSION,
-            began=store.database.setting("began", timestamp()),
+            began=setting(store.database, "began", timestamp()),
         )
+        self._tending = _tending(self.shared)
         self._draining, self._drained = threading.Lock(), False
         self._closing = threading.Lock()
         self._closed = False
         self._wake = threading.Event()
         self._cleaner = threading.Thread(target=self._clean, name="ritocco-clean", daemon=True)
         self._cleaner.start()
+
+    def _store(self, settings: Settings) -> Store:
+        if settings.database is not None:
+            return _shared_store(settings, settings.database)
+        folder = settings.data
+        if folder is None:
+            self._temporary = tempfile.TemporaryDirectory(prefix="ritocco-")
+            folder = Path(self._temporary.name)
+        return Store(folder, waiting=settings.waiting)
+
+    def begin(self) -> None:
+        """Take up what an earlier process left, and what other servers do."""
+        self.shared.jobs.resume()
+        if self._tending is not None:
+            self._tending.start()
 
     def drain(self) -> None:
         with self._draining:
@@ -191,6 +210,8 @@ class _Parts:
                 self._owned.close(drain=False, timeout=self.shared.settings.grace_s)
             self.shared.webhooks.close()
             self._cleaner.join()
+            if self._tending is not None:
+                self._tending.close()
             self.shared.store.close()
             if self._temporary is not None:
                 self._temporary.cleanup()
@@ -205,3 +226,23 @@ class _Parts:
             else:
                 if removed:
                     _log.info("cleaned", extra={"predictions": removed})
+
+
+def _shared_store(settings: Settings, url: str) -> Store:
+    try:
+        from ritocco.server.shared_store import SharedStore
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.startswith("ritocco"):
+            raise
+        raise BackendError(f'a database needs {error.name}; pip install "ritocco[postgres]"') from error
+    return SharedStore(url, waiting=settings.waiting, gone_after_s=settings.gone_after_s)
+
+
+def _tending(shared: Shared) -> Tending | None:
+    if not shared.store.has_others:
+        return None
+    from ritocco.server.shared_store import SharedStore
+    from ritocco.server.tending import Tending
+
+    assert isinstance(shared.store, SharedStore)  # noqa: S101 - nothing else has others
+    return Tending(shared.store, shared.jobs, shared.webhooks)

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import sqlite3
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from typing import Any, Protocol
 
 from ritocco.disk import hold
 from ritocco.errors import BackendError, RitoccoError
@@ -68,7 +69,61 @@ CREATE TABLE IF NOT EXISTS briefs (id TEXT PRIMARY KEY, json TEXT NOT NULL);
 
 
 class StorageError(RitoccoError):
-    """The data folder can't be written: the disk is full, or gone."""
+    """Nothing can be stored or read: the disk is full, or gone."""
+
+
+class AwayError(StorageError):
+    """The database can't be reached, and may come back. What was under way is done, or not."""
+
+
+class Rows(Protocol):
+    """What a statement gave. A row has its columns' names as keys."""
+
+    @property
+    def rowcount(self) -> int:
+        """Rows that were changed."""
+
+    def fetchone(self) -> Any:
+        """The next row, or None."""
+
+    def fetchall(self) -> list[Any]:
+        """The rows that are left."""
+
+    def __iter__(self) -> Iterator[Any]: ...
+
+
+class Connection(Protocol):
+    """Statements in the SQL that SQLite and PostgreSQL share, with `?` for values."""
+
+    def execute(self, statement: str, values: Sequence[Any] = ..., /) -> Rows:
+        """One."""
+
+    def executemany(self, statement: str, values: Sequence[Sequence[Any]], /) -> object:
+        """One for each of the values."""
+
+
+class AnyDatabase(Protocol):
+    """Where predictions and files are. refused: whether the last write failed."""
+
+    @property
+    def refused(self) -> bool:
+        """Whether the last write failed."""
+
+    def write(self) -> AbstractContextManager[Connection]:
+        """A transaction: all of it is stored afterwards, or none. Raises StorageError."""
+
+    def read(self) -> AbstractContextManager[Connection]:
+        """What was committed last. Raises StorageError."""
+
+    def close(self) -> None:
+        """Let go of it. Again does nothing."""
+
+
+def setting(database: AnyDatabase, name: str, default: str) -> str:
+    """A value that is kept; the default is, where none was."""
+    with database.write() as db:
+        db.execute("INSERT INTO settings VALUES (?, ?) ON CONFLICT DO NOTHING", (name, default))
+        return str(db.execute("SELECT value FROM settings WHERE name = ?", (name,)).fetchone()["value"])
 
 
 class Database:
@@ -121,12 +176,6 @@ class Database:
                 if not _is_the_disks(error):
                     raise
                 raise StorageError(f"nothing can be read: {error}") from error
-
-    def setting(self, name: str, default: str) -> str:
-        """A value that is kept; the default is, where none was."""
-        with self.write() as db:
-            db.execute("INSERT OR IGNORE INTO settings VALUES (?, ?)", (name, default))
-            return str(db.execute("SELECT value FROM settings WHERE name = ?", (name,)).fetchone()[0])
 
     def close(self) -> None:
         """Lets go of the folder."""

@@ -23,7 +23,7 @@ _WORDS = {
     415: "Of another type",
     422: "Breaks a rule, which is named",
     429: "The queue is full",
-    503: "About to stop",
+    503: "About to stop, or without its database",
 }
 
 

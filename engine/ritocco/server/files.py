@@ -1,4 +1,4 @@
-"""Files on disk: uploads and outputs. A row comes after its file and goes before it: none is half there.
+"""Files: uploads and outputs. A row comes after its bytes and goes before them: none is half there.
 
 But on a full disk, which has no room for the change of a row, old files go first; see `Store.clean`.
 """
@@ -6,17 +6,14 @@ But on a full disk, which has no room for the change of a row, old files go firs
 from __future__ import annotations
 
 import hashlib
-import os
-import sqlite3
 import time
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from ritocco.disk import write_whole
 from ritocco.prediction import new_id, timestamp
-from ritocco.server.database import Database, StorageError
+from ritocco.server.contents import Contents
+from ritocco.server.database import AnyDatabase, Connection, StorageError
 
 _PROBE_BYTES = 1 << 20
 
@@ -25,9 +22,9 @@ _PROBE_BYTES = 1 << 20
 class StoredFile:
     """A file that is there whole.
 
-    id: 130 random bits, also its name on disk; whoever knows it may read an output. prediction, place: whose
-    output it is, and which; None for an upload. size: bytes. name: what the client called it, for show only.
-    metadata: the client's own, JSON text of an object.
+    id: 130 random bits, and the name of its bytes; whoever knows it may read an output. prediction, place:
+    whose output it is, and which; None for an upload. size: bytes. name: what the client called it, for show
+    only. metadata: the client's own, JSON text of an object.
     """
 
     id: str
@@ -42,17 +39,12 @@ class StoredFile:
 
 
 class Files:
-    """The folder `files` under the data folder."""
+    """Rows of `files`, and their bytes."""
 
-    def __init__(self, database: Database, folder: Path) -> None:
-        self._database = database
-        self._folder = folder
+    def __init__(self, database: AnyDatabase, contents: Contents) -> None:
+        self._database, self._contents = database, contents
         self.refused = False
         """Whether the last write failed."""
-        try:
-            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        except OSError as error:
-            raise StorageError(f"{folder}: {error}") from error
 
     def write(
         self,
@@ -64,7 +56,7 @@ class Files:
         prediction: str | None = None,
         place: int | None = None,
     ) -> StoredFile:
-        """Bytes to a new file, on the disk afterwards; `record` makes it known. Raises StorageError."""
+        """Bytes to a new file, stored afterwards; `record` makes it known. Raises StorageError."""
         made = StoredFile(
             id=new_id(),
             name=name,
@@ -81,11 +73,10 @@ class Files:
 
     def _write(self, name: str, data: bytes | memoryview) -> None:
         try:
-            write_whole(self._folder / name, data)
-            _sync_folder(self._folder)
-        except OSError as error:
+            self._contents.write(name, data)
+        except StorageError:
             self.refused = True
-            raise StorageError(f"nothing can be stored: {error}") from error
+            raise
         self.refused = False
 
     def try_writing(self) -> None:
@@ -106,31 +97,28 @@ class Files:
     def find(self, id: str) -> StoredFile | None:
         """The file of an id, or None."""
         with self._database.read() as db:
-            row = db.execute(f"SELECT {_COLUMNS} FROM files WHERE id = ?", (id,)).fetchone()  # noqa: S608
+            row = db.execute(f"SELECT {_COLUMNS} FROM files WHERE id = ?", (id,)).fetchone()
         return None if row is None else StoredFile(**dict(row))
 
     def uploads(self, most: int) -> list[StoredFile]:
         """Clients' files, the latest first."""
-        asked = f"SELECT {_COLUMNS} FROM files WHERE prediction IS NULL ORDER BY created DESC LIMIT ?"  # noqa: S608
+        asked = f"SELECT {_COLUMNS} FROM files WHERE prediction IS NULL ORDER BY created DESC LIMIT ?"
         with self._database.read() as db:
             return [StoredFile(**dict(row)) for row in db.execute(asked, (most,))]
 
     def outputs(self, prediction: str) -> list[StoredFile]:
         """A prediction's pictures, in their order."""
-        asked = f"SELECT {_COLUMNS} FROM files WHERE prediction = ? ORDER BY place"  # noqa: S608
+        asked = f"SELECT {_COLUMNS} FROM files WHERE prediction = ? ORDER BY place"
         with self._database.read() as db:
             return [StoredFile(**dict(row)) for row in db.execute(asked, (prediction,))]
 
-    def path(self, file: StoredFile) -> Path:
-        """Where its bytes are."""
-        return self._folder / file.id
+    def path(self, file: StoredFile) -> Path | None:
+        """Where its bytes are; None where in no file."""
+        return self._contents.path(file.id)
 
     def read(self, file: StoredFile) -> bytes:
         """Its bytes. Raises StorageError where they are gone."""
-        try:
-            return self.path(file).read_bytes()
-        except OSError as error:
-            raise StorageError(f"a file can't be read: {error}") from error
+        return self._contents.read(file.id)
 
     def delete(self, id: str) -> bool:
         """Forget an upload and delete it; False where there is none."""
@@ -141,8 +129,8 @@ class Files:
         return bool(gone)
 
     def there(self, file: StoredFile) -> bool:
-        """Whether its bytes are: a full disk is freed of old ones before their rows go."""
-        return self.path(file).is_file()
+        """Whether its bytes are."""
+        return self._contents.there(file.id)
 
     def expire(self, before: float) -> None:
         """Delete the uploads made before a time in seconds since the epoch."""
@@ -152,39 +140,22 @@ class Files:
         self.unlink(ids)
 
     def unlink(self, ids: Sequence[str]) -> None:
-        """Delete the bytes of files that nobody knows any more; what can't be now goes at the next start."""
-        for id in ids:
-            with suppress(OSError):
-                (self._folder / id).unlink(missing_ok=True)
+        """Delete the bytes of files that nobody knows any more."""
+        self._contents.delete(ids)
 
     def sweep(self) -> None:
-        """Delete what an interrupted process left: files without a row. Only while nothing is written."""
+        """Delete what an interrupted process left: bytes without a row."""
         with self._database.read() as db:
             known = {row["id"] for row in db.execute("SELECT id FROM files")}
-        with suppress(OSError):
-            for path in self._folder.iterdir():
-                if path.name not in known:
-                    with suppress(OSError):
-                        path.unlink()
+        self._contents.sweep(known)
 
 
 _NAMES = ("id", "name", "content_type", "size", "sha256", "created_at", "metadata", "prediction", "place")
 _COLUMNS = ", ".join(_NAMES)
 
 
-def insert_files(db: sqlite3.Connection, files: Sequence[StoredFile]) -> None:
+def insert_files(db: Connection, files: Sequence[StoredFile]) -> None:
     """Rows of files, inside a transaction of the caller's."""
     rows = [(*(getattr(one, name) for name in _NAMES), time.time()) for one in files]
     marks = ", ".join("?" * (len(_NAMES) + 1))
-    db.executemany(f"INSERT INTO files ({_COLUMNS}, created) VALUES ({marks})", rows)  # noqa: S608
-
-
-def _sync_folder(folder: Path) -> None:
-    """A rename is on the disk once its folder is; Windows has no such call, nor the need."""
-    if os.name == "nt":
-        return
-    opened = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(opened)
-    finally:
-        os.close(opened)
+    db.executemany(f"INSERT INTO files ({_COLUMNS}, created) VALUES ({marks})", rows)

@@ -1,7 +1,8 @@
-"""From the queue on disk to the batcher and back: what was accepted is run, and what ended is written down.
+"""From the queue to the batcher and back: what was accepted is run, and what ended is written down.
 
 Threads: the caller's accept and cancel; a few prepare, and others what has pictures to fetch; the batcher's
-call `on_start`, which waits for the disk, and `on_step`; one writes ends, in their order.
+call `on_start`, which waits for the store, and `on_step`; one writes ends, in their order. Where the store's
+database is away, what waits is tried again, and what ended is kept until it can be written down.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import Any
 from ritocco.batcher import Batcher
 from ritocco.errors import BusyError, DeviceLostError, RequestError, RitoccoError
 from ritocco.server.answers import answer
-from ritocco.server.database import StorageError
+from ritocco.server.database import AwayError, StorageError
 from ritocco.server.files import StoredFile
 from ritocco.server.inputs import is_elsewhere, with_own_files
 from ritocco.server.live import Live, failure
@@ -69,11 +70,13 @@ class Jobs:
 
     def resume(self) -> None:
         """Take up what an earlier process left."""
-        for id in self._store.due():
-            if (record := self._store.get(id)) is not None:
-                self._send(record, "completed")
+        self.send_last(self._store.due())
+        self.run(self._store.queued())
+
+    def run(self, ids: Sequence[str]) -> None:
+        """Run what was accepted elsewhere, or before."""
         suspects = []
-        for id in self._store.queued():
+        for id in ids:
             if (record := self._store.get(id)) is not None:
                 live = self._known(record)
                 if record.attempts:
@@ -81,6 +84,18 @@ class Jobs:
                 else:
                     self._start([live])
         self._start(suspects)  # which are opened one after the other: one of them may have ended a process
+
+    def run_forgotten(self) -> None:
+        """Run what is ours and known to nobody here: the connection was lost while it was stored."""
+        if any(id not in self._lives for id in self._store.queued()) and not self._stopping:
+            with self._accepting:
+                self.run([id for id in self._store.queued() if id not in self._lives])
+
+    def send_last(self, ids: Sequence[str]) -> None:
+        """Send the last events of predictions that ended elsewhere, or before."""
+        for id in ids:
+            if (record := self._store.get(id)) is not None:
+                self._send(record, "completed")
 
     def accept(self, new: Record) -> tuple[Record, bool]:
         """Store a prediction and run it; raises as `Store.accept`, StoppingError and BrokenError."""
@@ -105,13 +120,23 @@ class Jobs:
         return self._lives.get(id)
 
     def cancel(self, id: str) -> None:
-        """End a prediction: one that waits at once, one that runs between two steps."""
+        """End a prediction: one that waits at once, one that runs between two steps, and one that another
+        server runs once that has heard of it. Raises StorageError.
+        """
         live = self._lives.get(id)
         if live is None:
             with self._accepting:  # it may have been stored this moment
                 live = self._lives.get(id)
-        if live is None:
-            return
+        if live is not None:
+            self.end(live)
+        try:
+            self._store.ask_to_cancel(id)  # it may be another server's, which this one has yet to hear
+        except StorageError:
+            if live is None:
+                raise
+
+    def end(self, live: Live) -> None:
+        """Cancel what is run here."""
         with live.lock:
             live.canceled = True
             ticket, waiting = live.ticket, not live.started
@@ -119,6 +144,14 @@ class Jobs:
             ticket.cancel()
         if waiting:
             self._finish(live, Outcome(status="canceled"))
+
+    def drop(self, live: Live) -> None:
+        """It is another server's by now: nothing of it is written down here."""
+        with live.lock:
+            live.dropped, ticket = True, live.ticket
+        if ticket is not None:
+            ticket.cancel()
+        self._forget(live)
 
     @property
     def lost(self) -> bool:
@@ -131,16 +164,18 @@ class Jobs:
         return self._stopping
 
     def begin_stop(self) -> None:
-        """Accept nothing more; what waits is left for the next start, what runs goes on."""
+        """Accept nothing more; what waits is left for the next start, or to others; what runs goes on."""
         self._stopping = True
         with self._room:
             self._room.notify_all()
-        for live in self._all():
+        for live in self.lives():
             with live.lock:
                 live.set_aside = live.set_aside or not live.started
             if live.set_aside and live.ticket is not None:
                 live.ticket.cancel()
             live.changed.notify()
+        with suppress(StorageError):  # then they are left when this server is seen to be gone
+            self._store.release([live.record.id for live in self.lives() if live.set_aside])
 
     def hurry(self) -> None:
         """What runs gets no more time: a `stop` that waits for it goes on."""
@@ -152,7 +187,7 @@ class Jobs:
         """`begin_stop`, then wait `grace_s` for what runs; the rest is run after the next start."""
         self.begin_stop()
         self._await_ends(self._settings.grace_s, lambda: self._hurried)
-        for live in self._all():
+        for live in self.lives():
             with live.lock:
                 live.set_aside = True
             if live.ticket is not None:
@@ -162,25 +197,26 @@ class Jobs:
         for pool in (self._preparers, self._fetchers):
             pool.shutdown(wait=False, cancel_futures=True)  # one may be fetching a picture
         self._writer.shutdown(wait=True)
-        for live in self._all():
+        for live in self.lives():
             with suppress(StorageError):
-                self._store.requeue(live.record.id)
+                self._requeue(live)
 
-    def _all(self) -> list[Live]:
+    def lives(self) -> list[Live]:
+        """What is run here, or waits for it."""
         with self._lock:
             return list(self._lives.values())
 
     def _await_ends(self, seconds: float, enough: Callable[[], bool] = lambda: False) -> None:
         deadline = time.monotonic() + seconds
         with self._room:
-            while any(one.started for one in self._all()) and not enough():
+            while any(one.started for one in self.lives()) and not enough():
                 if (left := deadline - time.monotonic()) <= 0:
                     break
                 self._room.wait(left)
 
     def _figures(self) -> tuple[int, int, int]:
         """Waiting and running predictions, and the pictures of the latter."""
-        lives = self._all()
+        lives = self.lives()
         running = [one for one in lives if one.started]
         return len(lives) - len(running), len(running), sum(one.pictures for one in running)
 
@@ -206,12 +242,14 @@ class Jobs:
         """Hand it to the batcher. False where a picture has to be fetched, and this is not the place."""
         try:
             record = self._store.get(live.record.id)
-            if record is None or live.canceled or self._stopping:
+            if record is None or live.canceled or live.dropped or self._stopping:
                 return True
             given = with_own_files(self._store.files, record.input)
             if not fetch and is_elsewhere(given):
                 return False
-            self._store.prepare(record.id)
+            if not self._store.prepare(record.id):  # it has ended, or is another server's
+                self._forget(live)
+                return True
             try:
                 ticket = self._submitted(live, given)
             finally:
@@ -220,6 +258,8 @@ class Jobs:
             self._finish(live, Outcome(status="failed", error=str(error)))
         except DeviceLostError as error:
             self._device_lost(live, error)
+        except AwayError as error:
+            self._put_off(live, error)
         except Exception as error:
             if not self._stopping:  # else it is run after the next start
                 self._finish(live, failure(live, error))
@@ -232,14 +272,14 @@ class Jobs:
         ticket.prediction.input = {}  # the disk has it, and megabytes would wait here
         with live.lock:
             live.ticket = ticket
-            unwanted = live.canceled or live.set_aside
+            unwanted = live.canceled or live.set_aside or live.dropped
         if unwanted:
             ticket.cancel()
         ticket.add_done_callback(lambda _: self._write(self._ended, live))
 
     def _submitted(self, live: Live, given: Mapping[str, Any]) -> Ticket | None:
         """Its place in the batcher, waited for; None where it is not wanted any more."""
-        while not (live.canceled or self._stopping):
+        while not (live.canceled or live.dropped or self._stopping):
             try:
                 return self._batcher.submit(
                     given,
@@ -256,13 +296,17 @@ class Jobs:
 
     def _begun(self, live: Live) -> bool:
         """Whether it is still wanted. On the batcher's thread, before the device works on it: once that may
-        have ended the process, the disk knows of it.
+        have ended the process, the store knows of it.
         """
         with live.lock:
-            if live.canceled or live.set_aside:
+            if live.canceled or live.set_aside or live.dropped:
                 return False
             live.started = True
-        if not self._store.start(live.record.id):
+        try:
+            if not self._store.start(live.record.id):
+                return False
+        except AwayError:
+            live.started, live.put_off = False, True
             return False
         self._send(live.record, "start", live)
         live.changed.notify()
@@ -280,6 +324,8 @@ class Jobs:
     def _ended(self, live: Live) -> None:
         ticket = live.ticket
         assert ticket is not None  # noqa: S101 - it was its callback
+        if live.dropped:
+            return
         try:
             prediction = ticket.result(0)
         except DeviceLostError as error:
@@ -288,10 +334,14 @@ class Jobs:
         except Exception as error:
             self._finish(live, failure(live, error))
             return
-        if prediction.status == "canceled" and live.set_aside and not live.canceled:
-            self._store.requeue(live.record.id)
-            self._forget(live)
-            return
+        if prediction.status == "canceled" and not live.canceled:
+            if live.set_aside:
+                self._requeue(live)
+                self._forget(live)
+                return
+            if live.put_off:
+                self._put_off(live, None)
+                return
         outcome = Outcome(
             status=prediction.status,
             logs=prediction.logs,
@@ -299,6 +349,22 @@ class Jobs:
             metrics=prediction.metrics,
         )
         self._finish(live, outcome, prediction.output or ())
+
+    def _requeue(self, live: Live) -> None:
+        self._store.requeue(live.record.id)
+        self._store.release([live.record.id])
+
+    def _put_off(self, live: Live, error: AwayError | None) -> None:
+        """Begin with it once more when the database may be back."""
+        if error is not None:
+            _log.warning("put off", extra={"prediction": live.record.id, "error": said(error)})
+        with live.lock:
+            live.ticket, live.put_off = None, False
+            canceled = live.canceled
+        if canceled:
+            self._finish(live, Outcome(status="canceled"))
+        elif not self._stopping:
+            _later(self._start, [live])
 
     def _device_lost(self, live: Live, error: DeviceLostError) -> None:
         """What had begun has failed, as when a process is killed. The rest waits on the disk for the next
@@ -318,25 +384,36 @@ class Jobs:
             self._forget(live)
 
     def _finish(self, live: Live, outcome: Outcome, output: Any = ()) -> None:
-        """Write an end down. Where the disk refuses, fail; where it refuses that too, try again later."""
+        """Write an end down. Where the database is away, try again later; where the disk refuses, fail; where
+        it refuses that too, try again later.
+        """
+        if live.dropped:
+            return
         id = live.record.id
         files: list[StoredFile] = []
         try:
             for place, uri in enumerate(output):
                 files.append(self._written(id, place, uri))
             ended = self._store.finish(id, outcome, files)
+        except AwayError as error:  # the files stay: whether they are known nobody said
+            _log.warning("kept", extra={"prediction": id, "error": said(error)})
+            _later(self._write, self._finish, live, outcome, output)
+            return
         except StorageError as error:
             self._store.files.unlink([one.id for one in files])
             _log.error("not stored", extra={"prediction": id, "error": said(error)})
             if output:
                 self._finish(live, Outcome(status="failed", logs=outcome.logs, error=_NOT_STORED))
             elif not self._stopping:
-                again = threading.Timer(_RETRY_STORING_S, self._write, (self._finish, live, outcome))
-                again.daemon = True
-                again.start()
+                _later(self._write, self._finish, live, outcome)
             return
         self._forget(live)
-        if ended and (record := self._store.get(id)) is not None:
+        if ended:
+            self.tell_end(id)
+
+    def tell_end(self, id: str) -> None:
+        """To the figures, the log and the client that wants to hear of it."""
+        if (record := self._store.get(id)) is not None:
             self._metrics.ended(record)
             _log.info("prediction", extra={"prediction": id, "status": record.status, "error": record.error})
             if record.status == "succeeded":
@@ -351,7 +428,8 @@ class Jobs:
 
     def _forget(self, live: Live) -> None:
         with self._lock:
-            self._lives.pop(live.record.id, None)
+            if self._lives.get(live.record.id) is live:
+                del self._lives[live.record.id]
         live.ended = True
         live.started = False
         live.changed.notify()
@@ -379,3 +457,9 @@ class Jobs:
             return made.to_json().encode("utf-8")
 
         self._webhooks.send(lean, event, body)
+
+
+def _later(work: Callable[..., None], *arguments: Any) -> None:
+    again = threading.Timer(_RETRY_STORING_S, work, arguments)
+    again.daemon = True
+    again.start()

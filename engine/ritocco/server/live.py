@@ -32,7 +32,9 @@ class Live:
     started: bool = False
     ended: bool = False
     canceled: bool = False
-    set_aside: bool = False  # to be run after the next start
+    set_aside: bool = False  # to be run after the next start, or by another server
+    dropped: bool = False  # another server's by now
+    put_off: bool = False  # to be begun with once more when the database is back
     stepped: float = 0.0
     changed: Signal = field(default_factory=Signal)
     lock: threading.Lock = field(default_factory=threading.Lock)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import binascii
 import json
@@ -18,9 +19,10 @@ from ritocco.prediction import MODEL, Prediction
 from ritocco.schema import validated
 from ritocco.server.answers import answer
 from ritocco.server.bodies import CogRequest, PredictionRequest, read_json
+from ritocco.server.database import AwayError
 from ritocco.server.document import PageOfPredictions, body_of, problems
 from ritocco.server.problems import ProblemError, not_found
-from ritocco.server.state import Shared, idempotency_key, prediction_id, preferences
+from ritocco.server.state import POLL_S, Shared, idempotency_key, prediction_id, preferences
 from ritocco.server.store import ENDED, Record
 
 PAGE = 100
@@ -183,14 +185,25 @@ async def _events(shared: Shared, record: Record, last: str | None) -> AsyncIter
     sent, pictures = (int(place[1]), int(place[2])) if place else (0, 0)
     while True:
         live = shared.jobs.live(record.id)
-        prediction = await run_in_threadpool(_current, shared, record, live)
+        try:
+            prediction = await run_in_threadpool(_current, shared, record, live)
+        except AwayError:
+            if not shared.others_go_on:
+                raise
+            await asyncio.sleep(POLL_S)
+            continue
         if len(prediction.logs) > sent:
             text, sent = prediction.logs[sent:], len(prediction.logs)
             yield ServerSentEvent(event="logs", raw_data=text.removesuffix("\n"), id=f"{sent}-{pictures}")
         if prediction.status in ENDED:
             break
-        if live is None or live.set_aside:  # the server is about to stop
+        if live is not None and live.set_aside:  # the server is about to stop
             return
+        if live is None:
+            if not shared.others_go_on:
+                return
+            await asyncio.sleep(POLL_S)
+            continue
         length = sent
 
         def changed(live: Any = live, length: int = length) -> bool:

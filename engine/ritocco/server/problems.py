@@ -17,7 +17,7 @@ from starlette.types import Scope
 
 from ritocco.errors import BusyError, RequestError
 from ritocco.schema import InputError, Violation
-from ritocco.server.database import StorageError
+from ritocco.server.database import AwayError, StorageError
 from ritocco.server.jobs import BrokenError, StoppingError
 from ritocco.server.metrics import Metrics
 from ritocco.server.store import ConflictError
@@ -101,6 +101,10 @@ def problem_of(error: Exception) -> ProblemError:
         case BrokenError():
             detail = "The engine fails at what it is given; ask again in a moment."
             return ProblemError(503, "Engine broken", detail, headers={"Retry-After": "30"})
+        case AwayError():
+            _log.error("storage", extra={"error": str(error)})
+            detail = "The server can't reach its database; ask again in a moment."
+            return ProblemError(503, "Database away", detail, headers={"Retry-After": "5"})
         case StorageError():
             _log.error("storage", extra={"error": str(error)})
             return ProblemError(

@@ -14,6 +14,9 @@ Outputs: TypeAlias = Literal["auto", "url", "data"]
 
 MAX_WAIT_S = 60.0
 _LEAST_TOKEN = 16
+_LEAST_GONE_S, _MOST_GONE_S = 1.0, 3600.0
+MOST_IN_A_ROW = 256 << 20
+"""Bytes of a request or a file, where a database holds them: a quarter of what one of its fields may be."""
 _MOST_SECONDS = 10 * 365 * 24 * 60 * 60
 
 
@@ -22,7 +25,9 @@ class Settings:
     """The server's settings. Raises RequestError for what makes no sense.
 
     tokens: any of them opens every route but health; none leaves the door open. data: folder of predictions
-    and files; None takes one that is gone with the process. waiting: most predictions unfinished at a time,
+    and files; None takes one that is gone with the process. database: URL of PostgreSQL, in the place of
+    `data`, which several servers share. gone_after_s: seconds after which one of them that was not seen is
+    gone; the same for all. waiting: most predictions of this server unfinished at a time,
     beyond which creation is answered with 429. retention_s: seconds that inputs, logs, outputs and uploads
     are kept. max_work: most steps x outputs x pixels of one prediction; None leaves the fields' own bounds.
     time_limit_s: seconds that one prediction may take once it has begun. max_body_bytes: of a request with
@@ -35,6 +40,8 @@ class Settings:
 
     tokens: Sequence[str] = field(default=(), repr=False)
     data: Path | None = None
+    database: str | None = field(default=None, repr=False)  # it may hold a password
+    gone_after_s: float = 10.0
     waiting: int = 64
     retention_s: float = 24 * 60 * 60
     max_work: int | None = None
@@ -58,6 +65,7 @@ class Settings:
                     "printable ASCII without spaces",
                     field="tokens",
                 )
+        self._check_database()
         positive = ("waiting", "retention_s", "max_work", "time_limit_s", "max_body_bytes")
         for name in (*positive, "max_upload_bytes", "body_timeout_s"):
             value = getattr(self, name)
@@ -78,6 +86,26 @@ class Settings:
                 f"public_url is {self.public_url!r}; it must start with http:// or https://",
                 field="public_url",
             )
+
+    def _check_database(self) -> None:
+        if not _LEAST_GONE_S <= self.gone_after_s <= _MOST_GONE_S:
+            rule = f"it must be {_LEAST_GONE_S:g} to {_MOST_GONE_S:g} seconds"
+            raise RequestError(f"gone_after_s is {self.gone_after_s}; {rule}", field="gone_after_s")
+        if self.database is None:
+            return
+        if self.data is not None:
+            raise RequestError(
+                "database and data are both given; one of them holds everything", field="database"
+            )
+        if not self.database.startswith(("postgresql://", "postgres://")):
+            raise RequestError(
+                "database is not the URL of a PostgreSQL database: it must start with postgresql://",
+                field="database",
+            )
+        for name in ("max_body_bytes", "max_upload_bytes"):
+            if getattr(self, name) > MOST_IN_A_ROW:
+                rule = f"with a database it must be at most {MOST_IN_A_ROW}"
+                raise RequestError(f"{name} is {getattr(self, name)}; {rule}", field=name)
 
 
 def read_tokens(file: Path) -> tuple[str, ...]:

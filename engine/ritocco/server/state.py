@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import json
 import re
+import time
 from dataclasses import dataclass
+from functools import partial
 
 from fastapi import Request
 from starlette.concurrency import run_in_threadpool
@@ -15,7 +18,9 @@ from ritocco.prediction import MODEL, VERSION, Prediction, new_id
 from ritocco.schema import InputError, PredictionInput, Violation, echo, parse_input
 from ritocco.server.answers import answer
 from ritocco.server.bodies import PredictionRequest
+from ritocco.server.database import AwayError
 from ritocco.server.jobs import Jobs
+from ritocco.server.live import Live
 from ritocco.server.metrics import Metrics
 from ritocco.server.problems import ProblemError
 from ritocco.server.settings import MAX_WAIT_S, Settings
@@ -23,6 +28,8 @@ from ritocco.server.store import ENDED, Record, Store
 from ritocco.server.webhooks import Webhooks
 from ritocco.shown import plain
 
+POLL_S = 0.5
+"""Between two looks at a prediction that another server runs."""
 _HOST = re.compile(r"[A-Za-z0-9._-]+(:[0-9]{1,5})?|\[[0-9a-fA-F:.]+\](:[0-9]{1,5})?")
 _HEX = re.compile(r"[0-9a-f]{64}")
 _ID = re.compile(r"[A-Za-z0-9_-]{1,128}")
@@ -126,9 +133,30 @@ class Shared:
 
     async def wait(self, id: str, seconds: float | None) -> None:
         """Until the prediction ended, the time is up, or the server stops before it begins."""
-        live = self.jobs.live(id)
-        if live is not None:
-            await live.changed.until(lambda: live.ended or live.set_aside, seconds)
+        until = None if seconds is None else time.monotonic() + seconds
+        while True:
+            left = None if until is None else max(0.0, until - time.monotonic())
+            live = self.jobs.live(id)
+            if live is not None:
+                await live.changed.until(partial(_is_over, live), left)
+            if left == 0 or not self.others_go_on or await run_in_threadpool(self._has_ended, id):
+                return
+            await asyncio.sleep(POLL_S if left is None else min(POLL_S, left))
+
+    @property
+    def others_go_on(self) -> bool:
+        """Whether a prediction that is not run here may end elsewhere, and is worth another look."""
+        return self.store.has_others and not self.jobs.stopping
+
+    def _has_ended(self, id: str) -> bool:
+        try:
+            return self.store.has_ended(id)
+        except AwayError:
+            return False  # when it is back, there will be more to say
+
+
+def _is_over(live: Live) -> bool:
+    return live.ended or live.set_aside
 
 
 def preferences(request: Request) -> tuple[bool, float]:

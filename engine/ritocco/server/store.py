@@ -1,4 +1,4 @@
-"""Predictions and their queue on disk: accepted once, finished once, whatever happens to the process.
+"""Predictions and their queue in a database: accepted once, finished once, whatever happens to the process.
 
     starting ── processing ── succeeded | failed | canceled
 
@@ -10,9 +10,8 @@ when two processes ended, since it may be what ended them.
 from __future__ import annotations
 
 import json
-import sqlite3
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,8 @@ from typing import Any
 from ritocco.errors import BusyError, RequestError
 from ritocco.fetch import MAX_URL_CHARS
 from ritocco.prediction import Status, timestamp
-from ritocco.server.database import Database, StorageError
+from ritocco.server.contents import Folder
+from ritocco.server.database import AnyDatabase, Connection, Database, StorageError
 from ritocco.server.files import Files, StoredFile, insert_files
 
 INTERRUPTED = "Prediction interrupted; please retry (code: PA)"
@@ -87,11 +87,22 @@ class ConflictError(RequestError):
     """An id or key that stands for another request."""
 
 
+class _HeldError(Exception):
+    """What is asked for was accepted before."""
+
+    def __init__(self, record: Record) -> None:
+        super().__init__(record.id)
+        self.record = record
+
+
 class Store:
     """The data folder: `ritocco.sqlite` and `files/`. Safe to call from several threads.
 
     Its methods raise StorageError where the disk refuses.
     """
+
+    has_others = False
+    """Whether other servers may run what it holds; see SharedStore."""
 
     def __init__(self, folder: Path, *, waiting: int = 64) -> None:
         """Opens or makes the folder and puts right what an interrupted process left.
@@ -99,34 +110,44 @@ class Store:
         waiting: the most predictions that may be unfinished at a time.
         Raises BackendError where another process has the folder.
         """
-        self.database = Database(folder)
-        self.files = Files(self.database, folder / "files")
-        self._waiting = waiting
+        database = Database(folder)
+        self._hold(database, Files(database, Folder(folder / "files")), waiting)
         self._recover()
 
+    def _hold(self, database: AnyDatabase, files: Files, waiting: int, owner: str | None = None) -> None:
+        self.database, self.files, self._waiting, self._owner = database, files, waiting, owner
+        # Of another server's nothing is changed, and nothing counted.
+        self._mine = "TRUE" if owner is None else f"owner = '{owner}'"
+
     def accept(self, new: Record) -> tuple[Record, bool]:
-        """Store a prediction, on the disk when this returns; or find the one under its key or id.
+        """Store a prediction, safely when this returns; or find the one under its key or id.
 
         Returns the record, and whether it is new. Raises BusyError where `waiting` are unfinished, and
         ConflictError where the key or id stands for another request.
         """
-        whole, brief = json.dumps(new.input), json.dumps(_cut(new.input))
-        with self.database.write() as db:
-            if (held := self._accepted_before(db, new)) is not None:
-                return held, False
-            unfinished = _unfinished(db)
-            if unfinished >= self._waiting:
-                raise BusyError(f"{unfinished} predictions are waiting", retry_after=1.0)
-            asked = (
-                "INSERT INTO predictions (id, key, digest, status, version, base, stream, webhook, "
-                "webhook_events, created_at) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
-            )
-            events = json.dumps(new.webhook_events)
-            ours = (new.id, new.key, new.digest, new.status, new.version, new.base, new.stream, new.webhook)
-            seq = db.execute(asked, (*ours, events, new.created_at)).lastrowid
-            db.execute("INSERT INTO inputs VALUES (?, ?)", (new.id, whole))
-            db.execute("INSERT INTO briefs VALUES (?, ?)", (new.id, brief))
-        return replace(new, seq=seq or 0), True
+        asked: dict[str, Any] = {name: getattr(new, name) for name in _ASKED}
+        asked["webhook_events"] = json.dumps(new.webhook_events)
+        if self._owner is not None:
+            asked["owner"] = self._owner
+        texts = {"inputs": json.dumps(new.input), "briefs": json.dumps(_cut(new.input))}
+        insert = f"INSERT INTO predictions ({', '.join(asked)}) VALUES ({_marks(asked)}) RETURNING seq"
+        try:
+            with self.database.write() as db:
+                self._refuse_held(db, new)
+                for table, text in texts.items():
+                    db.execute(f"INSERT INTO {table} VALUES (?, ?) ON CONFLICT DO NOTHING", (new.id, text))
+                self._take_turn(db)
+                self._refuse_held(db, new)  # by another server meanwhile
+                unfinished = self._unfinished(db)
+                if unfinished >= self._waiting:
+                    raise BusyError(f"{unfinished} predictions are waiting", retry_after=1.0)
+                seq = db.execute(insert, tuple(asked.values())).fetchone()["seq"]
+        except _HeldError as held:
+            return held.record, False
+        return replace(new, seq=seq), True
+
+    def _take_turn(self, db: Connection) -> None:
+        """From here to the end of the transaction no other server accepts."""
 
     def repeated(self, *, key: str | None, id: str | None) -> bool:
         """Whether a creation under this key or id was accepted before."""
@@ -134,13 +155,15 @@ class Store:
             asked = "SELECT 1 FROM predictions WHERE key = ? OR id = ?"
             return db.execute(asked, (key, id)).fetchone() is not None
 
-    def _accepted_before(self, db: sqlite3.Connection, new: Record) -> Record | None:
+    def _refuse_held(self, db: Connection, new: Record) -> None:
         row = _row(db, "key", new.key) or _row(db, "id", new.id)
-        held = None if row is None else _record(row)
-        if held is not None and held.digest != new.digest:
+        if row is None:
+            return
+        held = _record(row)
+        if held.digest != new.digest:
             name = "the id" if held.id == new.id else "Idempotency-Key"
             raise ConflictError(f"{name} was used for another request before", field=name)
-        return held
+        raise _HeldError(held)
 
     def get(self, id: str, *, brief: bool = False) -> Record | None:
         """The prediction of an id, or None. brief: with the long texts of its input cut."""
@@ -162,64 +185,88 @@ class Store:
         return None if row is None else _record(row, brief=True)
 
     def unfinished(self) -> int:
-        """How many are starting or processing."""
+        """How many are starting or processing; of a server among others, its own."""
         with self.database.read() as db:
-            return _unfinished(db)
+            return self._unfinished(db)
+
+    def _unfinished(self, db: Connection) -> int:
+        asked = f"SELECT count(*) AS n FROM predictions WHERE {UNFINISHED} AND {self._mine}"
+        return int(db.execute(asked).fetchone()["n"])
 
     def count(self) -> int:
         """How many were ever accepted."""
         with self.database.read() as db:
-            return int(db.execute("SELECT coalesce(max(seq), 0) FROM predictions").fetchone()[0])
+            asked = "SELECT coalesce(max(seq), 0) AS n FROM predictions"
+            return int(db.execute(asked).fetchone()["n"])
 
     def queued(self) -> list[str]:
         """Ids of what is still to run, in order."""
         with self.database.read() as db:
-            asked = "SELECT id FROM predictions WHERE status = 'starting' ORDER BY seq"
+            asked = f"SELECT id FROM predictions WHERE status = 'starting' AND {self._mine} ORDER BY seq"
             return [row["id"] for row in db.execute(asked)]
 
     def due(self) -> list[str]:
         """Ids of the ended predictions whose last event is still to be delivered."""
         with self.database.read() as db:
-            asked = "SELECT id FROM predictions WHERE webhook_due AND ended IS NOT NULL ORDER BY seq"
+            asked = f"SELECT id FROM predictions WHERE {DUE} AND {self._mine} ORDER BY seq"
             return [row["id"] for row in db.execute(asked)]
 
-    def prepare(self, id: str) -> None:
-        """Its pictures are about to be opened, which is an attempt until `prepared` is said."""
-        with self.database.write() as db:
-            db.execute("UPDATE predictions SET attempts = attempts + 1 WHERE id = ?", (id,))
+    def is_due(self, id: str) -> bool:
+        """Whether it is one of those."""
+        with self.database.read() as db:
+            asked = f"SELECT 1 FROM predictions WHERE id = ? AND {DUE} AND {self._mine}"
+            return db.execute(asked, (id,)).fetchone() is not None
+
+    def has_ended(self, id: str) -> bool:
+        """Whether it has, or is gone."""
+        with self.database.read() as db:
+            asked = "SELECT 1 FROM predictions WHERE id = ? AND ended IS NULL"
+            return db.execute(asked, (id,)).fetchone() is None
+
+    def prepare(self, id: str) -> bool:
+        """Its pictures are about to be opened, which is an attempt until `prepared` is said.
+
+        False where it has ended, or is another server's by now.
+        """
+        change = "attempts = attempts + 1, status = 'starting', started_at = NULL"
+        return self._change(change, id, "ended IS NULL")
 
     def prepared(self, id: str) -> None:
         """The process has outlived that."""
-        with self.database.write() as db:
-            db.execute("UPDATE predictions SET attempts = 0 WHERE id = ?", (id,))
+        self._change("attempts = 0", id)
 
     def start(self, id: str) -> bool:
-        """From `starting` to `processing`; False where it is not `starting`."""
-        change = "UPDATE predictions SET status = 'processing', started_at = ?"
-        asked = f"{change} WHERE id = ? AND status = 'starting'"
-        with self.database.write() as db:
-            return db.execute(asked, (timestamp(), id)).rowcount == 1
+        """From `starting` to `processing`; False where it is not `starting`, or is another server's."""
+        return self._change("status = 'processing', started_at = ?", id, "status = 'starting'", timestamp())
 
     def requeue(self, id: str) -> bool:
         """Back to where it was accepted: it is run once more, from its beginning. False where it ended."""
-        change = "UPDATE predictions SET status = 'starting', started_at = NULL, attempts = 0"
-        asked = f"{change} WHERE id = ? AND ended IS NULL"
+        return self._change(FROM_THE_BEGINNING, id, "ended IS NULL")
+
+    def _change(self, change: str, id: str, where: str = "TRUE", *values: Any) -> bool:
+        """Of one of ours; False where it is not."""
+        asked = f"UPDATE predictions SET {change} WHERE id = ? AND {where} AND {self._mine}"
         with self.database.write() as db:
-            return db.execute(asked, (id,)).rowcount == 1
+            return db.execute(asked, (*values, id)).rowcount == 1
+
+    def release(self, ids: Collection[str]) -> None:
+        """Leave what has not begun to other servers, at once."""
+
+    def ask_to_cancel(self, id: str) -> None:
+        """Have the server that runs it end it."""
 
     def finish(self, id: str, outcome: Outcome, outputs: Sequence[StoredFile] = ()) -> bool:
-        """An end, with its pictures, at once; False where it had ended before, and then the pictures go."""
+        """An end, with its pictures, at once.
+
+        False where it had ended before, or is another server's by now; then the pictures go.
+        """
         assert outcome.status in ENDED  # noqa: S101 - our own callers
-        asked = (
-            "UPDATE predictions SET status = ?, logs = ?, error = ?, metrics = ?, completed_at = ?, "  # noqa: S608
-            "ended = ?, started_at = coalesce(started_at, ?), "
-            f"webhook_due = {_LAST_EVENT_IS_ASKED_FOR} WHERE id = ? AND ended IS NULL"
-        )
-        now = timestamp()
-        figures = (outcome.status, outcome.logs, outcome.error, json.dumps(outcome.metrics), now, time.time())
-        started = None if outcome.status == "canceled" else now
+        started = None if outcome.status == "canceled" else timestamp()
         with self.database.write() as db:
-            ended = db.execute(asked, (*figures, started, id)).rowcount == 1
+            figures = (outcome.logs, json.dumps(outcome.metrics))
+            asked = f"UPDATE predictions SET logs = ?, metrics = ?, {END} WHERE id = ? AND ended IS NULL"
+            values = (*figures, *end(outcome.status, outcome.error, started), id)
+            ended = db.execute(f"{asked} AND {self._mine}", values).rowcount == 1
             if ended:
                 insert_files(db, outputs)
         if not ended:
@@ -228,12 +275,11 @@ class Store:
 
     def delivered(self, id: str) -> None:
         """Its last event was delivered, or given up."""
-        with self.database.write() as db:
-            db.execute("UPDATE predictions SET webhook_due = 0 WHERE id = ?", (id,))
+        self._change("webhook_due = 0", id)
 
     def page(self, *, before: int | None = None, after: int | None = None, size: int = 100) -> Page:
         """Those older than `before`, or the oldest that are newer than `after`; else the latest. Brief."""
-        columns = f"SELECT {_COLUMNS}, {_BRIEF} AS input FROM predictions WHERE"  # noqa: S608
+        columns = f"SELECT {_COLUMNS}, {_BRIEF} AS input FROM predictions WHERE"
         with self.database.read() as db:
             if after is not None:
                 rows = db.execute(f"{columns} seq > ? ORDER BY seq LIMIT ?", (after, size + 1)).fetchall()
@@ -267,13 +313,15 @@ class Store:
             return [row["id"] for row in db.execute(asked, (before, before))]
 
     def _clean(self, before: float) -> int:
-        held = "SELECT id FROM predictions WHERE ended < ? AND NOT data_removed"
+        held = "SELECT id FROM predictions WHERE ended < ? AND data_removed = 0"
         with self.database.write() as db:
+            if not self._may_clean(db):
+                return 0
             ids = [(row["id"],) for row in db.execute(held, (before,)).fetchall()]
             removed = "UPDATE predictions SET data_removed = 1, logs = '', webhook_due = 0 WHERE id = ?"
             db.executemany(removed, ids)
             for table in ("inputs", "briefs"):
-                db.executemany(f"DELETE FROM {table} WHERE id = ?", ids)  # noqa: S608
+                db.executemany(f"DELETE FROM {table} WHERE id = ?", ids)
             files: list[str] = []
             for id in ids:
                 gone = db.execute("DELETE FROM files WHERE prediction = ? RETURNING id", id)
@@ -283,6 +331,10 @@ class Store:
         self.files.expire(before)
         return len(ids)
 
+    def _may_clean(self, db: Connection) -> bool:
+        """Whether no other server does, until the end of the transaction."""
+        return True
+
     def writable(self) -> bool:
         """Whether the disk takes predictions and files: where it refused the last one, this tries again."""
         if not (self.database.refused or self.files.refused):
@@ -290,48 +342,53 @@ class Store:
         try:
             self.files.try_writing()
             with self.database.write() as db:
-                db.execute("INSERT OR REPLACE INTO settings VALUES ('tried', ?)", (timestamp(),))
+                asked = "INSERT INTO settings VALUES ('tried', ?) ON CONFLICT (name) DO UPDATE SET value = ?"
+                db.execute(asked, (timestamp(), timestamp()))
         except StorageError:
             return False
         return True
 
     def close(self) -> None:
-        """Let go of the folder."""
+        """Let go of everything."""
         self.database.close()
 
     def _recover(self) -> None:
-        ended = (
-            "UPDATE predictions SET status = 'failed', error = ?, completed_at = ?, ended = ?, "  # noqa: S608
-            f"started_at = coalesce(started_at, ?), webhook_due = {_LAST_EVENT_IS_ASKED_FOR} "
-            "WHERE status = 'processing' OR status = 'starting' AND attempts >= ?"
-        )
-        now = timestamp()
+        ended = f"UPDATE predictions SET {END} WHERE {CAN_ONLY_FAIL}"
         with self.database.write() as db:
-            db.execute(ended, (INTERRUPTED, now, time.time(), now, _ATTEMPTS))
+            db.execute(ended, end("failed", INTERRUPTED, timestamp()))
         self.files.sweep()
 
 
+UNFINISHED = "status IN ('starting', 'processing')"
+DUE = "webhook_due = 1 AND ended IS NOT NULL"
+FROM_THE_BEGINNING = "status = 'starting', started_at = NULL, attempts = 0, logs = ''"
+# Of what nobody runs any more.
+CAN_ONLY_FAIL = f"(status = 'processing' OR status = 'starting' AND attempts >= {_ATTEMPTS})"
 # No filter is the original's default, which has it.
 _LAST_EVENT_IS_ASKED_FOR = (
     """(webhook IS NOT NULL AND (webhook_events = '[]' OR webhook_events LIKE '%"completed"%'))"""
+)
+END = (
+    "status = ?, error = ?, completed_at = ?, ended = ?, started_at = coalesce(started_at, ?), "
+    f"webhook_due = CASE WHEN {_LAST_EVENT_IS_ASKED_FOR} THEN 1 ELSE 0 END"
 )
 _NAMES = (
     *("seq", "id", "key", "digest", "status", "version", "base", "stream", "webhook", "webhook_events"),
     *("webhook_due", "logs", "error", "created_at", "started_at", "completed_at", "metrics", "data_removed"),
     "attempts",
 )
+_ASKED = ("id", "key", "digest", "status", "version", "base", "stream", "webhook", "created_at")
 _COLUMNS = ", ".join(_NAMES)
 _WHOLE = "(SELECT json FROM inputs WHERE inputs.id = predictions.id)"
-_BRIEF = f"coalesce((SELECT json FROM briefs WHERE briefs.id = predictions.id), {_WHOLE})"  # noqa: S608
+_BRIEF = f"coalesce((SELECT json FROM briefs WHERE briefs.id = predictions.id), {_WHOLE})"
 
 
-def _row(db: sqlite3.Connection, column: str, value: str | None, input: str = _WHOLE) -> sqlite3.Row | None:
-    asked = f"SELECT {_COLUMNS}, {input} AS input FROM predictions WHERE {column} = ?"  # noqa: S608
-    found: sqlite3.Row | None = None if value is None else db.execute(asked, (value,)).fetchone()
-    return found
+def _row(db: Connection, column: str, value: str | None, input: str = _WHOLE) -> Any:
+    asked = f"SELECT {_COLUMNS}, {input} AS input FROM predictions WHERE {column} = ?"
+    return None if value is None else db.execute(asked, (value,)).fetchone()
 
 
-def _record(row: sqlite3.Row, *, brief: bool = False) -> Record:
+def _record(row: Any, *, brief: bool = False) -> Record:
     held: dict[str, Any] = dict(row)
     for name in ("input", "metrics"):
         held[name] = json.loads(held[name] or "{}")
@@ -356,6 +413,10 @@ def _cut(input: Mapping[str, Any]) -> dict[str, Any]:
     return {name: short(value) for name, value in input.items()}
 
 
-def _unfinished(db: sqlite3.Connection) -> int:
-    asked = "SELECT count(*) FROM predictions WHERE status IN ('starting', 'processing')"
-    return int(db.execute(asked).fetchone()[0])
+def end(status: Status, error: str | None, started_at: str | None) -> tuple[Any, ...]:
+    """The values of `END`. started_at: where it had not begun."""
+    return status, error, timestamp(), time.time(), started_at
+
+
+def _marks(values: Collection[Any]) -> str:
+    return ", ".join("?" * len(values))

@@ -112,14 +112,16 @@ def routes(shared: Shared, prefix: str) -> APIRouter:
         file = shared.store.files.find(id)
         if file is None or file.prediction is None or file.name != name:
             raise not_found()
-        path = shared.store.files.path(file)
-        if not path.is_file():
+        if not shared.store.files.there(file):
             raise not_found()
         headers = {
             "Cache-Control": "private, max-age=3600",
             "Content-Security-Policy": "default-src 'none'",
             "X-Content-Type-Options": "nosniff",
         }
+        path = shared.store.files.path(file)
+        if path is None:
+            return Response(shared.store.files.read(file), media_type=file.content_type, headers=headers)
         return FileResponse(path, media_type=file.content_type, headers=headers)
 
     pictures: dict[int | str, dict[str, Any]] = {

@@ -17,6 +17,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Literal, TypeAlias
 from urllib.parse import urlsplit
@@ -24,6 +25,7 @@ from urllib.parse import urlsplit
 from ritocco.errors import RitoccoError
 from ritocco.fetch import Fetcher, redacted
 from ritocco.prediction import new_id
+from ritocco.server.database import StorageError, setting
 from ritocco.server.store import Record, Store
 
 Event: TypeAlias = Literal["start", "output", "logs", "completed"]
@@ -63,6 +65,7 @@ class _Message:
     body: Callable[[], bytes]
     id: str = field(default_factory=lambda: f"msg_{new_id()}")
     attempts: int = 0
+    arrived: bool = False
 
 
 @dataclass(slots=True)
@@ -95,7 +98,7 @@ class Webhooks:
     """
 
     def __init__(self, store: Store, fetcher: Fetcher) -> None:
-        self.secret = store.database.setting("webhook_secret", new_secret())
+        self.secret = setting(store.database, "webhook_secret", new_secret())
         self._store, self._fetcher = store, fetcher
         self._hasty = replace(fetcher, timeout_s=min(_HASTY_S, fetcher.timeout_s))
         self._queues: dict[tuple[str, int], _Queue] = {}
@@ -103,6 +106,7 @@ class Webhooks:
         self._later: list[tuple[float, int, _Message]] = []  # heap, by monotonic seconds
         self._numbers = itertools.count()
         self._last_logs: dict[str, float] = {}
+        self._last: set[str] = set()  # predictions whose last event is on its way
         self._changed = threading.Condition()
         self._stopping = False
         self._idle = 0
@@ -119,8 +123,19 @@ class Webhooks:
             if now - self._last_logs.get(record.id, -LOGS_EVERY_S) < LOGS_EVERY_S:
                 return
             self._last_logs[record.id] = now
+        message = _Message(record, event, body)
         with self._changed:
-            self._put(_Message(record, event, body))
+            if event == "completed":
+                if record.id in self._last:
+                    return
+                self._last.add(record.id)
+                message.id = _last_id(record)
+            self._put(message)
+
+    def sends_last(self, id: str) -> bool:
+        """Whether the last event of a prediction is on its way."""
+        with self._changed:
+            return id in self._last
 
     def close(self, timeout_s: float = 5.0) -> None:
         """Send what is due now, within the time; last events that remain are sent after the next start."""
@@ -141,6 +156,8 @@ class Webhooks:
         if len(queue) >= (_MOST_LAST if message.event == "completed" else _MOST_WAITING):
             said = {"prediction": message.record.id, "event": message.event}
             _log.warning("webhook dropped", extra=said)  # a last one is still due, after the next start
+            if message.event == "completed":
+                self._last.discard(message.record.id)
             return
         queue.put(message)
         if len(self._ready) > self._idle and len(self._threads) < _WORKERS and not self._stopping:
@@ -180,29 +197,53 @@ class Webhooks:
                 self._idle -= 1
 
     def _deliver(self, message: _Message) -> None:
-        url, last = message.record.webhook or "", message.event == "completed"
-        message.attempts += 1
+        """One attempt. A last message that fails, for whatever reason, is tried again."""
+        if message.event != "completed":
+            with suppress(StorageError):
+                self._attempt(message, self._hasty)
+            return
+        id = message.record.id
+        try:
+            over = message.arrived or not self._store.is_due(id)  # another server may have sent it
+            if not over:
+                message.arrived = self._attempt(message, self._fetcher)
+                over = message.arrived or message.attempts >= _ATTEMPTS
+            if over:
+                self._store.delivered(id)
+        except StorageError as error:
+            _log.warning("webhook put off", extra={"prediction": id, "error": str(error)})
+            over, pause_s = False, _FIRST_PAUSE_S
+        else:
+            pause_s = _FIRST_PAUSE_S * 2 ** (message.attempts - 1)
+        with self._changed:
+            if over:
+                self._last.discard(id)
+            else:
+                heapq.heappush(self._later, (time.monotonic() + pause_s, next(self._numbers), message))
+                self._changed.notify()
+
+    def _attempt(self, message: _Message, fetcher: Fetcher) -> bool:
+        """Whether it arrived. Raises StorageError, before it is sent."""
+        url = message.record.webhook or ""
         body = message.body()
+        message.attempts += 1
         headers = {"Content-Type": "application/json"}
         headers |= signed(self.secret, message.id, body, at=int(time.time()))
         said: dict[str, object] = {"prediction": message.record.id, "event": message.event}
         try:
-            status = (self._fetcher if last else self._hasty).post(url, body, headers, field="webhook")
+            status = fetcher.post(url, body, headers, field="webhook")
             arrived, why = 200 <= status < 300, f"status {status}"
         except RitoccoError as error:
             # Receivers' paths tend to be secrets.
             arrived, why = False, str(error).replace(redacted(url), _origin(url))
         said |= {"attempt": message.attempts, "outcome": "delivered" if arrived else why}
         _log.info("webhook", extra=said)
-        if not last:
-            return
-        if arrived or message.attempts >= _ATTEMPTS:
-            self._store.delivered(message.record.id)
-        else:
-            due = time.monotonic() + _FIRST_PAUSE_S * 2 ** (message.attempts - 1)
-            with self._changed:
-                heapq.heappush(self._later, (due, next(self._numbers), message))
-                self._changed.notify()
+        return arrived
+
+
+def _last_id(record: Record) -> str:
+    """The same whoever sends it, after a restart too: receivers drop repetitions by it."""
+    return f"msg_{hashlib.sha256(record.stream.encode('ascii')).hexdigest()[:26]}"
 
 
 def _origin(url: str) -> str:
