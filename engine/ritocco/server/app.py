@@ -23,6 +23,7 @@ from ritocco.fetch import Fetcher
 from ritocco.prediction import VERSION, timestamp
 from ritocco.server import health, models, predictions, uploads
 from ritocco.server.database import StorageError, setting
+from ritocco.server.dispatch import Dispatch
 from ritocco.server.document import document
 from ritocco.server.gate import PREFIXES, SEND_TIMEOUT_S, BodyLimits, Gate, SendLimits
 from ritocco.server.jobs import FETCHING, Jobs
@@ -73,10 +74,10 @@ class App(FastAPI):
         self._parts.close()
 
 
-def create_app(engine: Engine | Sequence[Engine] | Batcher, settings: Settings | None = None) -> App:
+def create_app(engine: Engine | Sequence[Engine] | Dispatch, settings: Settings | None = None) -> App:
     """Replicate's API as an ASGI app, to run with uvicorn or to mount under a prefix of another app.
 
-    engine: one, several of one checkpoint, or a Batcher, which is the caller's to close.
+    engine: one, several of one checkpoint, a Batcher, or what stands for one; the caller closes the latter.
     Raises BackendError where the data folder or the database can't be used.
     """
     settings = settings or Settings()
@@ -145,10 +146,11 @@ def create_app(engine: Engine | Sequence[Engine] | Batcher, settings: Settings |
 class _Parts:
     """What has to be closed, in its order."""
 
-    def __init__(self, engine: Engine | Sequence[Engine] | Batcher, settings: Settings) -> None:
+    def __init__(self, engine: Engine | Sequence[Engine] | Dispatch, settings: Settings) -> None:
         self._temporary: tempfile.TemporaryDirectory[str] | None = None
         store = self._store(settings)
         self._owned: Batcher | None = None
+        batcher: Dispatch
         if isinstance(engine, Engine | Sequence):
             engines = [engine] if isinstance(engine, Engine) else list(engine)
             served = engines[0].version

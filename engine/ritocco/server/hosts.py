@@ -1,4 +1,4 @@
-"""Under which names a server without tokens answers: none that a page's author could make point to it."""
+"""Whom a server without tokens answers: under no name that a page's author could make point to it."""
 
 from __future__ import annotations
 
@@ -38,3 +38,25 @@ class KnownHosts:
         except ValueError:
             return name in self._names
         return True
+
+
+class OwnMachine:
+    """Refuses clients of other machines with 403: for servers that do not choose where they listen."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """ASGI."""
+        if scope["type"] == "http" and not _is_own(scope.get("client")):
+            text = "This server has no tokens, and answers this machine only; name a token_file."
+            await PlainTextResponse(text, status_code=403)(scope, receive, send)
+            return
+        await self._app(scope, receive, send)
+
+
+def _is_own(client: tuple[str, int] | None) -> bool:
+    try:
+        return client is not None and ipaddress.ip_address(client[0]).is_loopback
+    except ValueError:
+        return False

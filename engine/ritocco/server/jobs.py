@@ -16,10 +16,10 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
-from ritocco.batcher import Batcher
 from ritocco.errors import BusyError, DeviceLostError, RequestError, RitoccoError
 from ritocco.server.answers import answer
 from ritocco.server.database import AwayError, StorageError
+from ritocco.server.dispatch import Dispatch
 from ritocco.server.files import StoredFile
 from ritocco.server.inputs import is_elsewhere, with_own_files
 from ritocco.server.live import Live, failure
@@ -54,7 +54,7 @@ class Jobs:
     """Everything between the routes and the batcher. Its methods may be called from any thread."""
 
     def __init__(
-        self, store: Store, batcher: Batcher, webhooks: Webhooks, metrics: Metrics, settings: Settings
+        self, store: Store, batcher: Dispatch, webhooks: Webhooks, metrics: Metrics, settings: Settings
     ) -> None:
         self._store, self._batcher, self._webhooks = store, batcher, webhooks
         self._metrics, self._settings = metrics, settings
