@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from tqdm import tqdm
@@ -35,11 +36,14 @@ from ritocco.cli_options import (
     Variant,
     Width,
 )
-from ritocco.errors import RequestError
+from ritocco.errors import BackendError, RequestError
 from ritocco.folders.manifest import NAME, Manifest
 from ritocco.folders.pairs import Bad, Pair, pairs, read_table
 from ritocco.folders.sizes import own_size
 from ritocco.shown import printable
+
+if TYPE_CHECKING:
+    from ritocco.folders.run import Counts
 
 _QUIET_S = 30.0
 """Between two lines of progress where nobody watches."""
@@ -78,6 +82,9 @@ def batch(
     memory_budget: MemoryBudget = None,
     variant: Variant = None,
     tokenizer: TokenizerFolder = None,
+    ray: Annotated[
+        str | None, typer.Option(metavar="ADDRESS", help="Paint on a Ray cluster: auto, local or HOST:PORT.")
+    ] = None,
 ) -> None:
     """Repaint a folder of pictures; again, it goes on where it was interrupted.
 
@@ -86,7 +93,7 @@ def batch(
     """
     from ritocco.batcher import Batcher
     from ritocco.disk import hold
-    from ritocco.folders.run import Counts, FolderRun
+    from ritocco.folders.run import FolderRun
     from ritocco.loading import load_on_each
     from ritocco.schema import Options, parse_input
 
@@ -125,15 +132,20 @@ def batch(
         with ExitStack() as stack:
             stack.enter_context(closing(hold(out, "--out", hidden=True)))
             manifest = stack.enter_context(Manifest(out))
-            engines = [stack.enter_context(one) for one in load_on_each(model, device, **load)]
             total, interval = len(found) + len(bad), 0.1 if sys.stderr.isatty() else _QUIET_S
             bar = stack.enter_context(tqdm(total=total, unit="picture", mininterval=interval))
-            batcher = stack.enter_context(Batcher(engines))
 
             def told(counts: Counts) -> None:
                 bar.update(counts.ended - bar.n)
 
-            counts = FolderRun(batcher, out, manifest, options=options, told=told).run(found, bad)
+            if ray is not None:
+                on_ray = _on_ray(ray, device)
+                load |= {"model": model}
+                counts = on_ray(found, bad, load=load, out=out, manifest=manifest, options=options, told=told)
+            else:
+                engines = [stack.enter_context(one) for one in load_on_each(model, device, **load)]
+                batcher = stack.enter_context(Batcher(engines))
+                counts = FolderRun(batcher, out, manifest, options=options, told=told).run(found, bad)
     except KeyboardInterrupt:
         _say("interrupted; the same command goes on where this one ended")
         raise typer.Exit(128 + signal.SIGINT) from None
@@ -147,6 +159,18 @@ def batch(
         _say(f"failed: {one.image.name}: {one.error}")
     if counts.bad:
         raise typer.Exit(1)
+
+
+def _on_ray(address: str, device: str) -> Callable[..., Counts]:
+    """`folders.run` of a cluster."""
+    if device != "auto":
+        rule = "the cluster's engines have a device each; leave it out with --ray"
+        raise RequestError(f"--device is {device!r}; {rule}", field="device")
+    try:
+        from ritocco.scale import folders
+    except ModuleNotFoundError as error:
+        raise BackendError(f'--ray needs {error.name}; pip install "ritocco[ray]"') from error
+    return partial(folders.run, address)
 
 
 def _checked(found: Sequence[Pair], *, own_sizes: bool, output_format: str) -> tuple[list[Pair], list[Bad]]:

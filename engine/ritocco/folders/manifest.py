@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -37,10 +38,11 @@ class Manifest:
 
     def done(self, name: str, key: str) -> bool:
         """Whether a picture was painted from just this, and its files are there."""
-        line = self._lines.get(name)
-        if line is None or line["status"] != "succeeded" or line.get("key") != key:
-            return False
-        return all((self._folder / output).is_file() for output in line["outputs"])
+        return is_done(self._folder, self._lines.get(name), key)
+
+    def line(self, name: str) -> dict[str, Any] | None:
+        """The last line of a picture."""
+        return self._lines.get(name)
 
     def append(self, line: dict[str, Any]) -> None:
         """On the disk when this returns. Raises OSError, and then nothing was appended."""
@@ -79,3 +81,10 @@ class Manifest:
             except (ValueError, KeyError, TypeError) as error:
                 what = f"line {number} of {str(file)!r} is no JSON of this program's ({said(error)})"
                 raise RequestError(f"--out: {what}; name another folder", field="out") from error
+
+
+def is_done(folder: Path, line: Mapping[str, Any] | None, key: str) -> bool:
+    """Whether a line says that a picture was painted from just this, and its files are there."""
+    if line is None or line["status"] != "succeeded" or line.get("key") != key:
+        return False
+    return all((folder / output).is_file() for output in line["outputs"])

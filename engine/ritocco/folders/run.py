@@ -15,12 +15,11 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from ritocco.batcher import Batcher
 from ritocco.disk import write_whole
 from ritocco.errors import BusyError, RitoccoError
-from ritocco.folders.manifest import Manifest
 from ritocco.folders.pairs import Bad, Pair
 from ritocco.prediction import Prediction, timestamp
 from ritocco.shown import said
@@ -46,11 +45,25 @@ class Counts:
         return self.painted + self.skipped + len(self.bad)
 
 
+class Entries(Protocol):
+    """See `Manifest`, whose members these are."""
+
+    def done(self, name: str, key: str) -> bool: ...
+
+    def append(self, line: dict[str, Any]) -> None: ...
+
+
 def output_names(pair: Pair, output_format: str) -> list[str]:
     """Of a picture's files: its stem, with a number where it has several."""
     count = int(pair.given.get("num_outputs") or 1)
     numbers = [""] if count == 1 else [f"-{place}" for place in range(count)]
     return [f"{pair.name}{number}.{output_format}" for number in numbers]
+
+
+def failed_line(bad: Bad) -> dict[str, Any]:
+    """Of the manifest, for what was not painted."""
+    line = {"name": bad.name, "image": bad.image.name, "status": "failed", "outputs": [], "error": bad.error}
+    return line | {"seconds": 0.0, "completed_at": timestamp()}
 
 
 class FolderRun:
@@ -60,7 +73,7 @@ class FolderRun:
         self,
         batcher: Batcher,
         out: Path,
-        manifest: Manifest,
+        manifest: Entries,
         *,
         options: dict[str, Any],
         told: Callable[[Counts], None] = lambda counts: None,
@@ -179,8 +192,7 @@ class FolderRun:
         return names
 
     def _failed(self, line: dict[str, Any], bad: Bad) -> None:
-        line |= {"name": bad.name, "image": bad.image.name, "status": "failed", "outputs": []}
-        self._enter(line | {"error": bad.error}, time.perf_counter())
+        self._enter(line | failed_line(bad), time.perf_counter())
         self._count(bad=bad)
 
     def _enter(self, line: dict[str, Any], begun: float) -> None:
