@@ -56,18 +56,24 @@ class Served:
 
 
 @contextmanager
-def served(folder: Path, *options: object, script: str | None = None) -> Iterator[Served]:
+def served(
+    folder: Path, *options: object, script: str | None = None, database: str | None = None
+) -> Iterator[Served]:
     """A server on a free port, with TOKEN, its data in the folder; killed at the end if it still runs.
 
-    script: Python that runs `ritocco.cli.main` itself.
+    script: Python that runs `ritocco.cli.main` itself. database: URL of the one that holds its data instead.
     """
     folder.mkdir(exist_ok=True)
     tokens = folder / "tokens.txt"
     tokens.write_text(f"{TOKEN}\n", encoding="utf-8")
-    given = ("--port", 0, "--token-file", tokens, "--data", folder / "data", *options)
+    given = ["--port", 0, "--token-file", tokens, *options]
+    if database is None:
+        given += ["--data", folder / "data"]
     begin = ["-m", "ritocco"] if script is None else ["-c", script]
     command = [sys.executable, *begin, "serve", *map(str, given)]
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    if database is not None:
+        env["RITOCCO_DATABASE"] = database
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=env)
     made = Served(process)
     try:
