@@ -20,7 +20,7 @@ import httpx
 
 from ritocco_bench.serving import TOKEN
 
-START_S = 300.0
+START_S = 120.0
 STOP_S = 120.0
 # As many cores as the replicas ask for, whatever the machine has; `serve run` takes the cluster there is.
 _RUN = """

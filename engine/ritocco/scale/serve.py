@@ -8,6 +8,7 @@ painters by the predictions that they hold, replaces those that are gone, and le
 
 from __future__ import annotations
 
+import os
 from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -17,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from ray import serve
 
 from ritocco.batcher import Batcher
+from ritocco.errors import RequestError
 from ritocco.fetch import Fetcher
 from ritocco.loading import load
 from ritocco.scale.painter import CLOSE_S, Event, Painter
@@ -38,7 +40,8 @@ class Fleet(BaseModel):
     painters, most_painters: Ray keeps between so many; most_painters None keeps `painters`. gpus, cpus: of
     each painter, fractions share one; gpus None takes 1 where the cluster has some, else 0, and then a
     painter computes with `cpus` threads. capacity: pictures that share a step. waiting: predictions of each
-    front that have not ended. database: a URL; without one there is one front, with its store in `data`.
+    front that have not ended. database: a URL, else RITOCCO_DATABASE where the fronts run; without one
+    there is one front, with its store in `data`.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -77,10 +80,6 @@ class Fleet(BaseModel):
         if self.most_painters is not None and self.most_painters < self.painters:
             raise ValueError(
                 f"most_painters is {self.most_painters}; it must be at least painters, {self.painters}"
-            )
-        if self.fronts > 1 and self.database is None:
-            raise ValueError(
-                f"fronts is {self.fronts}, and they share no store; name a database, postgresql://..."
             )
         return self
 
@@ -212,10 +211,14 @@ def _scaled(fleet: Fleet) -> dict[str, Any]:
 
 
 def _settings(fleet: Fleet) -> Settings:
+    database = fleet.database or os.environ.get("RITOCCO_DATABASE") or None
+    if fleet.fronts > 1 and database is None:
+        rule = "they have no store in common; name a database, or set RITOCCO_DATABASE where they run"
+        raise RequestError(f"fronts is {fleet.fronts}; {rule}", field="fronts")
     return Settings(
         tokens=() if fleet.token_file is None else read_tokens(fleet.token_file),
-        data=fleet.data,
-        database=fleet.database,
+        data=fleet.data if database is None else None,
+        database=database,
         waiting=fleet.waiting,
         retention_s=fleet.retention_hours * 3600,
         max_work=fleet.max_work,
