@@ -94,7 +94,7 @@ def run(
             batch_format="numpy",
             **_places(),
         )
-        .iter_rows(prefetch_batches=0)
+        .iter_rows()
     )
     for row in lines:
         line = json.loads(row["line"])

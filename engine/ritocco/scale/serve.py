@@ -2,8 +2,8 @@
 
 Two deployments. *Fronts* answer HTTP, as `ritocco serve` does, and keep predictions in a store that they
 share. *Painters* have a device and a Batcher each. Ray's own router carries a prediction from one to the
-other: pictures of one size to painters that have that size already, so that they share steps. Ray scales
-painters by the predictions that they hold, replaces those that are gone, and lets those that go finish.
+other; it scales painters by the predictions that they hold, replaces those that are gone, and lets those that
+go finish.
 """
 
 from __future__ import annotations
@@ -39,9 +39,10 @@ class Fleet(BaseModel):
 
     painters, most_painters: Ray keeps between so many; most_painters None keeps `painters`. gpus, cpus: of
     each painter, fractions share one; gpus None takes 1 where the cluster has some, else 0, and then a
-    painter computes with `cpus` threads. capacity: pictures that share a step. waiting: predictions of each
-    front that have not ended. database: a URL, else RITOCCO_DATABASE where the fronts run; without one
-    there is one front, with its store in `data`.
+    painter computes with `cpus` threads. target: predictions, waiting ones included, for each painter that is
+    to be there. capacity: pictures that share a step. keep_sizes: send pictures of one size to painters that
+    have it. waiting: predictions of each front that have not ended. database: a URL, else RITOCCO_DATABASE
+    where the fronts run; without one there is one front, with its store in `data`.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -57,7 +58,9 @@ class Fleet(BaseModel):
     most_painters: int | None = Field(None, ge=1)
     gpus: float | None = Field(None, ge=0)
     cpus: float = Field(1, gt=0)
+    target: float = Field(0.8, gt=0)
     capacity: int = Field(8, ge=1)
+    keep_sizes: bool = False
     time_limit: float | None = Field(None, gt=0)
     fronts: int = Field(1, ge=1)
     front_cpus: float = Field(0.5, ge=0)
@@ -126,7 +129,8 @@ class PainterReplica:
         self, asked: Mapping[str, Any], *, id: str, created_at: str, options: Mapping[str, Any]
     ) -> AsyncIterator[Event]:
         """See `Painter.paint`."""
-        await self.size(serve.get_multiplexed_model_id())
+        if size := serve.get_multiplexed_model_id():
+            await self.size(size)
         async for event in self._painter.paint(asked, id=id, created_at=created_at, options=options):
             yield event
 
@@ -166,7 +170,8 @@ class FrontReplica:
     def _stream(
         self, size: str, asked: Mapping[str, Any], *, id: str, created_at: str, options: Mapping[str, Any]
     ) -> Stream:
-        painters = self._painters.options(stream=True, multiplexed_model_id=size)
+        name = size if self._fleet.keep_sizes else ""
+        painters = self._painters.options(stream=True, multiplexed_model_id=name)
         stream: Stream = painters.paint.remote(asked, id=id, created_at=created_at, options=options)
         return stream
 
@@ -197,17 +202,17 @@ def app(args: Mapping[str, Any]) -> Any:
 
 
 def _in_hand(fleet: Fleet) -> int:
-    """Predictions at a painter. While it takes more, Ray sends it all of its sizes, and the next painter gets
-    none: so a step's worth, and a few that are ready when one of those is done.
+    """Predictions at a painter: enough to choose from. Where sizes are kept together Ray sends it all of its
+    own while it takes more, and the next painter gets none: so a step's worth, and a few that are ready.
     """
-    return fleet.capacity + max(1, fleet.capacity // 4)
+    return fleet.capacity + max(1, fleet.capacity // 4) if fleet.keep_sizes else 4 * fleet.capacity
 
 
 def _scaled(fleet: Fleet) -> dict[str, Any]:
     if fleet.most_painters is None:
         return {"num_replicas": fleet.painters}
     scaling = {"min_replicas": fleet.painters, "max_replicas": fleet.most_painters}
-    return {"autoscaling_config": scaling | {"target_ongoing_requests": fleet.capacity}}
+    return {"autoscaling_config": scaling | {"target_ongoing_requests": fleet.target}}
 
 
 def _settings(fleet: Fleet) -> Settings:
