@@ -22,6 +22,7 @@ from ritocco_bench.serving import TOKEN
 
 START_S = 120.0
 STOP_S = 120.0
+_CORES = 16
 # As many cores as the replicas ask for, whatever the machine has; `serve run` takes the cluster there is.
 _RUN = """
 import sys, ray
@@ -55,7 +56,7 @@ class Fleet:
 
 
 @contextmanager
-def fleet(folder: Path, *, cpus: int = 8, **arguments: Any) -> Iterator[Fleet]:
+def fleet(folder: Path, **arguments: Any) -> Iterator[Fleet]:
     """A fleet that takes requests. folder: for its configuration and log. arguments: of `scale.serve.Fleet`.
 
     Raises RuntimeError where it does not come up.
@@ -80,7 +81,7 @@ def fleet(folder: Path, *, cpus: int = 8, **arguments: Any) -> Iterator[Fleet]:
     env |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ADDRESS": "local"}
     log = folder / "serve.log"
     with log.open("wb") as stream:
-        command = [sys.executable, "-c", _RUN, str(config), str(cpus)]
+        command = [sys.executable, "-c", _RUN, str(config), str(_CORES)]
         process = subprocess.Popen(command, stdout=stream, stderr=stream, env=env, start_new_session=True)
     made = Fleet(process, f"http://127.0.0.1:{port}", log)
     try:

@@ -133,13 +133,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             row: dict[str, Any] = {"case": "server-load", "clients": clients, "size": given.size}
             row |= {"steps": given.steps, "predictions": len(seen.wholes), "refused": seen.refused}
             row |= {"per_second": rate, "engine_per_second": by_itself}
-            row |= {f"{name}_s": _spread(getattr(seen, f"{name}s")) for name in ("create", "get", "whole")}
+            row |= {f"{name}_s": spread(getattr(seen, f"{name}s")) for name in ("create", "get", "whole")}
             append(given.out, row)
             print(_said(row), flush=True)
     return 1 if broken else 0
 
 
-def _spread(seconds: Sequence[float]) -> dict[str, float]:
+def spread(seconds: Sequence[float]) -> dict[str, float]:
     """Median, 95th percentile and most."""
     found = (
         statistics.quantiles(seconds, n=20, method="inclusive") if len(seconds) > 1 else list(seconds) * 19
