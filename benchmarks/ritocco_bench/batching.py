@@ -193,7 +193,7 @@ def _real(arguments: argparse.Namespace) -> None:
     engine, times = _engine(arguments), _measured(arguments)
     held = traces.read(arguments.file)[: arguments.traces]
     engine.predict(asked_of(min(times.steps), 2, 0))
-    for load in ARRIVALS:
+    for load in ARRIVALS if arguments.load is None else [arguments.load or None]:
         pairs = []
         for trace in held:
             requests = asked(trace, times, load)[: arguments.requests]
@@ -299,6 +299,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--file", type=Path, default=traces.FILE, help="the traces")
     parser.add_argument("--traces", type=int, default=50, help="how many of them")
     parser.add_argument("--requests", type=int, default=traces.REQUESTS, help="real: of each trace")
+    parser.add_argument("--load", type=float, help="real: of capacity, 0 for a burst; default: both")
     parser.add_argument("--capacity", type=int, default=CAPACITY)
     parser.add_argument("--ageing", type=float, default=AGEING)
     parser.add_argument("--plots", type=Path, help="simulate: a folder for a PNG")
