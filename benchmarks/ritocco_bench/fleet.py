@@ -1,0 +1,359 @@
+"""How many GPUs for how many requests, and what stands around them: a simulation of fleets.
+
+    python -m ritocco_bench.fleet rates     # requests a second that 1 to 1000 GPUs serve in time
+    python -m ritocco_bench.fleet routes    # which painter a request goes to, and how full steps are
+    python -m ritocco_bench.fleet waiting   # one painter with so many requests in its house
+    python -m ritocco_bench.fleet day       # a day's curve, fleets of a fixed size and scaled ones
+    python -m ritocco_bench.fleet check     # the day's fluid beside the simulation of each request
+    python -m ritocco_bench.fleet store     # real: transactions of the store, here, and bytes
+    python -m ritocco_bench.fleet page      # tables and plots of the rows that are there
+
+A painter is one `Batcher` on one GPU, with its own policy and the step times of one H200 (`batching_times`).
+Rows go to `--out`. What no row has is an assumption, and an option or a constant here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from functools import partial
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ritocco.batcher import AGEING
+from ritocco.errors import RitoccoError
+from ritocco_bench import fleet_report, store_times
+from ritocco_bench.autoscaling import Autoscaler
+from ritocco_bench.batching_times import of_ladder
+from ritocco_bench.fleet_day import SLOW, WARM, Day, Table, flow, table
+from ritocco_bench.fleet_mix import MIXES, Kind, alone, of_day, pictures, poisson, varying
+from ritocco_bench.fleet_routes import ROUTES
+from ritocco_bench.fleet_run import CAPACITY, MOST_ONGOING, Plan, Ran, run
+from ritocco_bench.painter import Painter
+from ritocco_bench.processes import BenchError
+from ritocco_bench.rows import append
+from ritocco_bench.simulation import Given
+
+OUT = Path("benchmarks/results/fleet.jsonl")
+SIZES = (512, 768, 1024)
+FLEETS = (1, 10, 100, 1000)
+LEAST_REQUESTS = 30_000
+LATE = 0.05
+"""Share of requests that may be later than a limit: its p95."""
+CLOSE = 1.02
+"""A rate is looked for until the bounds are this near."""
+TABLE_PAINTERS = 100
+CHECKED = (19.6, 20.6)
+"""Hours of the day that are simulated request by request, with the evening's rush in them."""
+RUSH_PAINTERS = 40
+
+
+def spread(ran: Ran) -> dict[str, float]:
+    """Of a run's requests but the first tenth: times slower than alone, and seconds."""
+    skipped = round(WARM * len(ran.waits))
+    slower, waits = np.asarray(ran.slower)[skipped:], np.asarray(ran.waits)[skipped:]
+    found = {f"p{at}": float(np.percentile(slower, at)) for at in (50, 95, 99)}
+    found |= {f"p{at}_s": float(np.percentile(waits, at)) for at in (50, 95, 99)}
+    return found | {
+        name: float(getattr(ran, name)) for name in ("fill", "shared", "busy", "ongoing", "started")
+    }
+
+
+def stationary(
+    mix: Sequence[Kind], times: Given, plan: Plan, load: float, *, requests: int, seed: int
+) -> dict[str, float]:
+    """`spread` at a load of what one request at a time can take on so many painters."""
+    rate = load * plan.painters / alone(mix, times)
+    asked = poisson(mix, rate, requests / rate, seed=seed)
+    ran = run(asked, times, plan, seed=seed)
+    return {"load": load, "per_second": rate, "requests": len(asked), **spread(ran)}
+
+
+def most(
+    measure: Callable[[float], dict[str, float]], limit: float, low: float, high: float
+) -> dict[str, float]:
+    """What is measured at the highest load whose p95 is within the limit, between two loads.
+
+    Raises BenchError where the lower one is not within it.
+    """
+    best = measure(low)
+    if best["p95"] > limit:
+        raise BenchError(
+            f"at a load of {low:g} p95 is {best['p95']:.2f} times the time alone, over {limit:g}"
+        )
+    while high / low > CLOSE:
+        middle = (low * high) ** 0.5
+        found = measure(middle)
+        if found["p95"] <= limit:
+            low, best = middle, found
+        else:
+            high = middle
+    return best
+
+
+def closed(mix: Sequence[Kind], times: Given, ongoing: int, *, requests: int, seed: int) -> dict[str, float]:
+    """One painter that never has fewer or more requests in its house."""
+    asked = poisson(mix, 1.0, float(requests), seed=seed)
+    painter, now, key = Painter(times, capacity=CAPACITY, ageing=AGEING), 0.0, 0
+    for key in range(ongoing):
+        painter.submit(key, replace(asked[key], at=now), now)
+    while key + 1 < len(asked):
+        now = painter.until
+        if painter.advance() is not None:
+            key += 1
+            painter.submit(key, replace(asked[key], at=now), now)
+    done = len(asked) - ongoing
+    return {
+        "ongoing": ongoing,
+        "per_second": done / now,
+        "pictures_per_second": done * pictures(mix) / now,
+        "fill": painter.moved / painter.taken,
+        "shared": painter.joined / painter.taken,
+    }
+
+
+def demo() -> tuple[dict[str, Any], bytes]:
+    """The demo's request as a client sends it, and an output's bytes: its photograph at 512 x 512, as PNG."""
+    from PIL import Image
+
+    from ritocco.images import data_uri
+
+    folder = files("ritocco") / "assets"
+    photo, mask = ((folder / name).read_bytes() for name in ("coffee.jpg", "coffee-mask.png"))
+    with Image.open(io.BytesIO(photo)) as opened:
+        made = io.BytesIO()
+        opened.convert("RGB").resize((512, 512)).save(made, "PNG")
+    asked = {"prompt": "a vase of sunflowers on the table, photograph", "num_inference_steps": 25}
+    return asked | {"image": data_uri(photo), "mask": data_uri(mask)}, made.getvalue()
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command line; 1 where something is missing."""
+    given = _parser().parse_args(arguments)
+    try:
+        _COMMANDS[given.command](given)
+    except (BenchError, RitoccoError, OSError) as error:
+        print(f"{type(error).__name__}: {error}\nNothing is reported.", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _rates(given: argparse.Namespace) -> None:
+    times = of_ladder(sizes=SIZES)
+    for name, fleets in ((given.mix, _numbers(given.fleets)), ("traces", [TABLE_PAINTERS])):
+        mix, near = MIXES[name], dict[float, float]()
+        for painters in fleets:
+            plan = Plan(painters=painters, route=given.route)
+            requests = max(given.requests, 100 * painters)
+            measure = _remembered(partial(stationary, mix, times, plan, requests=requests, seed=given.seed))
+            for limit in SLOW:
+                low, high = (0.95 * near[limit], 1.1 * near[limit]) if painters > 100 else (0.02, 1.4)
+                found = most(measure, limit, low, high)
+                near[limit] = found["load"]
+                again = stationary(mix, times, plan, found["load"], requests=requests, seed=given.seed + 1)
+                row = {"case": "fleet-rates", "mix": name, "painters": painters, "route": given.route}
+                row |= {"limit": limit, "alone_s": alone(mix, times), "pictures": pictures(mix), **found}
+                _add(given, row | {"p95_other_seed": again["p95"]})
+
+
+def _routes(given: argparse.Namespace) -> None:
+    times = of_ladder(sizes=SIZES)
+    for name in ("mix", "halves"):
+        for most_ongoing in (MOST_ONGOING, 8):
+            for load in (0.5, 0.7, 0.9, 1.0, 1.1):
+                for route in ROUTES:
+                    plan = Plan(painters=TABLE_PAINTERS, route=route, most_ongoing=most_ongoing)
+                    found = stationary(
+                        MIXES[name], times, plan, load, requests=given.requests, seed=given.seed
+                    )
+                    row = {"case": "fleet-routes", "mix": name, "painters": TABLE_PAINTERS, "route": route}
+                    _add(given, row | {"most_ongoing": most_ongoing, **found})
+
+
+def _waiting(given: argparse.Namespace) -> None:
+    times = of_ladder(sizes=SIZES)
+    for name in ("mix", "halves"):
+        for ongoing in (1, 2, 4, 8, 16, 32, 64):
+            found = closed(MIXES[name], times, ongoing, requests=given.requests // 10, seed=given.seed)
+            _add(given, {"case": "fleet-waiting", "mix": name, "alone_s": alone(MIXES[name], times), **found})
+
+
+def _day(given: argparse.Namespace) -> None:
+    looked = _table(given)
+    row = {"case": "fleet-table", "mix": given.mix, "painters": TABLE_PAINTERS, "route": given.route}
+    _add(given, row | asdict(looked))
+    base = {"case": "fleet-day", "mix": given.mix, "route": given.route}
+    peaks = {limit: _peak(looked, which) for which, limit in enumerate(SLOW)}
+    for limit, peak in peaks.items():
+        day = flow(looked, lambda at, peak=peak: 1000 * peak * of_day(at), painters=1000)  # type: ignore[misc]
+        _add_day(given, base | {"limit": limit, "peak_per_second": 1000 * peak}, day)
+    peak = 1000 * peaks[SLOW[0]]
+    for target in (0.8, 1.0, 1.5, 2.0):
+        for cold_s in (10.0, 60.0, 300.0):
+            scaler = Autoscaler(target=target, least=10, most=2000)
+            begin = round(peak * of_day(0.0) / looked.rates[-1])
+            day = flow(looked, lambda at: peak * of_day(at), painters=begin, scaler=scaler, cold_s=cold_s)
+            row = base | {"peak_per_second": peak, "target": target, "cold_s": cold_s}
+            _add_day(given, row, day)
+
+
+def _check(given: argparse.Namespace) -> None:
+    """The rush of the evening, request by request and as a fluid."""
+    looked, times, mix = _table(given), of_ladder(sizes=SIZES), MIXES[given.mix]
+    begin, end = (3600 * hour for hour in CHECKED)
+    peak = RUSH_PAINTERS * _peak(looked, 0)
+    for target, cold_s in ((None, 0.0), (1.0, 60.0), (2.0, 60.0), (2.0, 300.0)):
+
+        def rate(at: float) -> float:
+            return peak * of_day(begin + at)
+
+        def scaler(target: float | None = target) -> Autoscaler:
+            return Autoscaler(target=target or 1.0, least=2, most=3 * RUSH_PAINTERS)
+
+        asked = varying(mix, rate, peak, end - begin, seed=given.seed)
+        painters = RUSH_PAINTERS if target is None else round(1.1 * rate(0.0) / looked.rates[-1])
+        plan = Plan(painters=painters, scaled=scaler if target else None, cold_s=cold_s)
+        ran = run(asked, times, plan, seed=given.seed)
+        day = flow(
+            looked,
+            rate,
+            painters=painters,
+            scaler=scaler() if target else None,
+            cold_s=cold_s,
+            seconds=end - begin,
+        )
+        slower = np.asarray(ran.slower)
+        row = {"case": "fleet-check", "mix": given.mix, "target": target, "cold_s": cold_s}
+        row |= {"painters": painters, "peak_per_second": peak, "requests": len(asked)}
+        row |= {"over": [float(np.mean(slower > limit)) for limit in SLOW], "painter_s": ran.painter_s}
+        row |= {"most": max(count for _, count in ran.counts)}
+        row |= {"fluid": {"over": day.over, "painter_s": day.painter_s, "most": day.most}}
+        _add(given, row)
+
+
+def _store(given: argparse.Namespace) -> None:
+    asked, output = demo()
+    sizes = {"input_bytes": len(json.dumps(asked)), "output_bytes": len(output)}
+    base = {"case": "fleet-store", **sizes}
+    for clients in (1, 4):
+        lived = store_times.sqlite(asked, output, clients=clients, seconds=given.seconds)
+        _add(given, base | {"store": "sqlite", "clients": clients, "pictures": True} | _lived(lived))
+    with store_times.server(given.postgres) as url:
+        for pictures_there in (True, False):
+            for clients in (1, 4, 16):
+                lived = store_times.postgres(
+                    url, asked, output, clients=clients, seconds=given.seconds, pictures=pictures_there
+                )
+                row = base | {"store": "postgresql", "clients": clients, "pictures": pictures_there}
+                _add(given, row | _lived(lived))
+
+
+def _page(given: argparse.Namespace) -> None:
+    rows = fleet_report.read(given.out)
+    print(fleet_report.markdown(rows, price=given.price, lost_hours=given.lost_hours))
+    if given.plots is not None:
+        for file in fleet_report.draw(rows, given.plots):
+            print(file)
+
+
+_COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
+    "rates": _rates,
+    "routes": _routes,
+    "waiting": _waiting,
+    "day": _day,
+    "check": _check,
+    "store": _store,
+    "page": _page,
+}
+
+
+def _table(given: argparse.Namespace) -> Table:
+    plan = Plan(painters=TABLE_PAINTERS, route=given.route)
+    times = of_ladder(sizes=SIZES)
+    return table(MIXES[given.mix], times, plan, requests=given.requests, seed=given.seed)
+
+
+def _peak(looked: Table, which: int) -> float:
+    """The highest peak of the day, in requests a second and painter, of which no more than LATE are late."""
+    low, high = looked.rates[0], looked.rates[-1]
+    while high / low > CLOSE**0.25:
+        middle = (low * high) ** 0.5
+        day = flow(looked, lambda at, peak=middle: 1000 * peak * of_day(at), painters=1000, step_s=10.0)  # type: ignore[misc]
+        low, high = (middle, high) if day.over[which] <= LATE else (low, middle)
+    return low
+
+
+def _add_day(given: argparse.Namespace, row: dict[str, Any], day: Day) -> None:
+    held = asdict(day)
+    held["counts"] = [(round(at), count) for at, count in day.counts[::10]]
+    _add(given, row | held)
+
+
+def _lived(lived: store_times.Lived) -> dict[str, float]:
+    return asdict(lived) | {"per_second": lived.per_second}
+
+
+def _remembered(measure: Callable[[float], dict[str, float]]) -> Callable[[float], dict[str, float]]:
+    held: dict[float, dict[str, float]] = {}
+
+    def remember(load: float) -> dict[str, float]:
+        if load not in held:
+            held[load] = measure(load)
+        return held[load]
+
+    return remember
+
+
+def _add(given: argparse.Namespace, row: dict[str, Any]) -> None:
+    append(given.out, row | {"seed": given.seed})
+    print(
+        ", ".join(
+            f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}"
+            for name, value in row.items()
+            if isinstance(value, str | int | float)
+        ),
+        flush=True,
+    )
+
+
+def _numbers(texts: str) -> list[int]:
+    return [int(one) for one in texts.split(",")]
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m ritocco_bench.fleet",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("command", choices=tuple(_COMMANDS))
+    parser.add_argument("--mix", choices=tuple(MIXES), default="mix")
+    parser.add_argument("--route", choices=tuple(ROUTES), default="two choices")
+    parser.add_argument("--fleets", default=",".join(map(str, FLEETS)), help="rates: numbers of GPUs")
+    parser.add_argument("--requests", type=int, default=LEAST_REQUESTS, help="of each run, at least")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seconds", type=float, default=10.0, help="store: of each measurement")
+    parser.add_argument(
+        "--postgres",
+        type=Path,
+        default=store_times.BINARIES,
+        help="store: the folder of PostgreSQL's programs",
+    )
+    parser.add_argument("--price", type=float, default=2.0, help="page: of a GPU's hour, an example")
+    parser.add_argument(
+        "--lost-hours", type=float, default=24.0, help="page: in which one of a thousand GPUs is lost"
+    )
+    parser.add_argument("--plots", type=Path, help="page: a folder for PNGs")
+    parser.add_argument("--out", type=Path, default=OUT, help="JSONL file that rows are added to")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
