@@ -50,9 +50,20 @@ LATE = 0.05
 CLOSE = 1.02
 """A rate is looked for until the bounds are this near."""
 TABLE_PAINTERS = 100
+FEW_ONGOING = 8
+"""For a painter that takes no more than one full batch."""
+ROUTE_LOADS = (0.5, 0.7, 0.9, 1.0, 1.1)
+WAITING = (1, 2, 4, 8, 16, 32, 64)
 CHECKED = (19.6, 20.6)
 """Hours of the day that are simulated request by request, with the evening's rush in them."""
 RUSH_PAINTERS = 40
+DAY_PAINTERS = 1000
+TARGETS = (0.8, 1.0, 1.5, 2.0)
+"""Ongoing requests of a painter; the last is Ray Serve's default."""
+COLD_S = (10.0, 60.0, 300.0)
+"""Assumptions, since no row has it on a GPU: a process on a machine that is there, from files that are in
+its memory or elsewhere, and a machine that has to be got.
+"""
 
 
 def spread(ran: Ran) -> dict[str, float]:
@@ -166,8 +177,8 @@ def _rates(given: argparse.Namespace) -> None:
 def _routes(given: argparse.Namespace) -> None:
     times = of_ladder(sizes=SIZES)
     for name in ("mix", "halves"):
-        for most_ongoing in (MOST_ONGOING, 8):
-            for load in (0.5, 0.7, 0.9, 1.0, 1.1):
+        for most_ongoing in (MOST_ONGOING, FEW_ONGOING):
+            for load in ROUTE_LOADS:
                 for route in ROUTES:
                     plan = Plan(painters=TABLE_PAINTERS, route=route, most_ongoing=most_ongoing)
                     found = stationary(
@@ -180,8 +191,9 @@ def _routes(given: argparse.Namespace) -> None:
 def _waiting(given: argparse.Namespace) -> None:
     times = of_ladder(sizes=SIZES)
     for name in ("mix", "halves"):
-        for ongoing in (1, 2, 4, 8, 16, 32, 64):
-            found = closed(MIXES[name], times, ongoing, requests=given.requests // 10, seed=given.seed)
+        for ongoing in WAITING:
+            requests = max(given.requests // 5, 20 * ongoing)
+            found = closed(MIXES[name], times, ongoing, requests=requests, seed=given.seed)
             _add(given, {"case": "fleet-waiting", "mix": name, "alone_s": alone(MIXES[name], times), **found})
 
 
@@ -190,25 +202,28 @@ def _day(given: argparse.Namespace) -> None:
     row = {"case": "fleet-table", "mix": given.mix, "painters": TABLE_PAINTERS, "route": given.route}
     _add(given, row | asdict(looked))
     base = {"case": "fleet-day", "mix": given.mix, "route": given.route}
-    peaks = {limit: _peak(looked, which) for which, limit in enumerate(SLOW)}
-    for limit, peak in peaks.items():
-        day = flow(looked, lambda at, peak=peak: 1000 * peak * of_day(at), painters=1000)  # type: ignore[misc]
-        _add_day(given, base | {"limit": limit, "peak_per_second": 1000 * peak}, day)
-    peak = 1000 * peaks[SLOW[0]]
-    for target in (0.8, 1.0, 1.5, 2.0):
-        for cold_s in (10.0, 60.0, 300.0):
-            scaler = Autoscaler(target=target, least=10, most=2000)
+    for which, limit in enumerate(SLOW):
+        peak = DAY_PAINTERS * looked.rate(which, LATE)
+        day = flow(looked, _of_day(peak), painters=DAY_PAINTERS, step_s=given.step)
+        _add_day(given, base | {"limit": limit, "peak_per_second": peak}, day)
+    peak = DAY_PAINTERS * looked.rate(0, LATE)
+    for target in TARGETS:
+        for cold_s in COLD_S:
+            scaler = Autoscaler(target=target, least=10, most=2 * DAY_PAINTERS)
             begin = round(peak * of_day(0.0) / looked.rates[-1])
-            day = flow(looked, lambda at: peak * of_day(at), painters=begin, scaler=scaler, cold_s=cold_s)
-            row = base | {"peak_per_second": peak, "target": target, "cold_s": cold_s}
-            _add_day(given, row, day)
+            day = flow(looked, _of_day(peak), painters=begin, scaler=scaler, cold_s=cold_s, step_s=given.step)
+            _add_day(given, base | {"peak_per_second": peak, "target": target, "cold_s": cold_s}, day)
+
+
+def _of_day(peak: float) -> Callable[[float], float]:
+    return lambda at: peak * of_day(at)
 
 
 def _check(given: argparse.Namespace) -> None:
     """The rush of the evening, request by request and as a fluid."""
     looked, times, mix = _table(given), of_ladder(sizes=SIZES), MIXES[given.mix]
     begin, end = (3600 * hour for hour in CHECKED)
-    peak = RUSH_PAINTERS * _peak(looked, 0)
+    peak = RUSH_PAINTERS * looked.rate(0, LATE)
     for target, cold_s in ((None, 0.0), (1.0, 60.0), (2.0, 60.0), (2.0, 300.0)):
 
         def rate(at: float) -> float:
@@ -280,16 +295,6 @@ def _table(given: argparse.Namespace) -> Table:
     return table(MIXES[given.mix], times, plan, requests=given.requests, seed=given.seed)
 
 
-def _peak(looked: Table, which: int) -> float:
-    """The highest peak of the day, in requests a second and painter, of which no more than LATE are late."""
-    low, high = looked.rates[0], looked.rates[-1]
-    while high / low > CLOSE**0.25:
-        middle = (low * high) ** 0.5
-        day = flow(looked, lambda at, peak=middle: 1000 * peak * of_day(at), painters=1000, step_s=10.0)  # type: ignore[misc]
-        low, high = (middle, high) if day.over[which] <= LATE else (low, middle)
-    return low
-
-
 def _add_day(given: argparse.Namespace, row: dict[str, Any], day: Day) -> None:
     held = asdict(day)
     held["counts"] = [(round(at), count) for at, count in day.counts[::10]]
@@ -339,6 +344,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--fleets", default=",".join(map(str, FLEETS)), help="rates: numbers of GPUs")
     parser.add_argument("--requests", type=int, default=LEAST_REQUESTS, help="of each run, at least")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--step", type=float, default=1.0, help="day: seconds of the fluid's step")
     parser.add_argument("--seconds", type=float, default=10.0, help="store: of each measurement")
     parser.add_argument(
         "--postgres",

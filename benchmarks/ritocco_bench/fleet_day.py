@@ -46,6 +46,10 @@ class Table:
             return ongoing + come - self.rates[-1] * seconds
         return _line(ongoing + come, there, [0.0, *self.ongoing])
 
+    def rate(self, which: int, share: float) -> float:
+        """Requests a second of a painter at which so many take over `SLOW[which]` times as long as alone."""
+        return _line(share, [0.0, *(over[which] for over in self.over)], [0.0, *self.rates])
+
     def slow(self, ongoing: float) -> list[float]:
         """`over`, with so many in its house; with twice the last's all are."""
         at = [0.0, *self.ongoing, 2 * self.ongoing[-1]]

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ritocco_bench.fleet_mix import DAY_S, MIXES, pictures, pixels
+from ritocco_bench.fleet_run import CAPACITY
 from ritocco_bench.processes import BenchError
 
 Row = dict[str, Any]
@@ -71,7 +72,9 @@ def draw(rows: Sequence[Row], folder: Path) -> list[Path]:
 
 def _draw_routes(panels: Any, rows: Sequence[Row]) -> None:
     for axes, mix in zip(panels, ("mix", "halves"), strict=True):
-        held = [row for row in _of(rows, "fleet-routes") if row["mix"] == mix and row["most_ongoing"] > 8]
+        held = [
+            row for row in _of(rows, "fleet-routes") if row["mix"] == mix and row["most_ongoing"] > CAPACITY
+        ]
         for route in dict.fromkeys(row["route"] for row in held):
             line = [(row["load"], row["p95"]) for row in held if row["route"] == route]
             if route != "models, up to three":  # lies on the other one

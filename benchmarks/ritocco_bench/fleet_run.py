@@ -81,8 +81,8 @@ class _Fleet:
         self._alone: dict[tuple[Any, int, int], float] = {}
         self._here = 0  # ongoing requests, those that nobody took yet too
         self._left = len(asked)
-        self._begun = 0
-        self._area = self._begun_area = self._lives = self._clock = 0.0
+        self._begun = self._busy = 0
+        self._area = self._begun_area = self._busy_area = self._lives = self._clock = 0.0
         self._counts = [(0.0, plan.painters)]
 
     def run(self) -> Ran:
@@ -117,6 +117,7 @@ class _Fleet:
             passed = until - self._clock
             self._area += passed * self._here
             self._begun_area += passed * self._begun
+            self._busy_area += passed * self._busy
             self._lives += passed * (len(self._members) + len(self._cold))
             self._clock = until
 
@@ -136,8 +137,10 @@ class _Fleet:
         if painter.until != now:
             return  # it was cut short
         self._begun -= painter.begun
+        self._busy -= painter.busy
         ended = painter.advance()
         self._begun += painter.begun
+        self._busy += painter.busy
         if ended is not None:
             self._ends[ended] = now
             self._here -= 1
@@ -177,7 +180,7 @@ class _Fleet:
             slower=slower,
             fill=sum(one.moved for one in self._painters) / taken,
             shared=sum(one.joined for one in self._painters) / taken,
-            busy=sum(one.busy for one in self._painters) / lives,
+            busy=self._busy_area / lives,
             ongoing=self._area / lives,
             started=self._begun_area / lives,
             painter_s=self._lives,

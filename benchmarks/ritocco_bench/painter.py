@@ -30,12 +30,12 @@ class _Held:
 class Painter:
     """until: when it has to be told to `advance`, in seconds; NEVER while it has nothing to do. begun:
     requests that it works on, which are lost with its device. taken: steps. moved, joined: lanes and requests
-    in them. busy: seconds of work.
+    in them.
     """
 
     __slots__ = (
         *("_ageing", "_capacity", "_count", "_each", "_held", "_since", "_times", "_turn"),
-        *("begun", "busy", "joined", "moved", "taken", "until"),
+        *("begun", "joined", "moved", "taken", "until"),
     )
 
     def __init__(self, times: Times, *, capacity: int, ageing: float) -> None:
@@ -46,12 +46,16 @@ class Painter:
         self._since, self._each, self._count = 0.0, 0.0, 0
         self.until = NEVER
         self.begun = self.taken = self.moved = self.joined = 0
-        self.busy = 0.0
 
     @property
     def ongoing(self) -> int:
         """Requests in the house."""
         return len(self._held)
+
+    @property
+    def busy(self) -> bool:
+        """Whether a turn is under way."""
+        return self._turn is not None
 
     def submit(self, key: int, asked: Asked, now: float) -> bool:
         """Who comes is seen when the turn under way ends. Returns whether `until` is another now.
@@ -73,7 +77,6 @@ class Painter:
         """At `until`: end what was under way, and begin the next. Returns who is done with it."""
         now, turn, ended = self.until, self._turn, None
         if turn is not None:
-            self.busy += now - self._since
             ended = self._end(turn)
         self._turn, self.until = None, NEVER
         if self._held:
