@@ -9,7 +9,7 @@ from typing import Any, Protocol
 from ritocco_bench.painter import Painter
 
 BACKOFF_S, LONGEST_BACKOFF_S = 0.025, 0.5
-"""Between two tries where nobody takes a request, each double the last. An assumption, as Ray Serve's."""
+"""Between two tries where nobody takes a request, each double the last. An assumption."""
 MATCHING_S = (1.0, 2.0)
 """For so long, drawn evenly, Ray Serve looks among those that have a request's model."""
 
