@@ -56,10 +56,13 @@ ROUTE_LOADS = (0.5, 0.7, 0.9, 1.0, 1.1)
 WAITING = (1, 2, 4, 8, 16, 32, 64)
 CHECKED = (19.6, 20.6)
 """Hours of the day that are simulated request by request, with the evening's rush in them."""
-RUSH_PAINTERS = 40
+CHECKED_COLD_S = 60.0
+RUSH_PAINTERS = 20
 DAY_PAINTERS = 1000
-TARGETS = (0.8, 1.0, 1.5, 2.0)
-"""Ongoing requests of a painter; the last is Ray Serve's default."""
+SCALERS = ((0.8, 1.0), (1.0, 1.0), (1.5, 1.0), (2.0, 1.0), (1.0, 0.2), (1.5, 0.2), (2.0, 0.2))
+"""Ongoing requests of a painter, and what part of the way down is gone at once. 2 and 1 are Ray Serve's
+defaults.
+"""
 COLD_S = (10.0, 60.0, 300.0)
 """Assumptions, since no row has it on a GPU: a process on a machine that is there, from files that are in
 its memory or elsewhere, and a machine that has to be got.
@@ -207,12 +210,13 @@ def _day(given: argparse.Namespace) -> None:
         day = flow(looked, _of_day(peak), painters=DAY_PAINTERS, step_s=given.step)
         _add_day(given, base | {"limit": limit, "peak_per_second": peak}, day)
     peak = DAY_PAINTERS * looked.rate(0, LATE)
-    for target in TARGETS:
+    begin = round(peak * of_day(0.0) / looked.rate(0, LATE))
+    for target, factor in SCALERS:
         for cold_s in COLD_S:
-            scaler = Autoscaler(target=target, least=10, most=2 * DAY_PAINTERS)
-            begin = round(peak * of_day(0.0) / looked.rates[-1])
+            scaler = Autoscaler(target=target, down_factor=factor, least=10, most=DAY_PAINTERS)
             day = flow(looked, _of_day(peak), painters=begin, scaler=scaler, cold_s=cold_s, step_s=given.step)
-            _add_day(given, base | {"peak_per_second": peak, "target": target, "cold_s": cold_s}, day)
+            row = base | {"peak_per_second": peak, "target": target, "down_factor": factor}
+            _add_day(given, row | {"cold_s": cold_s}, day)
 
 
 def _of_day(peak: float) -> Callable[[float], float]:
@@ -224,28 +228,29 @@ def _check(given: argparse.Namespace) -> None:
     looked, times, mix = _table(given), of_ladder(sizes=SIZES), MIXES[given.mix]
     begin, end = (3600 * hour for hour in CHECKED)
     peak = RUSH_PAINTERS * looked.rate(0, LATE)
-    for target, cold_s in ((None, 0.0), (1.0, 60.0), (2.0, 60.0), (2.0, 300.0)):
+    for target, factor in ((None, 1.0), (0.8, 1.0), (1.0, 1.0), (2.0, 1.0), (1.5, 0.2)):
 
         def rate(at: float) -> float:
             return peak * of_day(begin + at)
 
-        def scaler(target: float | None = target) -> Autoscaler:
-            return Autoscaler(target=target or 1.0, least=2, most=3 * RUSH_PAINTERS)
+        def scaler(target: float | None = target, factor: float = factor) -> Autoscaler:
+            return Autoscaler(target=target or 1.0, down_factor=factor, least=2, most=RUSH_PAINTERS)
 
         asked = varying(mix, rate, peak, end - begin, seed=given.seed)
-        painters = RUSH_PAINTERS if target is None else round(1.1 * rate(0.0) / looked.rates[-1])
-        plan = Plan(painters=painters, scaled=scaler if target else None, cold_s=cold_s)
+        painters = RUSH_PAINTERS if target is None else round(rate(0.0) / looked.rate(0, LATE))
+        plan = Plan(painters=painters, scaled=scaler if target else None, cold_s=CHECKED_COLD_S)
         ran = run(asked, times, plan, seed=given.seed)
         day = flow(
             looked,
             rate,
             painters=painters,
             scaler=scaler() if target else None,
-            cold_s=cold_s,
+            cold_s=CHECKED_COLD_S,
             seconds=end - begin,
         )
         slower = np.asarray(ran.slower)
-        row = {"case": "fleet-check", "mix": given.mix, "target": target, "cold_s": cold_s}
+        row = {"case": "fleet-check", "mix": given.mix, "target": target}
+        row |= {"down_factor": factor, "cold_s": CHECKED_COLD_S}
         row |= {"painters": painters, "peak_per_second": peak, "requests": len(asked)}
         row |= {"over": [float(np.mean(slower > limit)) for limit in SLOW], "painter_s": ran.painter_s}
         row |= {"most": max(count for _, count in ran.counts)}

@@ -12,10 +12,23 @@ from ritocco_bench.fleet_run import CAPACITY
 from ritocco_bench.processes import BenchError
 
 Row = dict[str, Any]
-KEYS = ("case", "mix", "painters", "route", "limit", "most_ongoing", "load", "ongoing", "target", "cold_s")
+KEYS = (
+    "case",
+    "mix",
+    "painters",
+    "route",
+    "limit",
+    "most_ongoing",
+    "load",
+    "ongoing",
+    "target",
+    "down_factor",
+    "cold_s",
+)
 """What tells rows apart; of two that agree the later counts."""
 STORE_KEYS = ("store", "clients", "pictures")
 GB = 1e9
+DRAWN_COLD_S = 60.0
 
 
 def read(file: Path) -> list[Row]:
@@ -91,36 +104,28 @@ def _draw_routes(panels: Any, rows: Sequence[Row]) -> None:
 
 
 def _draw_day(panels: Any, rows: Sequence[Row]) -> None:
-    days = _of(rows, "fleet-day")
-    for row in days:
-        if row.get("target") is None and row["limit"] > 2:
-            continue
-        if row.get("target") in (None, 1.0, 2.0) and row.get("cold_s", 60.0) == 60.0:
-            label = "fixed" if row.get("target") is None else f"target {row['target']:g}, cold start 60 s"
-            hours = [at / 3600 for at, _ in row["counts"]]
+    fixed = [row for row in _of(rows, "fleet-day") if row.get("target") is None][:1]
+    scaled = [row for row in _of(rows, "fleet-day") if row.get("target") and row["cold_s"] == DRAWN_COLD_S]
+    for row in (*fixed, *scaled):
+        label, hours = _short(row), [at / 3600 for at, _ in row["counts"]]
+        if row in fixed or (row["target"], row["down_factor"]) in ((0.8, 1), (2, 1), (1.5, 0.2)):
             panels[0].plot(hours, [count for _, count in row["counts"]], label=label)
+        at = row["painter_s"] / 3600, 100 * row["over"][0]
+        panels[1].plot(*at, "o")
+        panels[1].annotate(label, at, xytext=(5, 5), textcoords="offset points", fontsize=8)
     panels[0].set(title="a day", xlabel="hour", ylabel="GPUs", xlim=(0, 24), ylim=(0, None))
-    panels[0].legend(fontsize=8)
-    for cold_s in sorted({row["cold_s"] for row in days if row.get("target")}):
-        line = [row for row in days if row.get("target") and row["cold_s"] == cold_s]
-        panels[1].plot(
-            [row["painter_s"] / 3600 for row in line],
-            [100 * row["over"][0] for row in line],
-            marker="o",
-            label=f"cold start {cold_s:g} s",
-        )
-        for row in line if cold_s == 60.0 else ():
-            at = row["painter_s"] / 3600, 100 * row["over"][0]
-            panels[1].annotate(
-                f"target {row['target']:g}", at, xytext=(4, 6), textcoords="offset points", fontsize=8
-            )
-    for row in days:
-        if row.get("target") is None and row["limit"] == 2:
-            panels[1].plot(row["painter_s"] / 3600, 100 * row["over"][0], "ks", label="fixed")
+    panels[0].legend(fontsize=8, loc="lower right")
     panels[1].set(xlabel="GPU-hours of the day", ylabel="% over twice the time alone", ylim=(0, None))
-    panels[1].legend(fontsize=8)
     for axes in panels:
         axes.grid(alpha=0.3)
+    panels[1].margins(x=0.25)
+
+
+def _short(row: Row) -> str:
+    if row.get("target") is None:
+        return "fixed"
+    down = "" if row["down_factor"] == 1 else f", down by {row['down_factor']:g}"
+    return f"target {row['target']:g}{down}"
 
 
 def _rates(rows: Sequence[Row]) -> str:
@@ -202,9 +207,7 @@ def _days(rows: Sequence[Row]) -> str:
         ),
         (
             (
-                "fixed"
-                if row.get("target") is None
-                else f"target {row['target']:g}, cold {row['cold_s']:g} s",
+                "fixed" if row.get("target") is None else _scaled(row),
                 f"{row['peak_per_second']:,.0f}",
                 f"{row['requests'] / 1e6:.1f} million",
                 f"{row['painter_s'] / 3600:,.0f}",
@@ -221,9 +224,7 @@ def _checks(rows: Sequence[Row]) -> str:
         ("fleet", "requests", "over 2 times: each, fluid", "over 4 times", "GPU-hours", "GPUs at most"),
         (
             (
-                f"fixed, {row['painters']}"
-                if row["target"] is None
-                else f"target {row['target']:g}, cold {row['cold_s']:g} s",
+                f"fixed, {row['painters']}" if row["target"] is None else _scaled(row),
                 f"{row['requests']:,}",
                 *(
                     f"{100 * each:.1f}, {100 * fluid:.1f} %"
@@ -375,13 +376,17 @@ def _cost(rows: Sequence[Row], price: float) -> str:
         name = (
             f"a day, fixed, 95 % within {row['limit']:g} times alone"
             if row.get("target") is None
-            else f"a day, target {row['target']:g}, cold {row['cold_s']:g} s"
+            else f"a day, {_scaled(row)}"
         )
         held.append((name, row["painter_s"] / row["requests"] / pictures(MIXES[row["mix"]])))
     return _table(
         ("GPUs", "GPU-seconds a picture", f"1,000 pictures, at {price:g} an hour (an example)"),
         ((name, f"{seconds:.3f}", f"{1000 * seconds * price / 3600:.3f}") for name, seconds in held),
     )
+
+
+def _scaled(row: Row) -> str:
+    return f"{_short(row)}, cold {row['cold_s']:g} s"
 
 
 def _of(rows: Sequence[Row], case: str) -> list[Row]:

@@ -180,6 +180,8 @@ def test_the_autoscaler_by_hand() -> None:
     assert [scaler.decide(9.0, 2) for _ in range(3)] == [2, 2, 5]
     assert [scaler.decide(100.0, 5) for _ in range(3)] == [5, 5, 8]
     assert [scaler.decide(1.0, 8) for _ in range(6)] == [8] * 5 + [1]
+    slow = Autoscaler(target=2.0, least=1, most=8, down_s=0, down_factor=0.25, look_back_s=10)
+    assert [slow.decide(2.0, there) for there in (8, 2, 1)] == [7, 2, 1]
     # What is in between begins to count anew.
     assert [scaler.decide(n, 2) for n in (9.0, 9.0, 3.0, 9.0, 9.0, 9.0)] == [2] * 5 + [5]
 
