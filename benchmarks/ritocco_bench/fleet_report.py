@@ -98,9 +98,13 @@ def _draw_routes(panels: Any, rows: Sequence[Row]) -> None:
             xlabel="load, of what one request at a time can take",
             ylabel="p95, times the time alone",
             yscale="log",
+            ylim=(0.9, 200),
+            yticks=(ticks := (1, 2, 5, 10, 20, 50)),
+            yticklabels=ticks,
         )
-        axes.grid(alpha=0.3, which="both")
-    panels[0].legend(fontsize=8)
+        axes.minorticks_off()
+        axes.grid(alpha=0.3)
+    panels[0].legend(fontsize=8, ncols=2, loc="upper left")
 
 
 def _draw_day(panels: Any, rows: Sequence[Row]) -> None:
@@ -112,13 +116,17 @@ def _draw_day(panels: Any, rows: Sequence[Row]) -> None:
             panels[0].plot(hours, [count for _, count in row["counts"]], label=label)
         at = row["painter_s"] / 3600, 100 * row["over"][0]
         panels[1].plot(*at, "o")
-        panels[1].annotate(label, at, xytext=(5, 5), textcoords="offset points", fontsize=8)
-    panels[0].set(title="a day", xlabel="hour", ylabel="GPUs", xlim=(0, 24), ylim=(0, None))
+        lifted = 6 if label == "target 1" else -3  # it would hide another
+        panels[1].annotate(label, at, xytext=(7, lifted), textcoords="offset points", fontsize=8)
+    panels[0].set(
+        title="a day, every ten minutes", xlabel="hour", ylabel="GPUs", xlim=(0, 24), ylim=(0, None)
+    )
     panels[0].legend(fontsize=8, loc="lower right")
     panels[1].set(xlabel="GPU-hours of the day", ylabel="% over twice the time alone", ylim=(0, None))
     for axes in panels:
         axes.grid(alpha=0.3)
     panels[1].margins(x=0.25)
+    panels[1].set_ylim(top=1.1 * panels[1].get_ylim()[1])
 
 
 def _short(row: Row) -> str:
