@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
@@ -307,7 +308,7 @@ def _add_day(given: argparse.Namespace, row: dict[str, Any], day: Day) -> None:
 
 
 def _lived(lived: store_times.Lived) -> dict[str, float]:
-    return asdict(lived) | {"per_second": lived.per_second}
+    return asdict(lived) | {"per_second": lived.per_second, "load_average": os.getloadavg()[0]}
 
 
 def _remembered(measure: Callable[[float], dict[str, float]]) -> Callable[[float], dict[str, float]]:
