@@ -261,19 +261,19 @@ def _check(given: argparse.Namespace) -> None:
 
 def _store(given: argparse.Namespace) -> None:
     asked, output = demo()
-    sizes = {"input_bytes": len(json.dumps(asked)), "output_bytes": len(output)}
-    base = {"case": "fleet-store", **sizes}
+    base = {"case": "fleet-store", "input_bytes": len(json.dumps(asked)), "output_bytes": len(output)}
     for clients in (1, 4):
         lived = store_times.sqlite(asked, output, clients=clients, seconds=given.seconds)
-        _add(given, base | {"store": "sqlite", "clients": clients, "pictures": True} | _lived(lived))
+        _add(given, base | {"store": "sqlite", "clients": clients, "kept": "inputs"} | _lived(lived))
+    elsewhere = asked | dict.fromkeys(("image", "mask"), f"https://pictures.example/{'0' * 32}.jpg")
+    held = {"pictures": (asked, output), "inputs": (asked, output), "rows": (elsewhere, b"")}
     with store_times.server(given.postgres) as url:
-        for pictures_there in (True, False):
+        for kept, (input, made) in held.items():
             for clients in (1, 4, 16):
                 lived = store_times.postgres(
-                    url, asked, output, clients=clients, seconds=given.seconds, pictures=pictures_there
+                    url, input, made, clients=clients, seconds=given.seconds, pictures=kept == "pictures"
                 )
-                row = base | {"store": "postgresql", "clients": clients, "pictures": pictures_there}
-                _add(given, row | _lived(lived))
+                _add(given, base | {"store": "postgresql", "clients": clients, "kept": kept} | _lived(lived))
 
 
 def _page(given: argparse.Namespace) -> None:

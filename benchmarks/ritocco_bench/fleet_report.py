@@ -26,7 +26,13 @@ KEYS = (
     "cold_s",
 )
 """What tells rows apart; of two that agree the later counts."""
-STORE_KEYS = ("store", "clients", "pictures")
+STORE_KEYS = ("store", "clients", "kept")
+KEPT = {
+    "pictures": "inputs and pictures",
+    "inputs": "inputs, pictures beside it",
+    "rows": "neither, URLs of both",
+}
+"""What lies in the database."""
 GB = 1e9
 DRAWN_COLD_S = 60.0
 
@@ -250,7 +256,7 @@ def _stores(rows: Sequence[Row]) -> str:
     return _table(
         (
             "store",
-            "pictures",
+            "in the database",
             "at a time",
             "predictions/s",
             "transactions/s",
@@ -260,7 +266,7 @@ def _stores(rows: Sequence[Row]) -> str:
         (
             (
                 row["store"],
-                _where(row),
+                KEPT[row["kept"]],
                 str(row["clients"]),
                 f"{row['per_second']:.0f}",
                 f"{row['per_second'] * row['transactions']:.0f}",
@@ -272,12 +278,6 @@ def _stores(rows: Sequence[Row]) -> str:
     )
 
 
-def _where(row: Row) -> str:
-    if row["store"] == "sqlite":
-        return "beside it"
-    return "in it" if row["pictures"] else "beside it"
-
-
 def _planned(rows: Sequence[Row]) -> list[Row]:
     """The rates that the rest is worked out for."""
     return [row for row in _of(rows, "fleet-rates") if row["mix"] == "mix" and row["limit"] == 2]
@@ -285,33 +285,35 @@ def _planned(rows: Sequence[Row]) -> list[Row]:
 
 def _store_load(rows: Sequence[Row]) -> str:
     held = [row for row in _of(rows, "fleet-store") if row["store"] == "postgresql"]
+    if not held:
+        return ""
     lines = []
-    for row in _planned(rows):
-        rate, cells = row["per_second"], list[str]()
-        for there in (True, False):
-            best = max(
-                (one for one in held if one["pictures"] == there),
-                key=lambda one: one["per_second"],
-                default=None,
+    for kept, name in KEPT.items():
+        fastest = max((one for one in held if one["kept"] == kept), key=lambda one: float(one["per_second"]))
+        for row in _planned(rows):
+            rate = row["per_second"]
+            more = (pixels(MIXES[row["mix"]]) - 1) * fastest["output_bytes"] * (kept == "pictures")
+            written, stored = (rate * (fastest[each] + more) for each in ("written_bytes", "stored_bytes"))
+            lines.append(
+                (
+                    name,
+                    f"{row['painters']:,}",
+                    f"{rate:,.1f}",
+                    f"{rate * fastest['transactions']:,.0f}",
+                    f"{written / 1e6:,.1f}",
+                    f"{stored * DAY_S / GB:,.0f}",
+                    f"{rate / fastest['per_second']:.2f}",
+                )
             )
-            if best is None:
-                return ""
-            more = (pixels(MIXES[row["mix"]]) - 1) * best["output_bytes"]
-            written, kept = (best[name] + there * more for name in ("written_bytes", "stored_bytes"))
-            cells += [
-                f"{rate * best['transactions']:,.0f}",
-                f"{rate * written * DAY_S / GB:,.0f}",
-                f"{rate * kept * DAY_S / GB:,.0f}",
-                f"{rate / best['per_second']:.2f}",
-            ]
-        lines.append((f"{row['painters']:,}", f"{rate:,.1f}", *cells))
-    names = ("transactions/s", "log, GB/day", "kept, GB/day", "databases as measured")
     return _table(
         (
+            "in the database",
             "GPUs",
             "predictions/s",
-            *(f"{name}, pictures in it" for name in names),
-            *(f"{name}, beside it" for name in names),
+            "transactions/s",
+            "log, MB/s",
+            "GB a day",
+            "times what was measured",
         ),
         lines,
     )

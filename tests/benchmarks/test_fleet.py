@@ -294,8 +294,8 @@ def test_the_commands_and_their_page(
     store: dict[str, Any] = {"case": "fleet-store", "input_bytes": 1000, "output_bytes": 2000, "clients": 1}
     store |= {"transactions": 5, "per_second": 10.0, "written_bytes": 3000.0, "stored_bytes": 4000.0}
     with out.open("a") as stream:
-        for pictures in (True, False):
-            stream.write(json.dumps(store | {"store": "postgresql", "pictures": pictures}) + "\n")
+        for kept in fleet_report.KEPT:
+            stream.write(json.dumps(store | {"store": "postgresql", "kept": kept}) + "\n")
     capsys.readouterr()
     assert command("page", "--plots", str(tmp_path), "--price", "3") == 0
     page = capsys.readouterr().out
