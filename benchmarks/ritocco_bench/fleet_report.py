@@ -221,7 +221,7 @@ def _days(rows: Sequence[Row]) -> str:
         ),
         (
             (
-                "fixed" if row.get("target") is None else _scaled(row),
+                _fixed(row) if row.get("target") is None else _scaled(row),
                 f"{row['peak_per_second']:,.0f}",
                 f"{row['requests'] / 1e6:.1f} million",
                 f"{row['painter_s'] / 3600:,.0f}",
@@ -383,16 +383,16 @@ def _cost(rows: Sequence[Row], price: float) -> str:
         if row["mix"] == "mix"
     ]
     for row in _of(rows, "fleet-day"):
-        name = (
-            f"a day, fixed, 95 % within {row['limit']:g} times alone"
-            if row.get("target") is None
-            else f"a day, {_scaled(row)}"
-        )
+        name = f"a day, {_fixed(row)}" if row.get("target") is None else f"a day, {_scaled(row)}"
         held.append((name, row["painter_s"] / row["requests"] / pictures(MIXES[row["mix"]])))
     return _table(
         ("GPUs", "GPU-seconds a picture", f"1,000 pictures, at {price:g} an hour (an example)"),
         ((name, f"{seconds:.3f}", f"{1000 * seconds * price / 3600:.3f}") for name, seconds in held),
     )
+
+
+def _fixed(row: Row) -> str:
+    return f"fixed, p95 of the peak within {row['limit']:g} times alone"
 
 
 def _scaled(row: Row) -> str:
