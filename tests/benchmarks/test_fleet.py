@@ -71,6 +71,40 @@ def test_turns_that_are_taken_together_change_nothing(mix: str, load: float) -> 
         assert ran.shared > 1.2  # else nothing was shared that could have been wrong
 
 
+def drawn(seed: int) -> tuple[list[Asked], Given]:
+    """Requests of all kinds within four seconds, and times of a device on which company pays as it may."""
+    rng = random.Random(seed)  # noqa: S311
+
+    def steps(one: float) -> dict[int, float]:
+        gains = sorted((1.0, rng.uniform(1.05, 1.9), rng.uniform(1.2, 3.5), rng.uniform(1.5, 6.0)))
+        return {lanes: one * gain for lanes, gain in zip((1, 2, 4, 8), gains, strict=True)}
+
+    times = Given(
+        steps={1: steps(0.1), 2: steps(rng.uniform(0.05, 0.4))},
+        starts={1: rng.uniform(0.0, 0.3), 2: rng.uniform(0.0, 0.3)},
+        finishes={1: 0.05, 2: 0.1},
+    )
+    asked = [
+        Asked(
+            at=rng.uniform(0.0, 4.0),
+            size=rng.choice((1, 2)),
+            steps=rng.randint(2, 60),
+            lanes=rng.choice((1, 1, 1, 2, 4)),
+        )
+        for _ in range(14)
+    ]
+    return sorted(asked, key=lambda one: one.at), times
+
+
+def test_nor_do_they_where_requests_pass_each_other() -> None:
+    """Which matters in one of a hundred of these."""
+    for seed in range(300):
+        asked, times = drawn(seed)
+        step_by_step = batched(asked, times, capacity=8, ageing=0.1)
+        ran = run(asked, times, Plan(painters=1), seed=0)
+        assert ran.waits == pytest.approx(step_by_step.waits, abs=1e-6), seed
+
+
 def test_a_few_painters_are_as_many_batchers_with_a_part_of_the_requests_each() -> None:
     times = gpu()
     asked = poisson(MIX, 3 * 1.1 / alone(MIX, times), 25.0, seed=8)
@@ -183,6 +217,7 @@ def test_the_autoscaler_by_hand() -> None:
     slow = Autoscaler(target=2.0, least=1, most=8, down_s=0, down_factor=0.25, look_back_s=10)
     assert [slow.decide(2.0, there) for there in (8, 2, 1)] == [7, 2, 1]
     # What is in between begins to count anew.
+    assert [scaler.decide(n, 5) for n in (*[1.0] * 5, 10.0, *[1.0] * 5)] == [5] * 11
     assert [scaler.decide(n, 2) for n in (9.0, 9.0, 3.0, 9.0, 9.0, 9.0)] == [2] * 5 + [5]
 
 
