@@ -76,10 +76,10 @@ def measured(engine: Engine, sizes: Sequence[int], lanes: Sequence[int] = LANES,
     )
 
 
-def of_ladder(ladder: Path = LADDER, turns: Path = TURNS) -> Given:
-    """The GPU's: 512 x 512 as measured, the last row of each number of lanes. 1024 x 1024 was not timed: four
-    times the work of 512 x 512 is put in its place, which is what a step of four times as many lanes takes
-    (attention's share grows faster, so it is a little short).
+def of_ladder(ladder: Path = LADDER, turns: Path = TURNS, sizes: Sequence[int] = (512, 1024)) -> Given:
+    """The GPU's: 512 x 512 as measured, the last row of each number of lanes. Larger pictures were not timed:
+    as many lanes of 512 x 512 as they have pixels are put in their place (attention's share grows faster, so
+    it is a little short); numbers of lanes that were not timed either lie on a straight line.
 
     Raises BenchError where the files lack something.
     """
@@ -96,12 +96,12 @@ def of_ladder(ladder: Path = LADDER, turns: Path = TURNS) -> Given:
     missing = [name for name in ("text", "encode", "decode") if name not in phases]
     if missing or set(found) != set(LANES):
         raise BenchError(f"{ladder} and {turns} lack {', '.join(missing) or 'numbers of lanes'}")
-    most = max(LANES)
-    large = {n: found[4 * n] if 4 * n in found else found[most] / most * 4 * n for n in LANES}
+    measured = Given(steps={512: found}, starts={}, finishes={})
+    times = {size: (size / 512) ** 2 for size in sizes}
     return Given(
-        steps={512: found, 1024: large},
-        starts={512: phases["text"] + phases["encode"], 1024: phases["text"] + 4 * phases["encode"]},
-        finishes={512: phases["decode"], 1024: 4 * phases["decode"]},
+        steps={size: {n: measured.step(512, n * most) for n in LANES} for size, most in times.items()},
+        starts={size: phases["text"] + most * phases["encode"] for size, most in times.items()},
+        finishes={size: most * phases["decode"] for size, most in times.items()},
     )
 
 

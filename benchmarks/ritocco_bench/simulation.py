@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ritocco.policy import Times, Work, decide
+from ritocco.policy import Times, Work, decide, remaining
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -19,11 +19,12 @@ class Given:
     starts: Mapping[Any, float]
     finishes: Mapping[Any, float]
 
-    def step(self, size: Any, rows: int) -> float:
-        """See `policy.Times`."""
+    def step(self, size: Any, rows: float) -> float:
+        """See `policy.Times`; of a picture larger than those of `size` too, as so many of them."""
         known = self.steps[size]
-        if rows in known:
-            return known[rows]
+        found = known.get(rows)  # type: ignore[call-overload]
+        if found is not None:
+            return float(found)
         low = max((count for count in known if count < rows), default=0)
         high = min((count for count in known if count > rows), default=0)
         if not high:
@@ -50,11 +51,28 @@ class Given:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Asked:
-    """at: seconds. size: as `Times` knows it."""
+    """at: seconds. size: as `Times` knows it. lanes: pictures, which move together."""
 
     at: float
     size: Any
     steps: int
+    lanes: int = 1
+
+    def work(self, key: int, now: float, *, left: int, started: bool) -> Work:
+        """As the policy sees it."""
+        return Work(
+            key=key,
+            size=self.size,
+            lanes=self.lanes,
+            rows=self.lanes,
+            left=left,
+            age=now - self.at,
+            started=started,
+        )
+
+    def alone(self, times: Times) -> float:
+        """Seconds from request to picture with nobody else there."""
+        return remaining(self.work(0, self.at, left=self.steps, started=False), times)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -80,8 +98,7 @@ def one_by_one(asked: Sequence[Asked], times: Times) -> Outcome:
     """First come, first served, alone."""
     now, waits = 0.0, []
     for one in asked:
-        work = times.start(one.size) + one.steps * times.step(one.size, 1) + times.finish(one.size)
-        now = max(now, one.at) + work
+        now = max(now, one.at) + one.alone(times)
         waits.append(now - one.at)
     return Outcome(waits=tuple(waits), end=now, fill=1.0)
 
@@ -97,18 +114,7 @@ def batched(asked: Sequence[Asked], times: Times, *, capacity: int, ageing: floa
         if not here:
             now = min(one.at for key, one in enumerate(asked) if key not in waits)
             continue
-        works = [
-            Work(
-                key=key,
-                size=asked[key].size,
-                lanes=1,
-                rows=1,
-                left=left[key],
-                age=now - asked[key].at,
-                started=key in started,
-            )
-            for key in here
-        ]
+        works = [asked[key].work(key, now, left=left[key], started=key in started) for key in here]
         turn = decide(works, times, capacity=capacity, ageing=ageing)
         first = turn.keys[0]
         size = asked[first].size
@@ -116,11 +122,12 @@ def batched(asked: Sequence[Asked], times: Times, *, capacity: int, ageing: floa
             now += times.start(size)
             started.add(first)
         elif turn.act == "finish":
-            now += times.finish(size)
+            now += asked[first].lanes * times.finish(size)
             waits[first] = now - asked[first].at
         else:
-            now += times.step(size, len(turn.keys))
-            taken, moved = taken + 1, moved + len(turn.keys)
+            lanes = sum(asked[key].lanes for key in turn.keys)
+            now += times.step(size, lanes)
+            taken, moved = taken + 1, moved + lanes
             for key in turn.keys:
                 left[key] -= 1
     return Outcome(waits=tuple(waits[key] for key in range(len(asked))), end=now, fill=moved / taken)
