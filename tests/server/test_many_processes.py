@@ -179,8 +179,9 @@ def test_killed_under_load_nothing_is_lost_or_doubled(start: Start, count: int, 
 def test_a_server_that_was_only_paused_writes_nothing(start: Start) -> None:
     fleet = start(2)
     paused, other = fleet.up
-    ids = [fleet.ask(str(number), LONG, [paused]) for number in range(12)]
-    while not any(fleet.get(id, paused)["status"] == "processing" for id in ids):
+    longer = LONG | {"num_inference_steps": 200}  # none ends before
+    ids = [fleet.ask(str(number), longer, [paused]) for number in range(12)]
+    while fleet.get(ids[0], paused)["status"] == "starting":
         time.sleep(0.02)
     paused.process.send_signal(signal.SIGSTOP)
     try:
