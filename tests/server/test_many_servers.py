@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -15,12 +15,14 @@ from hand_batcher import HandBatcher
 from real_postgres import PASSWORD, RealPostgres
 from ritocco.errors import BackendError, RequestError
 from ritocco.fetch import Fetcher
+from ritocco.prediction import new_id
 from ritocco.server import Settings, create_app
 from ritocco.server.app import App
 from ritocco.server.database import AwayError
 from ritocco.server.postgres import Postgres
+from ritocco.server.pulse import Pulse
 from ritocco.server.shared_store import SharedStore
-from ritocco.server.store import INTERRUPTED
+from ritocco.server.store import INTERRUPTED, Outcome, Record
 from webhook_receiver import Receiver, receiving
 
 pytestmark = pytest.mark.slow
@@ -293,6 +295,8 @@ def test_what_a_stop_leaves_runs_elsewhere_at_once(serve: Serve, asked: dict[str
     ids = [one.create(asked) for _ in range(3)]
     for _ in ids:
         one.batcher.next()
+    one.batcher.busy = 10**6
+    ids += [one.create(asked) for _ in range(3)]
     one.app.begin_stop()
     for id in ids:
         assert two.ended(id)["status"] == "succeeded"
@@ -401,6 +405,121 @@ def test_a_commit_whose_answer_is_lost(
     assert receiver.next()[1]["id"] == id
     soon(lambda: one.store.due() == [])
     assert receiver.got.empty()
+
+
+def new(**changes: Any) -> Record:
+    made = Record(id=new_id(), input={}, version="v", base="", stream=new_id(), digest="d")
+    return replace(made, **changes)
+
+
+def test_what_is_anothers_by_now_is_not_changed(database: str) -> None:
+    one, two = SharedStore(database), SharedStore(database)
+    try:
+        taken, _ = one.accept(new(webhook="http://there/"))
+        other, _ = one.accept(new())
+        one._pulse.close()
+        with two.database.write() as db:
+            db.execute("DELETE FROM servers WHERE id = ?", (one._owner,))
+        assert two.take_over(run=True).waiting == [taken.id, other.id]
+        assert one.standing([taken.id])[taken.id].ours is False
+        assert (one.queued(), one.unfinished()) == ([], 0)
+        assert not one.prepare(taken.id)
+        assert not one.start(taken.id)
+        assert two.start(taken.id)
+        before = two.get(taken.id)
+        assert not one.requeue(taken.id)
+        one.release([taken.id, other.id])
+        one.tell({taken.id: "nothing"})
+        one.prepared(taken.id)
+        picture = one.files.write(
+            b"x", name="out-0.png", content_type="image/png", prediction=taken.id, place=0
+        )
+        assert not one.finish(taken.id, Outcome(status="succeeded"), [picture])
+        assert (one.get(taken.id), one.files.outputs(taken.id)) == (before, [])
+        assert not one.files.there(picture)
+        assert two.queued() == [other.id]
+        assert two.finish(taken.id, Outcome(status="failed"))
+        assert (one.due(), one.is_due(taken.id), two.due()) == ([], False, [taken.id])
+        one.delivered(taken.id)
+        assert two.is_due(taken.id)
+    finally:
+        for each in (one, two):
+            each.close()
+
+
+def test_one_takes_over_a_part(database: str) -> None:
+    """So that the others get some; and nothing twice, whoever asks at the same moment."""
+    left, *others = (SharedStore(database) for _ in range(4))
+    ids = [left.accept(new())[0].id for _ in range(30)]
+    left.close()
+    taken: list[str] = []
+
+    def work(store: SharedStore) -> None:
+        for _ in range(3):
+            found = store.take_over(run=True).waiting
+            assert len(found) <= 8
+            taken.extend(found)
+
+    threads = [threading.Thread(target=work, args=(each,)) for each in others]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert sorted(taken) == sorted(ids)
+    assert sum(each.unfinished() for each in others) == 30
+    for each in others:
+        each.close()
+
+
+def test_bytes_that_have_a_row_are_not_deleted(database: str) -> None:
+    store = SharedStore(database)
+    known, unknown, fresh = (store.files.write(b"x", name="a", content_type="b") for _ in range(3))
+    store.files.record(known)
+    store.files.unlink([known.id])
+    with store.database.write() as db:
+        db.execute("UPDATE contents SET created = 0 WHERE id <> ?", (fresh.id,))
+    store.clean(3600)
+    assert [store.files.there(one) for one in (known, unknown, fresh)] == [True, False, True]
+    store.files.unlink([fresh.id])
+    assert not store.files.there(fresh)
+    store.close()
+
+
+class Beats:
+    """Stands in for a database that is there, or away."""
+
+    away = False
+
+    def beat(self, *_: object) -> None:
+        if self.away:
+            raise AwayError("away")
+
+
+def test_nobody_is_gone_before_all_could_come_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, beats = [1000.0], Beats()
+    monkeypatch.setattr("ritocco.server.pulse.time.monotonic", lambda: now[0])
+    pulse = Pulse(beats, "me", gone_after_s=10.0)  # type: ignore[arg-type]
+    pulse.close()
+
+    def beat(*, every: float, until: float) -> list[float]:
+        """When it would say that an unseen server is gone."""
+        judged = []
+        while now[0] < until:
+            now[0] += every
+            pulse._beat()
+            judged += [now[0]] if pulse.may_judge else []
+        return judged
+
+    assert beat(every=1, until=1015) == [1010, 1011, 1012, 1013, 1014, 1015]
+    beats.away = True
+    with pytest.raises(AwayError):
+        pulse._beat()
+    assert not pulse.may_judge
+    beats.away = False
+    assert beat(every=1, until=1027) == [1026, 1027]
+    now[0] += 8  # it stood still
+    assert not pulse.may_judge
+    assert beat(every=1, until=1047) == [1046, 1047]
 
 
 def test_two_open_an_empty_database_at_once(database: str) -> None:

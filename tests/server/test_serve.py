@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import signal
 import socket
@@ -59,6 +60,26 @@ def test_options_that_make_no_sense(run: Run, tmp_path: Path) -> None:
     assert "retention_s is -3600" in run("--retention-hours", "-1")[1]
     assert "not a network in CIDR" in run("--allow-network", "x")[1]
     assert run("--port", "70000")[0] == 2
+    assert "gone_after_s is 0" in run("--gone-after", "0")[1]
+
+
+def test_a_databases_url_is_not_shown(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RITOCCO_DATABASE", "mysql://u:secret@h/d")
+    status, err = run()
+    assert (status, "must start with postgresql://" in err, "secret" in err) == (2, True, False)
+    monkeypatch.setenv("RITOCCO_DATABASE", "postgresql://u:secret@h/d")
+    status, err = run("--data", tmp_path)
+    assert (status, "database and data are both given" in err, "secret" in err) == (2, True, False)
+
+
+def test_a_database_without_its_packages_names_the_extra(tmp_path: Path) -> None:
+    code = "import sys; sys.modules['psycopg'] = None; from ritocco.server import Settings, create_app; "
+    code += "from hand_batcher import HandBatcher; "
+    code += "create_app(HandBatcher(), Settings(database='postgresql://u:secret@h/d'))"
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, check=False)
+    assert (done.returncode, "secret" in done.stderr) == (1, False)
+    assert 'a database needs psycopg; pip install "ritocco[postgres]"' in done.stderr
 
 
 @pytest.mark.parametrize("name", ["uvicorn", "fastapi", "prometheus_client"])

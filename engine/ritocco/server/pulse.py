@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from contextlib import suppress
 
 from ritocco.server.database import AwayError
 from ritocco.server.postgres import Postgres
@@ -44,13 +45,15 @@ class Pulse:
 
     def _run(self) -> None:
         while not self._wake.wait(self.every_s):
-            try:
+            with suppress(AwayError):
                 self._beat()
-            except AwayError:
-                self._last = float("-inf")
 
     def _beat(self) -> None:
-        self._database.beat(_BEAT, (self._id,))
+        try:
+            self._database.beat(_BEAT, (self._id,))
+        except AwayError:
+            self._last = float("-inf")
+            raise
         now = time.monotonic()
         if now - self._last > self._gone_after_s / 2:
             self._since = now

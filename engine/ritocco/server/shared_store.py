@@ -33,6 +33,8 @@ from ritocco.server.store import (
 _AT_A_TIME = 8
 """Waiting predictions that one server takes over in one turn, so that the others get some too."""
 _ENDS_AT_A_TIME = 200
+_IDLE_S = 10.0
+"""After which the transaction of a server that stands still in it is ended, since others may wait for it."""
 _NOBODYS = "(owner IS NULL OR NOT EXISTS (SELECT 1 FROM servers WHERE servers.id = predictions.owner))"
 
 
@@ -66,7 +68,7 @@ class SharedStore(Store):
         Raises BackendError where the database can't be used.
         """
         self._gone_after_s = gone_after_s
-        self._postgres = database = Postgres(url, idle_s=gone_after_s)
+        self._postgres = database = Postgres(url, idle_s=min(gone_after_s, _IDLE_S))
         self._contents = Table(database)
         self._hold(database, Files(database, self._contents), waiting, new_id())
         assert self._owner is not None  # noqa: S101 - given above
