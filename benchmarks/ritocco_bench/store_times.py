@@ -1,13 +1,12 @@
 """The transactions of a prediction's life, as `server.store` makes them, on SQLite and on PostgreSQL.
 
-The statements are the store's own: PostgreSQL gets them through an adapter of their marks and types. With
-`pictures` the bytes of pictures lie in the database, as servers without a common folder need it.
+With `pictures` the bytes of pictures lie in the database, as servers that share one have them; else in a
+folder.
 """
 
 from __future__ import annotations
 
 import os
-import re
 import subprocess
 import tempfile
 import threading
@@ -16,11 +15,11 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
+from unittest.mock import patch
 
 from ritocco.prediction import new_id
-from ritocco.server import database
-from ritocco.server.database import Database
+from ritocco.server.contents import Folder
 from ritocco.server.files import Files
 from ritocco.server.store import Outcome, Record, Store
 from ritocco_bench.processes import BenchError
@@ -30,6 +29,8 @@ if TYPE_CHECKING:
 
 BINARIES = Path("/usr/lib/postgresql/15/bin")
 MANY = 1 << 40
+_LOG = "SELECT pg_current_wal_insert_lsn() - '0/0'::pg_lsn"
+_BYTES = "SELECT pg_database_size(current_database())"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -73,8 +74,7 @@ def sqlite(input: dict[str, Any], output: bytes, *, clients: int, seconds: float
     """In a folder of its own, by so many threads of one process, as one server does."""
     with tempfile.TemporaryDirectory() as folder:
         store = Store(Path(folder), waiting=MANY)
-        live(store, input, output)
-        counted = _transactions(store.database, lambda: live(store, input, output))
+        counted = _transactions(store, lambda: live(store, input, output))
         before = _size(Path(folder))
         count, took = _repeated([store] * clients, input, output, seconds)
         grown = _size(Path(folder)) - before
@@ -91,24 +91,32 @@ def sqlite(input: dict[str, Any], output: bytes, *, clients: int, seconds: float
 def postgres(
     url: str, input: dict[str, Any], output: bytes, *, clients: int, seconds: float, pictures: bool
 ) -> Lived:
-    """By so many threads with a connection each. Raises BenchError without psycopg."""
-    with tempfile.TemporaryDirectory() as folder, ExitStack() as opened:
-        first = opened.enter_context(_Postgres.opened(url))
-        first.make()
-        connections = [first, *(opened.enter_context(_Postgres.opened(url)) for _ in range(clients - 1))]
-        stores = [_shared(one, Path(folder) / str(n), pictures) for n, one in enumerate(connections)]
-        live(stores[0], input, output)
-        before = first.committed
-        live(stores[0], input, output)
-        counted = first.committed - before
-        log, size = first.log_position(), first.size()
+    """By so many threads, each a server of its own. Raises BenchError without psycopg."""
+    try:
+        import psycopg
+
+        from ritocco.server.shared_store import SharedStore
+    except ImportError as error:
+        raise BenchError("PostgreSQL is reached by psycopg; pip install 'ritocco[postgres]'") from error
+    with ExitStack() as opened:
+        folder = Path(opened.enter_context(tempfile.TemporaryDirectory()))
+        asked = opened.enter_context(psycopg.connect(url, autocommit=True))
+        asked.execute("DROP SCHEMA IF EXISTS ritocco CASCADE")
+        stores: list[Store] = []
+        for place in range(clients):
+            stores.append(store := SharedStore(url, waiting=MANY))
+            opened.callback(store.close)
+            if not pictures:
+                store.files = Files(store.database, Folder(folder / str(place)))
+        counted = _transactions(stores[0], lambda: live(stores[0], input, output))
+        log, size = (_number(asked, each) for each in (_LOG, _BYTES))
         count, took = _repeated(stores, input, output, seconds)
         return Lived(
             predictions=count,
             seconds=took,
             transactions=counted,
-            written_bytes=(first.log_position() - log) / count,
-            stored_bytes=(first.size() - size) / count,
+            written_bytes=(_number(asked, _LOG) - log) / count,
+            stored_bytes=(_number(asked, _BYTES) - size) / count,
         )
 
 
@@ -169,20 +177,19 @@ def _repeated(stores: list[Store], input: dict[str, Any], output: bytes, seconds
     return sum(counts), time.perf_counter() - begun
 
 
-def _transactions(held: Database, work: Callable[[], None]) -> int:
+def _transactions(store: Store, work: Callable[[], None]) -> int:
     """How many transactions that write there are in it."""
-    count = 0
+    real, count = store.database.write, 0
 
-    def seen(statement: str) -> None:
+    @contextmanager
+    def counted() -> Iterator[Any]:
         nonlocal count
-        count += statement == "COMMIT"
+        count += 1
+        with real() as db:
+            yield db
 
-    with held.write() as db:
-        db.set_trace_callback(seen)
-    count = 0  # that one's own COMMIT
-    work()
-    with held.write() as db:
-        db.set_trace_callback(None)
+    with patch.object(store.database, "write", counted):
+        work()
     return count
 
 
@@ -194,122 +201,6 @@ def _size(folder: Path) -> int:
     return total
 
 
-class _Row(dict[Any, Any]):
-    """By name and by place, as SQLite's."""
-
-    def __getitem__(self, key: Any) -> Any:
-        return list(self.values())[key] if isinstance(key, int) else super().__getitem__(key)
-
-
-class _Connection:
-    """What the store asks of SQLite's connection."""
-
-    def __init__(self, held: psycopg.Connection[Any]) -> None:
-        self._held = held
-
-    def execute(self, asked: str, values: Any = ()) -> Any:
-        return _Cursor(self._held.execute(_marks(asked), values))
-
-    def executemany(self, asked: str, values: Any) -> None:
-        with self._held.cursor() as cursor:
-            cursor.executemany(_marks(asked), values)
-
-
-class _Cursor:
-    """lastrowid: not known here."""
-
-    lastrowid = None
-
-    def __init__(self, held: psycopg.Cursor[Any]) -> None:
-        self._held, self.rowcount = held, held.rowcount
-
-    def fetchone(self) -> Any:
-        return self._held.fetchone()
-
-    def fetchall(self) -> Any:
-        return self._held.fetchall()
-
-    def __iter__(self) -> Iterator[Any]:
-        return iter(self._held)
-
-
-class _Postgres:
-    """A `Database` with one connection."""
-
-    refused = False
-
-    def __init__(self, held: psycopg.Connection[Any]) -> None:
-        self._held, self.committed = held, 0
-
-    @classmethod
-    @contextmanager
-    def opened(cls, url: str) -> Iterator[_Postgres]:
-        try:
-            import psycopg
-        except ImportError as error:
-            raise BenchError(
-                "PostgreSQL is reached by psycopg; pip install 'psycopg[binary]>=3.2'"
-            ) from error
-
-        def rows(cursor: Any) -> Callable[[Any], _Row]:
-            names = [one.name for one in cursor.description or ()]
-            return lambda values: _Row(zip(names, values, strict=True))
-
-        with psycopg.connect(url, autocommit=True, row_factory=rows) as held:
-            yield cls(held)
-
-    @contextmanager
-    def write(self) -> Iterator[_Connection]:
-        with self._held.transaction():
-            yield _Connection(self._held)
-        self.committed += 1
-
-    @contextmanager
-    def read(self) -> Iterator[_Connection]:
-        yield _Connection(self._held)
-
-    def make(self) -> None:
-        """The tables, empty."""
-        with self._held.transaction():
-            for name in ("predictions", "inputs", "briefs", "files", "settings", "contents"):
-                self._held.execute(f"DROP TABLE IF EXISTS {name}")
-            self._held.execute(_schema())
-            self._held.execute("CREATE TABLE contents (id TEXT PRIMARY KEY, data BYTEA NOT NULL)")
-
-    def log_position(self) -> int:
-        found = self._held.execute("SELECT pg_current_wal_insert_lsn() - '0/0'::pg_lsn AS at").fetchone()
-        return int(found["at"]) if found else 0
-
-    def size(self) -> int:
-        found = self._held.execute("SELECT pg_database_size(current_database()) AS bytes").fetchone()
-        return int(found["bytes"]) if found else 0
-
-
-class _Contents(Files):
-    """Bytes in the database."""
-
-    def _write(self, name: str, data: bytes | memoryview) -> None:
-        with self._database.write() as db:
-            db.execute("INSERT INTO contents VALUES (?, ?)", (name, bytes(data)))
-
-
-def _shared(held: _Postgres, folder: Path, pictures: bool) -> Store:
-    """The store's own methods, on PostgreSQL."""
-    store = Store.__new__(Store)
-    store.database = cast(Database, held)
-    store.files = (_Contents if pictures else Files)(store.database, folder)
-    store._waiting = MANY
-    return store
-
-
-def _schema() -> str:
-    """SQLite's, in PostgreSQL's types."""
-    made = database._SCHEMA.replace("INTEGER PRIMARY KEY AUTOINCREMENT", "BIGSERIAL PRIMARY KEY")
-    made = re.sub(
-        r"(webhook_due|data_removed) INTEGER NOT NULL DEFAULT 0", r"\1 BOOLEAN NOT NULL DEFAULT FALSE", made
-    )
-    return re.sub(r"\bREAL\b", "DOUBLE PRECISION", made)
-
-
-def _marks(asked: str) -> Any:
-    return asked.replace("%", "%%").replace("?", "%s")
+def _number(asked: psycopg.Connection[Any], query: str) -> int:
+    row = asked.execute(query).fetchone()
+    return int(row[0]) if row else 0
