@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,10 +54,20 @@ class Fleet:
                     found.append(int(entry.name))
         return sorted(found)
 
+    def stop(self) -> None:
+        """As Ctrl-C does; killed where that takes too long."""
+        self.process.send_signal(signal.SIGINT)
+        try:
+            self.process.wait(STOP_S)
+        except subprocess.TimeoutExpired:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+
 
 @contextmanager
-def fleet(folder: Path, **arguments: Any) -> Iterator[Fleet]:
-    """A fleet that takes requests. folder: for its configuration and log. arguments: of `scale.serve.Fleet`.
+def fleet(folder: Path, *, deployments: Sequence[dict[str, Any]] = (), **arguments: Any) -> Iterator[Fleet]:
+    """A fleet that takes requests. folder: for its configuration and log. deployments: what Ray is to do
+    otherwise, as in its YAML files. arguments: of `scale.serve.Fleet`.
 
     Raises RuntimeError where it does not come up.
     """
@@ -70,6 +80,7 @@ def fleet(folder: Path, **arguments: Any) -> Iterator[Fleet]:
     application = {
         "name": "ritocco",
         "import_path": "ritocco.scale.serve:app",
+        "deployments": list(deployments),
         "args": {"token_file": str(tokens), "data": str(folder / "data"), **arguments},
     }
     config = folder / "ritocco.yaml"  # JSON is YAML
@@ -88,7 +99,7 @@ def fleet(folder: Path, **arguments: Any) -> Iterator[Fleet]:
         _await(made)
         yield made
     finally:
-        _end(made.process)
+        made.stop()
 
 
 def _await(made: Fleet) -> None:
@@ -101,12 +112,3 @@ def _await(made: Fleet) -> None:
             pass
         time.sleep(0.5)
     raise RuntimeError(f"the fleet is not up:\n{made.log.read_text(errors='replace')[-5000:]}")
-
-
-def _end(process: subprocess.Popen[bytes]) -> None:
-    process.send_signal(signal.SIGINT)
-    try:
-        process.wait(STOP_S)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
