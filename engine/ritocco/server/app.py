@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from fastapi import FastAPI
 from starlette.concurrency import run_in_threadpool
@@ -28,6 +28,7 @@ from ritocco.server.jobs import FETCHING, Jobs
 from ritocco.server.logs import AccessLog
 from ritocco.server.metrics import Metrics
 from ritocco.server.problems import install
+from ritocco.server.sessions import Sessions, Tokens
 from ritocco.server.settings import Settings
 from ritocco.server.state import Shared
 from ritocco.server.store import Store
@@ -36,6 +37,16 @@ from ritocco.server.webhooks import Webhooks
 _CLEAN_EVERY_S = 600.0
 
 _log = logging.getLogger(__name__)
+
+
+class Room(Protocol):
+    """Something that holds what people sent."""
+
+    def clean(self, retention_s: float) -> None:
+        """Remove what is older than so many seconds."""
+
+    def close(self) -> None:
+        """Remove it all."""
 
 
 class App(FastAPI):
@@ -63,6 +74,10 @@ class App(FastAPI):
     def hurry(self) -> None:
         """Have `drain` and `close` wait for no prediction: what runs begins again after the next start."""
         self._parts.shared.jobs.hurry()
+
+    def keep(self, room: Room) -> None:
+        """Have a room beside the data folder cleaned and closed with it."""
+        self._parts.rooms.append(room)
 
     def close(self) -> None:
         """Finish what runs, within the settings' `grace_s`, and let go of everything. Again does nothing."""
@@ -126,7 +141,13 @@ def create_app(engine: Engine | Sequence[Engine] | Batcher, settings: Settings |
         most_upload=settings.max_upload_bytes,
         seconds=settings.body_timeout_s,
     )
-    app.add_middleware(Gate, tokens=settings.tokens, origins=settings.cors_origins, metrics=shared.metrics)
+    app.add_middleware(
+        Gate,
+        sessions=shared.sessions,
+        origins=settings.cors_origins,
+        public_url=settings.public_url,
+        metrics=shared.metrics,
+    )
     if settings.cors_origins:
         app.add_middleware(
             CORSMiddleware,
@@ -164,9 +185,11 @@ class _Parts:
             jobs=Jobs(store, batcher, webhooks, metrics, settings),
             webhooks=webhooks,
             metrics=metrics,
+            sessions=Sessions(Tokens(settings.tokens)),
             version=served or VERSION,
             began=store.database.setting("began", timestamp()),
         )
+        self.rooms: list[Room] = []
         self._draining, self._drained = threading.Lock(), False
         self._closing = threading.Lock()
         self._closed = False
@@ -191,6 +214,8 @@ class _Parts:
                 self._owned.close(drain=False, timeout=self.shared.settings.grace_s)
             self.shared.webhooks.close()
             self._cleaner.join()
+            for room in self.rooms:
+                room.close()
             self.shared.store.close()
             if self._temporary is not None:
                 self._temporary.cleanup()
@@ -198,6 +223,8 @@ class _Parts:
     def _clean(self) -> None:
         every = min(_CLEAN_EVERY_S, self.shared.settings.retention_s / 10)
         while not self._wake.wait(every):
+            for room in self.rooms:
+                room.clean(self.shared.settings.retention_s)
             try:
                 removed = self.shared.store.clean(self.shared.settings.retention_s)
             except StorageError as error:

@@ -1,0 +1,197 @@
+"""What the page's controls do, without Gradio: values in, values out."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from ritocco.errors import RequestError
+from ritocco.folders.sizes import own_size
+from ritocco.images import WHITE, data_uri
+from ritocco.pixels import Mask
+from ritocco.schema import Options, PredictionInput
+from ritocco.server.problems import problem_of
+from ritocco.server.state import Shared
+from ritocco.sources import Loader
+from ritocco.ui import masks, snippets, words
+from ritocco.ui.fields import as_input, changed, entered, fields_of
+from ritocco.ui.room import Room
+from ritocco.ui.runs import Moment, Runs
+
+SIDES = ("width", "height")
+_MASK_NAME = "mask.png"
+_REPEATED = ("prompt", *SIDES, "num_inference_steps", "guidance_scale", "scheduler")
+
+Layers = Sequence[bytes] | None
+Edited = Mapping[str, Any]
+"""The editor's value: `background` and `layers`, PIL images of one size."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Shown:
+    """What the page shows of a run: HTML, text and code. None leaves as it is what was shown before."""
+
+    message: str
+    pictures: str | None = None
+    figures: str | None = None
+    log: str | None = None
+    mask: str | None = None
+    python: str | None = None
+    curl: str | None = None
+
+    def values(self) -> list[str | None]:
+        """In the order of the fields."""
+        return [getattr(self, one.name) for one in fields(self)]
+
+
+class Actions:
+    """Those of one app's page. Pictures are paths of files in the room; layers are those of the editor.
+
+    Raises RequestError for whatever a person did wrong.
+    """
+
+    def __init__(self, shared: Shared, room: Room) -> None:
+        self.inputs, self.options = fields_of(PredictionInput), fields_of(Options)
+        self._shared, self._room = shared, room
+        self._runs = Runs(shared)
+        self._loader = Loader(allow_local=True, max_bytes=shared.settings.max_upload_bytes)
+
+    def open(self, picture: str | None) -> tuple[Edited | None, int, int, str]:
+        """Another picture, or none: editor, width, height, note on its size."""
+        if picture is None:
+            width, height = (self._default(name) for name in SIDES)
+            return None, width, height, ""
+        width, height = own_size(self._room.inside(picture))
+        edited = self._edited(picture, (width, height), None)
+        return edited, width, height, self.note(picture, width, height)
+
+    def note(self, picture: str | None, width: int, height: int) -> str:
+        """What becomes of the picture's size."""
+        if picture is None:
+            return ""
+        file = self._room.inside(picture)
+        with self._loader.flat(file, field="input.image", ground=WHITE) as found:
+            return words.sizes(file.name, found.size, (width, height))
+
+    def load_mask(self, picture: str | None, layers: Layers, file: str | None) -> Edited:
+        """A mask from a file, stretched over the picture."""
+        size, mask = self._stands(picture, layers)
+        if file is not None:
+            found = masks.read(self._room.inside(file), loader=self._loader)
+            mask = masks.resized(found, *size)
+        return self._edited(picture, size, mask)
+
+    def invert(self, picture: str | None, layers: Layers) -> Edited:
+        """Black for white."""
+        size, mask = self._stands(picture, layers)
+        return self._edited(picture, size, ~mask)
+
+    def clear(self, picture: str | None, layers: Layers) -> Edited:
+        """No mask."""
+        size, _ = self._stands(picture, layers)
+        return self._edited(picture, size, None)
+
+    def grow(self, picture: str | None, layers: Layers, pixels: float | None) -> Edited:
+        """With all that is near the white."""
+        size, mask = self._stands(picture, layers)
+        return self._edited(picture, size, masks.grown(mask, pixels or 0))
+
+    async def run(
+        self, picture: str | None, layers: Layers, values: Sequence[Any], *, base: str, page: str
+    ) -> AsyncIterator[Shown]:
+        """From what stands in the controls to pictures. Closing the generator cancels the prediction.
+
+        values: of the inputs, then of the options. base: URL of the API. page: names the page, for `cancel`.
+        """
+        given = entered(self.inputs, values[: len(self.inputs)])
+        options = changed(self.options, entered(self.options, values[len(self.inputs) :]))
+        if picture is None:
+            raise RequestError("input.image is missing; load a picture", field="input.image")
+        file = self._room.inside(picture)
+        mask = masks.png_of(masks.refuse_empty(masks.from_layers(layers or (), loader=self._loader)))
+        pictures = {"image": data_uri(file.read_bytes()), "mask": data_uri(mask)}  # types are not believed
+        yield Shown(
+            message=words.status("Sending"), pictures="", figures="", log="", mask="", python="", curl=""
+        )
+        asked = pictures | as_input(given, options)
+        async for moment in self._runs.follow(asked, base=base, page=page):
+            if not moment.ended:
+                yield _meanwhile(moment)
+                continue
+            again = {name: given[name] for name in _REPEATED} | changed(self.inputs, given)
+            if moment.seed is not None:
+                again["seed"] = moment.seed
+            token = bool(self._shared.sessions.tokens)
+            yield Shown(
+                message=_message(moment),
+                pictures=_results(moment, given),
+                figures=words.figures(moment.metrics, seed=moment.seed, id=moment.id),
+                log=moment.logs,
+                mask=words.mask_link(mask, _MASK_NAME),
+                python=snippets.python_of(file.name, _MASK_NAME, again, options),
+                curl=snippets.curl_of(
+                    file.name, _MASK_NAME, as_input(again, options), base=base, token=token
+                ),
+            )
+
+    def cancel(self, page: str) -> None:
+        """End what a page runs."""
+        self._runs.cancel(page)
+
+    def _default(self, name: str) -> int:
+        return next(int(field.default) for field in self.inputs if field.name == name)
+
+    def _stands(self, picture: str | None, layers: Layers) -> tuple[tuple[int, int], Mask]:
+        """The editor's size, and what is painted."""
+        if picture is None:
+            raise RequestError("input.image is missing; load a picture first", field="input.image")
+        mask = masks.from_layers(layers or (), loader=self._loader)
+        if mask is None:
+            width, height = own_size(self._room.inside(picture))
+            mask = np.zeros((height, width), bool)
+        return (mask.shape[1], mask.shape[0]), mask
+
+    def _edited(self, picture: str | None, size: tuple[int, int], mask: Mask | None) -> Edited:
+        file = self._room.inside(picture or "")
+        with self._loader.flat(file, field="input.image", ground=WHITE) as found:
+            background = found.resize(size, Image.Resampling.LANCZOS)
+        layers = [] if mask is None or not mask.any() else [masks.layer_of(mask)]
+        return {"background": background, "layers": layers, "composite": None}
+
+
+def message_of(error: Exception) -> str:
+    """An error as the API words it, which keeps what is of the server's inside to its log."""
+    problem = problem_of(error)
+    return words.alert(problem.title, problem.detail)
+
+
+def _meanwhile(moment: Moment) -> Shown:
+    if moment.total:
+        text = f"Step {moment.done} of {moment.total}"
+    else:
+        text = "Starting" if moment.status == "processing" else "Waiting for a place"
+    return Shown(
+        message=words.status(text, done=moment.done, total=moment.total),
+        pictures=None if moment.previews is None else words.previews(moment.previews),
+        log=moment.logs,
+    )
+
+
+def _message(moment: Moment) -> str:
+    if moment.status == "failed":
+        return words.alert("The prediction failed", moment.error or "")
+    if moment.set_aside:
+        return words.alert("The server stops", "It runs this prediction after its next start.")
+    return words.status("Canceled" if moment.status == "canceled" else "Done")
+
+
+def _results(moment: Moment, given: Mapping[str, Any]) -> str:
+    urls = [f"../v1/outputs/{one.id}/{one.name}" for one in moment.outputs]
+    # Where some were dropped, nobody knows whose seed is left.
+    whole = moment.seed is not None and len(urls) == given["num_outputs"]
+    seeds = [(moment.seed or 0) + place for place in range(len(urls))] if whole else []
+    return words.results(urls, prompt=str(given["prompt"]), seeds=seeds) if urls else ""
