@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import asyncio
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
@@ -23,6 +25,7 @@ from ritocco.ui.style import CSS, HEAD, theme
 
 if TYPE_CHECKING:
     from ritocco.server.app import App
+    from ritocco.server.settings import Settings
     from ritocco.server.state import Shared
 
 
@@ -37,14 +40,7 @@ def mount(app: App, *, hosts: Sequence[str] = ()) -> None:
     room = Room(settings.data)
     app.keep(room)
     actions = Actions(shared, room)
-    blocks = build(
-        actions,
-        room,
-        most_bytes=settings.max_upload_bytes,
-        waiting=settings.waiting,
-        logout=bool(shared.sessions.tokens),
-    )
-    gradio = _gradio(blocks, room, settings.max_upload_bytes, settings.public_url)
+    gradio = _beside_a_loop(lambda: _gradio(_blocks(actions, room, shared), room, settings))
 
     async def start() -> None:
         gradio.get_blocks().run_startup_events()
@@ -67,19 +63,31 @@ def mount(app: App, *, hosts: Sequence[str] = ()) -> None:
     ]
 
 
-def _gradio(blocks: gr.Blocks, room: Room, most_bytes: int, public_url: str | None) -> Any:
+def _blocks(actions: Actions, room: Room, shared: Shared) -> gr.Blocks:
+    settings = shared.settings
+    return build(
+        actions,
+        room,
+        most_bytes=settings.max_upload_bytes,
+        waiting=settings.waiting,
+        logout=bool(shared.sessions.tokens),
+    )
+
+
+def _gradio(blocks: gr.Blocks, room: Room, settings: Settings) -> Any:
     """Gradio's app, with everything off that the page does not need, and its files in the room."""
     outer = FastAPI(openapi_url=None, docs_url=None, redoc_url=None)
+    public = settings.public_url
     gr.mount_gradio_app(
         outer,
         blocks,
         PAGE,
         footer_links=[],
         run_history=False,
-        root_path=None if public_url is None else f"{public_url.rstrip('/')}{PAGE}",
+        root_path=None if public is None else f"{public.rstrip('/')}{PAGE}",
         allowed_paths=[],
         show_error=False,
-        max_file_size=most_bytes,
+        max_file_size=settings.max_upload_bytes,
         ssr_mode=False,
         enable_monitoring=False,
         pwa=False,
@@ -88,8 +96,20 @@ def _gradio(blocks: gr.Blocks, room: Room, most_bytes: int, public_url: str | No
         css=CSS,
         head=HEAD,
     )
-    app = next(route.app for route in outer.routes if isinstance(route, Mount))
+    app: Any = next(route.app for route in outer.routes if isinstance(route, Mount))
     app.uploaded_file_dir = str(room.path)
     for block in blocks.blocks.values():
         block.GRADIO_CACHE = str(room.path)
+    # After every call it would make a table of the last ten thousand.
+    vars(blocks._queue).update(compute_analytics_summary=lambda records: None)
     return app
+
+
+def _beside_a_loop(make: Callable[[], Any]) -> Any:
+    """`make()` where an event loop runs: elsewhere Gradio makes some, sets them, and leaves them open."""
+
+    async def made() -> Any:
+        return make()
+
+    with ThreadPoolExecutor(1, thread_name_prefix="ritocco-page") as pool:
+        return pool.submit(asyncio.run, made()).result()
