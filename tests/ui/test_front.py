@@ -63,7 +63,8 @@ def test_gradios_other_routes_are_not_there(make: Make, method: str, path: str) 
 
 
 @pytest.mark.parametrize(
-    "path", ["/ui/login_check", "/ui/monitoring", "/ui/svelte/x", "/ui/robots.txt", "/ui/docs", "/ui/redoc", "/docs"]
+    "path",
+    ["/ui/login_check", "/ui/monitoring", "/ui/svelte/x", "/ui/robots.txt", "/ui/docs", "/ui/redoc", "/docs"],
 )
 def test_nor_are_its_pages(make: Make, path: str) -> None:
     assert make().get(path).status_code == 404
@@ -116,7 +117,12 @@ def test_no_file_of_the_servers_is_served(make: Make, tmp_path: Path, secret: Pa
             got = client.get(spelled)
             assert got.status_code == 404, spelled
             assert SECRET not in got.text
-    for path in (f"../../../../../..{secret}", f"..%2f..%2f..%2f..{secret}", "x/../../../routes.py", f"/{secret}"):
+    for path in (
+        f"../../../../../..{secret}",
+        f"..%2f..%2f..%2f..{secret}",
+        "x/../../../routes.py",
+        f"/{secret}",
+    ):
         for root in ("assets", "static"):
             got = client.get(f"/ui/{root}/{path}")
             assert got.status_code in (403, 404), path
@@ -132,7 +138,9 @@ def test_what_is_no_picture_is_not_shown_as_a_page(make: Make) -> None:
         assert "sandbox" in got.headers["content-security-policy"]
 
 
-@pytest.mark.parametrize("name", ["../../x.png", "/etc/x.png", "..", "a/b.png", "x" * 500 + ".png", "\u202e.png", ""])
+@pytest.mark.parametrize(
+    "name", ["../../x.png", "/etc/x.png", "..", "a/b.png", "x" * 500 + ".png", "\u202e.png", ""]
+)
 def test_uploads_stay_in_their_folder(make: Make, tmp_path: Path, name: str, photo: bytes) -> None:
     client = make()
     before = {file for file in tmp_path.rglob("*") if file.is_file() and "ui" not in file.parts}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from ritocco.errors import RequestError
-from ritocco.folders.sizes import own_size
+from ritocco.folders.sizes import MOST, own_size
 from ritocco.images import WHITE, data_uri
 from ritocco.pixels import Mask
 from ritocco.schema import Options, PredictionInput
@@ -66,8 +66,7 @@ class Actions:
             width, height = (self._default(name) for name in SIDES)
             return None, width, height, ""
         width, height = own_size(self._room.inside(picture))
-        edited = self._edited(picture, (width, height), None)
-        return edited, width, height, self.note(picture, width, height)
+        return self._edited(picture, None), width, height, self.note(picture, width, height)
 
     def note(self, picture: str | None, width: int, height: int) -> str:
         """What becomes of the picture's size."""
@@ -79,26 +78,22 @@ class Actions:
 
     def load_mask(self, picture: str | None, layers: Layers, file: str | None) -> Edited:
         """A mask from a file, stretched over the picture."""
-        size, mask = self._stands(picture, layers)
+        mask = self._painted(layers)
         if file is not None:
-            found = masks.read(self._room.inside(file), loader=self._loader)
-            mask = masks.resized(found, *size)
-        return self._edited(picture, size, mask)
+            mask = masks.read(self._room.inside(file), loader=self._loader)
+        return self._edited(picture, lambda _, size: None if mask is None else masks.resized(mask, *size))
 
     def invert(self, picture: str | None, layers: Layers) -> Edited:
         """Black for white."""
-        size, mask = self._stands(picture, layers)
-        return self._edited(picture, size, ~mask)
+        return self._edited(picture, lambda mask, _: ~mask, layers)
 
-    def clear(self, picture: str | None, layers: Layers) -> Edited:
+    def clear(self, picture: str | None) -> Edited:
         """No mask."""
-        size, _ = self._stands(picture, layers)
-        return self._edited(picture, size, None)
+        return self._edited(picture, None)
 
     def grow(self, picture: str | None, layers: Layers, pixels: float | None) -> Edited:
         """With all that is near the white."""
-        size, mask = self._stands(picture, layers)
-        return self._edited(picture, size, masks.grown(mask, pixels or 0))
+        return self._edited(picture, lambda mask, _: masks.grown(mask, pixels or 0), layers)
 
     async def run(
         self, picture: str | None, layers: Layers, values: Sequence[Any], *, base: str, page: str
@@ -112,7 +107,7 @@ class Actions:
         if picture is None:
             raise RequestError("input.image is missing; load a picture", field="input.image")
         file = self._room.inside(picture)
-        mask = masks.png_of(masks.refuse_empty(masks.from_layers(layers or (), loader=self._loader)))
+        mask = masks.png_of(masks.refuse_empty(self._painted(layers)))
         pictures = {"image": data_uri(file.read_bytes()), "mask": data_uri(mask)}  # types are not believed
         yield Shown(
             message=words.status("Sending"), pictures="", figures="", log="", mask="", python="", curl=""
@@ -145,22 +140,29 @@ class Actions:
     def _default(self, name: str) -> int:
         return next(int(field.default) for field in self.inputs if field.name == name)
 
-    def _stands(self, picture: str | None, layers: Layers) -> tuple[tuple[int, int], Mask]:
-        """The editor's size, and what is painted."""
+    def _painted(self, layers: Layers) -> Mask | None:
+        return masks.from_layers(layers or (), loader=self._loader)
+
+    def _edited(
+        self,
+        picture: str | None,
+        change: Callable[[Mask, tuple[int, int]], Mask | None] | None,
+        layers: Layers = None,
+    ) -> Edited:
+        """The editor's value, with what `change` makes of mask and size; without a mask where it is None."""
         if picture is None:
             raise RequestError("input.image is missing; load a picture first", field="input.image")
-        mask = masks.from_layers(layers or (), loader=self._loader)
-        if mask is None:
-            width, height = own_size(self._room.inside(picture))
-            mask = np.zeros((height, width), bool)
-        return (mask.shape[1], mask.shape[0]), mask
-
-    def _edited(self, picture: str | None, size: tuple[int, int], mask: Mask | None) -> Edited:
-        file = self._room.inside(picture or "")
+        file = self._room.inside(picture)
         with self._loader.flat(file, field="input.image", ground=WHITE) as found:
-            background = found.resize(size, Image.Resampling.LANCZOS)
-        layers = [] if mask is None or not mask.any() else [masks.layer_of(mask)]
-        return {"background": background, "layers": layers, "composite": None}
+            background = found.copy()
+            background.thumbnail((MOST, MOST), Image.Resampling.LANCZOS)
+        width, height = background.size
+        mask = None
+        if change is not None:
+            before = self._painted(layers)
+            mask = change(np.zeros((height, width), bool) if before is None else before, background.size)
+        shown = [] if mask is None or not mask.any() else [masks.layer_of(mask)]
+        return {"background": background, "layers": shown, "composite": None}
 
 
 def message_of(error: Exception) -> str:

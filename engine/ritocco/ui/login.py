@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from html import escape
+from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 from starlette.requests import Request
@@ -73,10 +74,10 @@ class Login:
         """Close the session, in this process too."""
         self._sessions.close(request.cookies.get(COOKIE))
         answer = RedirectResponse("login", 303, _HEADERS)
-        answer.delete_cookie(COOKIE, **self._narrow(request.scope))
+        answer.set_cookie(COOKIE, "", max_age=0, **self._narrow(request.scope))
         return answer
 
-    def _narrow(self, scope: Scope) -> dict[str, object]:
+    def _narrow(self, scope: Scope) -> dict[str, Any]:
         """Whom the cookie is sent to: this page, over what it came by, never from another site."""
         root = scope.get("root_path", "").removesuffix(PAGE)
         public = self._public.path.rstrip("/") if self._public.netloc else root

@@ -65,13 +65,13 @@ def build(actions: Actions, room: Room, *, most_bytes: int, waiting: int, logout
                 grow_px = gr.Slider(
                     1, masks.MAX_GROW_PX, 8, step=1, label="Grow by (pixels)", elem_id="grow-px"
                 )
-            with gr.Column(scale=2, min_width=340):
-                controls = {field.name: _control(field) for field in actions.inputs}
+            with gr.Column(scale=2, min_width=400):
+                controls = _controls(actions.inputs)
                 with gr.Accordion("More than the original has", open=False):
-                    more = [_control(field) for field in actions.options]
-        with gr.Row():
-            start = gr.Button("Run", variant="primary", elem_id="run")
-            stop = gr.Button("Cancel", variant="stop", elem_id="cancel")
+                    more = _controls(actions.options)
+                with gr.Row():
+                    start = gr.Button("Run", variant="primary", elem_id="run")
+                    stop = gr.Button("Cancel", elem_id="cancel")
         message = gr.HTML(words.status(_FIRST), js_on_load=None, elem_id="message")
         pictures = gr.HTML(js_on_load=None, elem_id="pictures")
         with gr.Row():
@@ -79,7 +79,7 @@ def build(actions: Actions, room: Room, *, most_bytes: int, waiting: int, logout
                 python = _code("The same in Python", "python")
                 curl = _code("The same with curl", "shell")
                 saved = gr.HTML(js_on_load=None, elem_id="mask")
-            with gr.Column(scale=2, min_width=340):
+            with gr.Column(scale=2, min_width=400):
                 figures = gr.HTML(js_on_load=None, elem_id="figures")
                 log = gr.Textbox(label="Log", lines=6, max_lines=12, interactive=False, elem_id="log")
 
@@ -95,12 +95,12 @@ def build(actions: Actions, room: Room, *, most_bytes: int, waiting: int, logout
         for event, action, further in (
             (load.upload, actions.load_mask, [load]),
             (invert.click, actions.invert, []),
-            (clear.click, actions.clear, []),
             (grow.click, actions.grow, [grow_px]),
         ):
             event(_guarded(edited(action), 2), [picture, editor, *further], [editor, message], **quick)
+        clear.click(_guarded(edited(actions.clear), 2), picture, [editor, message], **quick)
         shown = [message, pictures, figures, log, saved, python, curl]
-        start.click(run, [picture, editor, *controls.values(), *more], shown, **quick)
+        start.click(run, [picture, editor, *controls.values(), *more.values()], shown, **quick)
         stop.click(cancel, None, None, **quick)
     blocks.max_threads = max(blocks.max_threads, 2 * waiting)
     blocks.queue(api_open=False, default_concurrency_limit=None)
@@ -121,20 +121,31 @@ def _editor() -> gr.ImageEditor:
     )
 
 
+def _controls(fields: Sequence[Field]) -> dict[str, gr.components.Component]:
+    """Texts one below the other, the rest in pairs."""
+    made = {field.name: _control(field) for field in fields if field.kind == "text"}
+    rest = [field for field in fields if field.kind != "text"]
+    for first in range(0, len(rest), 2):
+        with gr.Row():
+            made |= {field.name: _control(field) for field in rest[first : first + 2]}
+    return {field.name: made[field.name] for field in fields}
+
+
 def _control(field: Field) -> gr.components.Component:
     """What a person enters a field with."""
-    named = {"label": field.label, "info": field.help, "elem_id": field.name.replace("_", "-")}
+    named: dict[str, Any] = {"label": field.label, "info": field.help, "min_width": 160}
+    named["elem_id"] = field.name.replace("_", "-")
     if field.kind == "choice":
         return gr.Dropdown(list(field.choices), value=field.default, **named)
     if field.kind == "switch":
         return gr.Checkbox(field.default, **named)
     if field.step is not None:
-        bounds = {"minimum": field.least, "maximum": field.most, "step": field.step}
+        bounds: dict[str, Any] = {"minimum": field.least, "maximum": field.most, "step": field.step}
         return gr.Slider(value=field.default, **bounds, **named)
     if field.kind == "number":
         return gr.Number(field.default, **named)
-    lines = {"lines": 1} if field.kind == "whole" else {"lines": 2}
-    return gr.Textbox("" if field.default is None else str(field.default), **lines, **named)
+    lines = 1 if field.kind == "whole" else 2
+    return gr.Textbox("" if field.default is None else str(field.default), lines=lines, **named)
 
 
 def _code(label: str, language: Any) -> gr.Code:

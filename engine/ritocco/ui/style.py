@@ -22,15 +22,32 @@ CSS = """
 .pictures figure { margin: 0; max-width: 32rem; }
 .pictures img { display: block; width: 100%; height: auto; border-radius: .5rem; }
 .pictures figcaption { padding-top: .35rem; color: var(--body-text-color); }
-.figures { border-collapse: collapse; width: 100%; }
-.figures caption { text-align: left; font-weight: 600; padding-bottom: .35rem; }
-.figures th { text-align: left; font-weight: 400; padding-right: 1rem; }
-.figures td { overflow-wrap: anywhere; font-variant-numeric: tabular-nums; }
+#figures .figures { border-collapse: collapse; width: 100%; }
+#figures caption { text-align: left; font-weight: 600; padding-bottom: .35rem; }
+#figures th, #figures td { border: 0; padding: .1rem 1rem .1rem 0; text-align: left; font-weight: 400; }
+#figures td { overflow-wrap: anywhere; font-variant-numeric: tabular-nums; }
 """
 
 HEAD = ""
 
 
 def theme() -> gr.themes.Base:
-    """Gradio's own, with colours that stand out enough from each other."""
-    return gr.themes.Default(font=list(_SANS), font_mono=list(_MONO))
+    """Gradio's own, with colours that stand out enough from what is behind them."""
+    made = gr.themes.Default(primary_hue="blue", font=list(_SANS), font_mono=list(_MONO))
+    subdued, subdued_dark = "*neutral_600", "*neutral_300"
+    return made.set(
+        button_primary_background_fill="*primary_700",
+        button_primary_background_fill_hover="*primary_800",
+        button_primary_background_fill_dark="*primary_700",
+        button_primary_background_fill_hover_dark="*primary_800",
+        slider_color="*primary_700",
+        slider_color_dark="*primary_400",
+        body_text_color_subdued=subdued,
+        body_text_color_subdued_dark=subdued_dark,
+        block_info_text_color=subdued,
+        block_info_text_color_dark=subdued_dark,
+        block_label_text_color=subdued,
+        block_label_text_color_dark=subdued_dark,
+        block_title_text_color="*neutral_700",
+        block_title_text_color_dark="*neutral_200",
+    )
