@@ -65,22 +65,23 @@ class Actions:
         if picture is None:
             width, height = (self._default(name) for name in SIDES)
             return None, width, height, ""
+        edited = self._edited(picture, None)
         width, height = own_size(self._room.inside(picture))
-        return self._edited(picture, None), width, height, self.note(picture, width, height)
+        return edited, width, height, self.note(picture, width, height)
 
     def note(self, picture: str | None, width: int, height: int) -> str:
         """What becomes of the picture's size."""
         if picture is None:
             return ""
         file = self._room.inside(picture)
-        with self._loader.flat(file, field="input.image", ground=WHITE) as found:
+        with self._loader.flat(file.read_bytes(), field="input.image", ground=WHITE) as found:
             return words.sizes(file.name, found.size, (width, height))
 
     def load_mask(self, picture: str | None, layers: Layers, file: str | None) -> Edited:
         """A mask from a file, stretched over the picture."""
         mask = self._painted(layers)
         if file is not None:
-            mask = masks.read(self._room.inside(file), loader=self._loader)
+            mask = masks.read(self._room.inside(file).read_bytes(), loader=self._loader)
         return self._edited(picture, lambda _, size: None if mask is None else masks.resized(mask, *size))
 
     def invert(self, picture: str | None, layers: Layers) -> Edited:
@@ -152,8 +153,8 @@ class Actions:
         """The editor's value, with what `change` makes of mask and size; without a mask where it is None."""
         if picture is None:
             raise RequestError("input.image is missing; load a picture first", field="input.image")
-        file = self._room.inside(picture)
-        with self._loader.flat(file, field="input.image", ground=WHITE) as found:
+        data = self._room.inside(picture).read_bytes()  # a path would be named in errors
+        with self._loader.flat(data, field="input.image", ground=WHITE) as found:
             background = found.copy()
             background.thumbnail((MOST, MOST), Image.Resampling.LANCZOS)
         width, height = background.size

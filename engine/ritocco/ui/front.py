@@ -71,13 +71,16 @@ class Front:
         stopping: Callable[[], bool],
         base: Callable[[Scope], str],
         base_key: str,
+        placed: bool,
     ) -> None:
         """app: Gradio's. start: awaited in each event loop before its first request. stopping: whether the
-        server is about to end, so that streams without an end of their own are cut. base: the API's URL.
+        server is about to end, so that streams without an end of their own are cut. base: the API's URL,
+        which is under `base_key` in the scope that Gradio gets. placed: whether Gradio knows its own URL,
+        and routes by the path after that.
         """
         self._app, self._room = app, room
         self._start, self._stopping = start, stopping
-        self._base, self._base_key = base, base_key
+        self._base, self._base_key, self._placed = base, base_key, placed
         self._loop: asyncio.AbstractEventLoop | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -167,7 +170,8 @@ class Front:
         if path == _JOIN:
             headers = [(key, value) for key, value in headers if key != b"content-length"]
         query = scope.get("query_string", b"") if path in _QUERIES else b""
-        return {**scope, "headers": headers, "query_string": query, self._base_key: self._base(scope)}
+        inner = {**scope, "headers": headers, "query_string": query, self._base_key: self._base(scope)}
+        return inner | {"path": path, "root_path": ""} if self._placed else inner
 
     async def _until_stopping(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve a stream that ends only with its client, or with the server."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 from PIL import Image
@@ -33,7 +32,7 @@ def from_layers(layers: Sequence[bytes], *, loader: Loader) -> Mask | None:
     return found
 
 
-def read(encoded: bytes | Path, *, loader: Loader) -> Mask:
+def read(encoded: bytes, *, loader: Loader) -> Mask:
     """An encoded mask by the library's rules: transparent is kept, half of white and more is repainted.
 
     bool [H,W]. Raises RequestError.

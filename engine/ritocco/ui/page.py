@@ -132,20 +132,23 @@ def _controls(fields: Sequence[Field]) -> dict[str, gr.components.Component]:
 
 
 def _control(field: Field) -> gr.components.Component:
-    """What a person enters a field with."""
+    """What a person enters a field with. What stands in it is the schema's to judge, in its words."""
     named: dict[str, Any] = {"label": field.label, "info": field.help, "min_width": 160}
     named["elem_id"] = field.name.replace("_", "-")
     if field.kind == "choice":
-        return gr.Dropdown(list(field.choices), value=field.default, **named)
-    if field.kind == "switch":
-        return gr.Checkbox(field.default, **named)
-    if field.step is not None:
+        made = gr.Dropdown(list(field.choices), value=field.default, **named)
+    elif field.kind == "switch":
+        made = gr.Checkbox(field.default, **named)
+    elif field.step is not None:
         bounds: dict[str, Any] = {"minimum": field.least, "maximum": field.most, "step": field.step}
-        return gr.Slider(value=field.default, **bounds, **named)
-    if field.kind == "number":
-        return gr.Number(field.default, **named)
-    lines = 1 if field.kind == "whole" else 2
-    return gr.Textbox("" if field.default is None else str(field.default), lines=lines, **named)
+        made = gr.Slider(value=field.default, **bounds, **named)
+    elif field.kind == "number":
+        made = gr.Number(field.default, **named)
+    else:
+        lines = 1 if field.kind == "whole" else 2
+        made = gr.Textbox("" if field.default is None else str(field.default), lines=lines, **named)
+    vars(made).update(preprocess=lambda value: value)
+    return made
 
 
 def _code(label: str, language: Any) -> gr.Code:

@@ -50,7 +50,13 @@ def mount(app: App, *, hosts: Sequence[str] = ()) -> None:
         return shared.base(Request(outside), "/v1")
 
     front: ASGIApp = Front(
-        gradio, room=room, start=start, stopping=lambda: shared.jobs.stopping, base=base, base_key=BASE
+        gradio,
+        room=room,
+        start=start,
+        stopping=lambda: shared.jobs.stopping,
+        base=base,
+        base_key=BASE,
+        placed=settings.public_url is not None,
     )
     if not shared.sessions.tokens:
         names = [*hosts, urlsplit(settings.public_url or "").hostname or "localhost"]
