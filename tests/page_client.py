@@ -65,10 +65,10 @@ class Browser:
         target = [self.component(name), event]
         return next(one for one in self.config["dependencies"] if target in one["targets"])
 
-    def join(self, name: str, data: list[Any], event: str = "click", **changes: Any) -> Any:
-        """Begin a call."""
+    def join(self, name: str, values: Any, event: str = "click", **changes: Any) -> Any:
+        """Begin a call. changes: of what is sent."""
         body = {
-            "data": data,
+            "data": values,
             "fn_index": self.function(name, event)["id"],
             "session_hash": self.session,
             "trigger_id": self.component(name),

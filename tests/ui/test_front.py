@@ -109,7 +109,6 @@ def test_no_file_of_the_servers_is_served(make: Make, tmp_path: Path, secret: Pa
         "/proc/self/environ",
         "/dev/stdin",
         f"{ours}%00.png",
-        f"{ours}/",
         "https://example.com/x.png",
         "http:/localhost/v1/predictions",
     ):

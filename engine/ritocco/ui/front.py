@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import suppress
 from typing import Any, TypeAlias
 from urllib.parse import unquote
@@ -52,7 +52,7 @@ _HEADERS = {
     "form-action 'self'; frame-ancestors 'none'",
     "X-Content-Type-Options": "nosniff",
     "X-Frame-Options": "DENY",
-    "Referrer-Policy": "no-referrer",
+    "Referrer-Policy": "same-origin",
 }
 _FILE_POLICY = "default-src 'none'; sandbox"
 
@@ -72,15 +72,17 @@ class Front:
         base: Callable[[Scope], str],
         base_key: str,
         placed: bool,
+        calls: Collection[int],
     ) -> None:
         """app: Gradio's. start: awaited in each event loop before its first request. stopping: whether the
         server is about to end, so that streams without an end of their own are cut. base: the API's URL,
         which is under `base_key` in the scope that Gradio gets. placed: whether Gradio knows its own URL,
-        and routes by the path after that.
+        and routes by the path after that. calls: numbers of the functions that there are.
         """
         self._app, self._room = app, room
         self._start, self._stopping = start, stopping
         self._base, self._base_key, self._placed = base, base_key, placed
+        self._calls = frozenset(calls)
         self._loop: asyncio.AbstractEventLoop | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -142,7 +144,8 @@ class Front:
         session = held.get("session_hash")
         if not isinstance(session, str) or not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", session):
             raise ProblemError(422, "Input validation failed", "session_hash: must be the page's")
-        if not isinstance(held.get("data"), list) or not isinstance(held.get("fn_index"), int):
+        called = held.get("fn_index")
+        if not isinstance(held.get("data"), list) or type(called) is not int or called not in self._calls:
             raise ProblemError(422, "Input validation failed", "data and fn_index: must be a call's")
         kept = {name: held[name] for name in _JOIN_KEYS if name in held}
         kept["data"] = [self._checked(one) for one in kept["data"]]

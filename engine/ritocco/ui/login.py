@@ -20,7 +20,7 @@ _POLICY = (
 _HEADERS = {
     "Cache-Control": "no-store",
     "Content-Security-Policy": _POLICY,
-    "Referrer-Policy": "no-referrer",
+    "Referrer-Policy": "same-origin",  # without any, browsers send the form with the origin null
     "X-Content-Type-Options": "nosniff",
 }
 _FORM = """<!doctype html>

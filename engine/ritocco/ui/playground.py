@@ -57,6 +57,7 @@ def mount(app: App, *, hosts: Sequence[str] = ()) -> None:
         base=base,
         base_key=BASE,
         placed=settings.public_url is not None,
+        calls=gradio.get_blocks().fns,
     )
     if not shared.sessions.tokens:
         names = [*hosts, urlsplit(settings.public_url or "").hostname or "localhost"]
