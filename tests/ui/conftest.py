@@ -12,7 +12,7 @@ import pytest
 from starlette.testclient import TestClient
 
 from hand_batcher import HandBatcher
-from page_client import Make, encoded
+from page_client import TOKEN, Make, encoded
 from ritocco.server import Settings, create_app
 from ritocco.ui import mount
 
@@ -38,6 +38,27 @@ def make(tmp_path: Path, batcher: HandBatcher) -> Iterator[Make]:
             return stack.enter_context(TestClient(app, base_url=base_url))
 
         yield call
+
+
+def _client(folder: Path, **settings: Any) -> Iterator[TestClient]:
+    app = create_app(HandBatcher(), Settings(data=folder, **settings))  # type: ignore[arg-type]
+    mount(app)
+    with TestClient(app, base_url="http://localhost") as client:
+        yield client
+    app.close()
+
+
+@pytest.fixture(scope="module")
+def open_client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TestClient]:
+    """Of an app without tokens, for tests that run nothing."""
+    yield from _client(tmp_path_factory.mktemp("open"), cors_origins=["https://evil.example"])
+
+
+@pytest.fixture(scope="module")
+def closed_client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TestClient]:
+    """The same with TOKEN."""
+    folder = tmp_path_factory.mktemp("closed")
+    yield from _client(folder, tokens=[TOKEN], cors_origins=["https://evil.example"])
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from starlette.testclient import TestClient
 
 from page_client import TOKEN, Make
 from ritocco.server.sessions import COOKIE, Sessions, Tokens
@@ -30,8 +31,8 @@ def logged_in(client: Any, token: str = TOKEN) -> Any:
 
 
 @pytest.mark.parametrize(("method", "path"), ROUTES)
-def test_without_a_session_every_route_is_closed(make: Make, method: str, path: str) -> None:
-    client = make(tokens=[TOKEN])
+def test_without_a_session_every_route_is_closed(closed_client: TestClient, method: str, path: str) -> None:
+    client = closed_client
     for cookie in ("", f"{COOKIE}=x", f"{COOKIE}={TOKEN}", f"other={TOKEN}", f"{COOKIE}=", "x"):
         got = client.request(method, path, headers={"Cookie": cookie}, follow_redirects=False)
         if (method, path) == ("GET", "/ui/"):
@@ -64,8 +65,8 @@ def test_a_token_opens_the_page_and_nothing_else(make: Make) -> None:
 
 
 @pytest.mark.parametrize("token", ["", "x", TOKEN[:-1], f"{TOKEN}x", "\x00", "a" * 5000])
-def test_what_is_no_token_opens_nothing(make: Make, token: str) -> None:
-    client = make(tokens=[TOKEN])
+def test_what_is_no_token_opens_nothing(closed_client: TestClient, token: str) -> None:
+    client = closed_client
     got = logged_in(client, token)
     assert got.status_code == 401
     assert 'role="alert"' in got.text
@@ -91,7 +92,7 @@ def test_over_https_the_cookie_keeps_to_it(make: Make, settings: Any) -> None:
     assert f"Path={'/tools' if 'public_url' in settings else ''}/ui" in cookie
 
 
-@pytest.mark.parametrize("tokens", [[], [TOKEN]])
+@pytest.mark.parametrize("kind", ["open_client", "closed_client"])
 @pytest.mark.parametrize(
     "origin",
     [
@@ -107,19 +108,19 @@ def test_over_https_the_cookie_keeps_to_it(make: Make, settings: Any) -> None:
         "",
     ],
 )
-def test_other_sites_pages_may_nothing(make: Make, tokens: list[str], origin: str) -> None:
+def test_other_sites_pages_may_nothing(kind: str, origin: str, request: pytest.FixtureRequest) -> None:
     """Not even where the API lets them."""
-    client = make(tokens=tokens, cors_origins=["https://evil.example"])
-    if tokens:
-        logged_in(client)
-    headers = {"Origin": origin}
+    client = request.getfixturevalue(kind)
+    value = logged_in(client).cookies.get(COOKIE)
+    client.cookies.clear()
+    headers = {"Origin": origin, "Cookie": f"{COOKIE}={value}"}
     for method, path in (*ROUTES, ("POST", "/ui/login"), ("POST", "/ui/logout")):
         got = client.request(method, path, headers=headers, follow_redirects=False)
         assert got.status_code == 403, path
 
 
-def test_the_pages_own_origin_may_call(make: Make) -> None:
-    client = make()
+def test_the_pages_own_origin_may_call(open_client: TestClient) -> None:
+    client = open_client
     for base in ("http://localhost", "http://127.0.0.1:5000", "http://[::1]:5000"):
         headers = {"Origin": base, "Host": base.partition("://")[2]}
         got = client.post("/ui/gradio_api/queue/join", json=CALL, headers=headers)
@@ -136,9 +137,9 @@ def test_behind_a_proxy_the_public_origin_is_its_own(make: Make) -> None:
 
 
 @pytest.mark.parametrize("host", ["evil.example", "evil.example:80", ""])
-def test_without_tokens_it_answers_to_known_names(make: Make, host: str) -> None:
+def test_without_tokens_it_answers_to_known_names(open_client: TestClient, host: str) -> None:
     """Another site can make its own name point to this machine, and then the origin is that name."""
-    client = make()
+    client = open_client
     got = client.get("/ui/config", headers={"Host": host})
     assert got.status_code == 400
     got = client.post(

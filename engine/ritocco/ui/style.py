@@ -18,7 +18,7 @@ CSS = """
 .error { padding: .75rem 1rem; border: 2px solid #b91c1c; border-radius: .5rem; background: #fef2f2; }
 .error, .error strong, .error p { color: #7f1d1d; }
 .error p { margin: .25rem 0 0; overflow-wrap: anywhere; }
-.pictures { display: grid; grid-template-columns: repeat(auto-fit, minmax(12rem, 1fr)); gap: 1rem; }
+.pictures { display: grid; grid-template-columns: repeat(auto-fill, minmax(16rem, 1fr)); gap: 1rem; }
 .pictures figure { margin: 0; max-width: 32rem; }
 .pictures img { display: block; width: 100%; height: auto; border-radius: .5rem; }
 .pictures figcaption { padding-top: .35rem; color: var(--body-text-color); }
