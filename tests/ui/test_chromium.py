@@ -322,7 +322,7 @@ def test_the_page_needs_a_token_and_lets_go_of_it(chromium: Any, server: Served)
     assert person.page.evaluate("fetch('/v1/predictions').then(answer => answer.status)") == 401
     person.page.get_by_role("button", name="Log out").click()
     person.page.get_by_label("Token of this server").wait_for()
-    assert person.page.evaluate("fetch('./config').then(answer => answer.status)") == 401
+    assert person.page.goto(f"{server.url}/ui/config").status == 401
     assert chromium.cookies() == []
     person.page.close()
 

@@ -18,10 +18,10 @@ def by_name(model: Any) -> dict[str, Field]:
 
 def test_every_input_but_the_pictures_has_a_control_in_the_originals_order() -> None:
     names = [field.name for field in fields_of(PredictionInput)]
-    orders = {
-        name: info.json_schema_extra["x-order"]  # type: ignore[index, call-overload]
-        for name, info in PredictionInput.model_fields.items()
-    }
+    orders: dict[str, Any] = {}
+    for name, info in PredictionInput.model_fields.items():
+        extra: Any = info.json_schema_extra
+        orders[name] = extra["x-order"]
     assert names == sorted(set(orders) - {"image", "mask"}, key=lambda name: orders[name])
     assert {field.name for field in fields_of(Options)} == set(Options.model_fields) - {"latents"}
     assert all(field.help for model in (PredictionInput, Options) for field in fields_of(model))

@@ -28,7 +28,7 @@ def build(actions: Actions, room: Room, *, most_bytes: int, waiting: int, logout
 
     async def run(request: gr.Request, picture: str | None, layers: Any, *values: Any) -> AsyncIterator[Any]:
         try:
-            base, page = request.request.scope[BASE], request.session_hash  # type: ignore[union-attr]
+            base, page = request.request.scope[BASE], request.session_hash
             async for shown in actions.run(picture, layers, values, base=base, page=page or ""):
                 yield _updates(shown)
         except Exception as error:
