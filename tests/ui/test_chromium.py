@@ -354,6 +354,24 @@ def test_everything_is_named_and_reached_by_keyboard(person: Person, picture: Pa
     } <= reached
 
 
+def test_the_rules_of_accessibility_hold(person: Person, picture: Path) -> None:
+    """Axe's, before a run and after it."""
+    from axe_playwright_python.sync_playwright import Axe
+
+    def broken() -> list[tuple[str, list[str]]]:
+        found = Axe().run(person.page).response
+        assert len(found["passes"]) > 20
+        return [(one["id"], [node["html"][:200] for node in one["nodes"]]) for one in found["violations"]]
+
+    assert broken() == []
+    person.load(picture)
+    person.paint()
+    person.asks_little()
+    person.run()
+    person.wait_for("^Done")
+    assert broken() == []
+
+
 def test_it_ends_at_sigterm_with_a_page_open(chromium: Any, tmp_path: Path) -> None:
     with ExitStack() as stack:
         server = stack.enter_context(served(tmp_path / "one", "--dtype", "float32", "--ui", "--grace", "0"))

@@ -152,7 +152,7 @@ def _control(field: Field) -> gr.components.Component:
 
 
 def _code(label: str, language: Any) -> gr.Code:
-    return gr.Code(label=label, language=language, interactive=False, elem_id=language)
+    return gr.Code(label=label, language=language, interactive=False, wrap_lines=True, elem_id=language)
 
 
 def _updates(shown: Shown) -> list[Any]:

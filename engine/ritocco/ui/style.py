@@ -22,6 +22,7 @@ CSS = """
 .pictures figure { margin: 0; max-width: 32rem; }
 .pictures img { display: block; width: 100%; height: auto; border-radius: .5rem; }
 .pictures figcaption { padding-top: .35rem; color: var(--body-text-color); }
+.cm-line span { color: inherit !important; } /* the colours of code are too pale to read */
 #figures .figures { border-collapse: collapse; width: 100%; }
 #figures caption { text-align: left; font-weight: 600; padding-bottom: .35rem; }
 #figures th, #figures td { border: 0; padding: .1rem 1rem .1rem 0; text-align: left; font-weight: 400; }
