@@ -35,6 +35,7 @@ class Run:
         self.id, self.input, self.on_start, self.on_step = id, input, on_start, on_step
         self.prediction = Prediction(id=id)
         self.canceled = False
+        self.preview: Any = None
         self._done = threading.Event()
         self._error: Exception | None = None
         self._callbacks: list[Callable[[Any], object]] = []
@@ -83,6 +84,10 @@ class Run:
         if self._error is not None:
             raise self._error
         return self.prediction
+
+    def look(self) -> Any:
+        """What the test put there."""
+        return self.preview
 
     def done(self) -> bool:
         return self._done.is_set()

@@ -1,4 +1,4 @@
-"""The command line: `ritocco predict | demo | doctor | plan | batch | serve`, and what plug-ins add."""
+"""The command line: `ritocco predict | demo | doctor | plan | batch | serve | ui`, and what plug-ins add."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ from ritocco.cli_options import (
     Width,
 )
 from ritocco.errors import RequestError, RitoccoError
-from ritocco.serve import serve
+from ritocco.serve import serve, with_page
 from ritocco.shown import printable, shown
 
 if TYPE_CHECKING:
@@ -298,6 +298,7 @@ def plan(
 
 app.command()(batch)
 app.command()(serve)
+app.command("ui")(with_page())
 
 
 @contextmanager

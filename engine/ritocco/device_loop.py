@@ -17,6 +17,7 @@ from ritocco.pixels import Pixels
 from ritocco.policy import Turn, decide, in_order
 from ritocco.pool import INTERRUPTED, Pool
 from ritocco.prediction import timestamp
+from ritocco.preview import Preview
 from ritocco.seats import Seats
 from ritocco.step_times import StepTimes
 from ritocco.tickets import Entry
@@ -287,10 +288,26 @@ class DeviceLoop:
             seconds = entry.job.request.seconds
             seconds["denoise"] = seconds.get("denoise", 0.0) + ended - began
         done = [one for one in entries if one.taken == one.steps]
+        for entry in entries:
+            if entry.ticket.looked_at and entry not in done:
+                self._show(entry)
         for entry in done:
             self._leave(entry)
         if done:
             self.times.waited(self._clock())
+
+    def _show(self, entry: Entry) -> None:
+        """Whoever looks at it, where it stands. It goes on where that fails."""
+        try:
+            states = self._seats.peek(entry)
+        except Exception:
+            _log.warning("no preview of prediction %s", entry.ticket.id, exc_info=True)
+            return
+        entry.ticket.show(
+            Preview(
+                taken=entry.taken, lanes=tuple(entry.lanes), states=states, inputs=entry.job.request.inputs
+            )
+        )
 
     def _tell(self, entry: Entry) -> None:
         """Whoever asked for it, about the step."""

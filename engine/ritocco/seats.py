@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-from ritocco.backends.runtime import Batch, LatentSize, Runtime
+from ritocco.backends.runtime import Batch, LaneState, LatentSize, Runtime
 from ritocco.denoise import refuse_broken
 from ritocco.tickets import Entry
 
@@ -65,6 +65,11 @@ class Seats:
         table.batch.step({slot: one.taken for one in ordered for slot in table.slots[one]})
         for one in entries:
             one.taken += 1
+
+    def peek(self, entry: Entry) -> tuple[LaneState, ...]:
+        """Where the lanes of a seated request stand."""
+        table = self._tables[entry.job.size]
+        return tuple(table.batch.peek(slot) for slot in table.slots[entry])
 
     def leave(self, entry: Entry) -> None:
         """Take its lanes out, to rejoin where they were. Raises NonFiniteError where one is broken."""

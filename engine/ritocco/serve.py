@@ -1,12 +1,15 @@
-"""`ritocco serve`: the server on the command line. What it needs is imported when it runs."""
+"""`ritocco serve` and `ritocco ui`: the server on the command line. What it needs, it imports as it runs."""
 
 from __future__ import annotations
 
+import inspect
 import ipaddress
 import logging
 import sys
 import threading
+from collections.abc import Callable
 from contextlib import suppress
+from functools import wraps
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -84,6 +87,7 @@ def serve(
     ] = None,
     grace: Annotated[float, typer.Option(help="Seconds that running predictions get at SIGTERM.")] = 30.0,
     log_level: Annotated[str, typer.Option(help="debug, info, warning or error.")] = "info",
+    ui: Annotated[bool, typer.Option("--ui/--no-ui", help="The playground too, under /ui/.")] = False,
 ) -> None:
     """Serve Replicate's API on this machine."""
     try:
@@ -95,8 +99,12 @@ def serve(
         from ritocco.server.connections import limited
         from ritocco.server.hosts import KnownHosts
         from ritocco.server.settings import Settings, read_tokens
+
+        if ui:
+            import ritocco.ui.playground  # now, since loading may take minutes
     except ModuleNotFoundError as error:
-        raise BackendError(f'the server needs {error.name}; pip install "ritocco[server]"') from error
+        extra = "ui" if error.name == "gradio" else "server"
+        raise BackendError(f'the server needs {error.name}; pip install "ritocco[{extra}]"') from error
     tokens = () if token_file is None else read_tokens(token_file)
     if not (tokens or no_tokens or _is_loopback(host)):
         raise RequestError(
@@ -127,6 +135,8 @@ def serve(
     load |= {"variant": variant, "tokenizer": tokenizer, "fetcher": fetcher}
     engines = load_on_each(model, device, **load)
     app = create_app(engines, settings)
+    if ui:
+        ritocco.ui.mount(app, hosts=[host, *(allow_host or ())])
     if not tokens:
         names = [host, urlsplit(public_url or "").hostname or host, *(allow_host or ())]
         app.add_middleware(KnownHosts, names=names)
@@ -145,7 +155,7 @@ def serve(
     )
     listener = again.inherited() or config.bind_socket()
     try:
-        _server(config, app, listener).run(sockets=[listener.dup()])
+        _server(config, app, listener, page=ui).run(sockets=[listener.dup()])
     finally:
         app.close()
         if app.lost:
@@ -154,7 +164,21 @@ def serve(
             engine.close()
 
 
-def _server(config: uvicorn.Config, app: App, listener: Listener) -> uvicorn.Server:
+def with_page() -> Callable[..., None]:
+    """The command `ritocco ui`: as `serve` with the playground, and all its other options."""
+
+    @wraps(serve)
+    def page(**options: Any) -> None:
+        serve(**options, ui=True)
+
+    asked = inspect.signature(serve)
+    kept = [one for one in asked.parameters.values() if one.name != "ui"]
+    page.__signature__ = asked.replace(parameters=kept)  # type: ignore[attr-defined]
+    page.__doc__ = "Serve the playground, a page to paint masks on, under /ui/ beside Replicate's API."
+    return page
+
+
+def _server(config: uvicorn.Config, app: App, listener: Listener, *, page: bool) -> uvicorn.Server:
     """Uvicorn's, which says where it listens, lets go of whoever would wait in vain at SIGTERM, and ends
     where the device is lost; then `listener` stays open for the next process.
     """
@@ -166,7 +190,10 @@ def _server(config: uvicorn.Config, app: App, listener: Listener) -> uvicorn.Ser
         async def startup(self, sockets: Any = None) -> None:
             await super().startup(sockets)
             host, port = listener.getsockname()[:2]
-            typer.echo(f"listening on http://{f'[{host}]' if ':' in host else host}:{port}", err=True)
+            url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+            typer.echo(f"listening on {url}", err=True)
+            if page:
+                typer.echo(f"the playground is at {url}/ui/", err=True)
 
         async def shutdown(self, sockets: Any = None) -> None:
             if not app.lost:

@@ -12,6 +12,7 @@ from ritocco.backends.runtime import Lane
 from ritocco.errors import BackendError, RitoccoError
 from ritocco.policy import Work
 from ritocco.prediction import Prediction, Status
+from ritocco.preview import Preview
 
 _log = logging.getLogger(__name__)
 
@@ -28,6 +29,8 @@ class Ticket:
         """own: whether this thread is one of the batcher's. wake: tells the batcher to look."""
         self.id, self.prediction = prediction.id, prediction
         self.cancelled = False
+        self.looked_at = False
+        self._preview: Preview | None = None
         self._own, self._wake = own, wake
         self._lock = threading.Lock()
         self._ended = threading.Event()
@@ -54,6 +57,20 @@ class Ticket:
         self.cancelled = True
         self._wake()
 
+    def look(self) -> Preview | None:
+        """What it looks like, as of the step after the last look; the next step answers this one.
+
+        None before that, once it has ended, and where no step follows. Who is not looked at pays nothing.
+        """
+        self.looked_at = True
+        return self._preview
+
+    def show(self, preview: Preview) -> None:
+        """For the batcher: answer those who looked."""
+        with self._lock:
+            if not self.done():
+                self._preview, self.looked_at = preview, False
+
     def done(self) -> bool:
         """Whether it has ended."""
         return self._ended.is_set()
@@ -73,7 +90,7 @@ class Ticket:
         with self._lock:
             if self.done():
                 return
-            self._error = error
+            self._error, self._preview = error, None
             callbacks, self._callbacks = self._callbacks, []
             self._ended.set()
         for fn in callbacks:

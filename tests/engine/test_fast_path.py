@@ -72,6 +72,19 @@ def test_lanes_equal_plain(runtimes: tuple[TorchRuntime, TorchRuntime]) -> None:
         assert_close(ours, theirs)
 
 
+def test_a_look_at_captured_lanes_is_what_leaves(runtimes: tuple[TorchRuntime, TorchRuntime]) -> None:
+    batch = runtimes[1].open(SIZE, 2)
+    for slot in (1, 0):
+        batch.join(slot, make_lane("DDIM", 2, slot))
+    batch.step({1: 0, 0: 0})
+    seen = [batch.peek(slot) for slot in (0, 1)]
+    for ours, slot in zip(seen, (0, 1), strict=True):
+        theirs = batch.leave(slot)
+        np.testing.assert_array_equal(ours.latents, theirs.latents)
+        np.testing.assert_array_equal(ours.history, theirs.history)
+        assert ours.history.any()
+
+
 def test_compiled_lanes_equal_plain(
     runtimes: tuple[TorchRuntime, TorchRuntime], tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

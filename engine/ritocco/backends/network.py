@@ -53,6 +53,14 @@ class NetworkBatch:
         for group in by_timestep.values():
             self._move(group)
 
+    def peek(self, slot: int) -> LaneState:
+        """See `Batch`."""
+        return LaneState(
+            latents=self._latents[slot].copy(),
+            history=self._history[slot].copy(),
+            broken_row=self._broken.get(slot),
+        )
+
     def leave(self, slot: int) -> LaneState:
         """See `Batch`."""
         del self._lanes[slot]

@@ -67,7 +67,7 @@ class Lane:
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class LaneState:
-    """Where a lane stands when it leaves a Batch.
+    """Where a lane stands between two steps.
 
     latents: float32 [4,h,w]. history: float32 [3,4,h,w]. broken_row: the first table row after which the
     latents were not finite, or None.
@@ -86,6 +86,9 @@ class Batch(Protocol):
 
     def step(self, rows: Mapping[int, int]) -> None:
         """Move each named slot's lane by the given row of its table; the others stay where they are."""
+
+    def peek(self, slot: int) -> LaneState:
+        """Where a lane stands, as a copy; it stays, and nothing about it changes."""
 
     def leave(self, slot: int) -> LaneState:
         """Take a lane out; it may join any Batch of the same size again."""

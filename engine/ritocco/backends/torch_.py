@@ -249,16 +249,19 @@ class TorchBatch:
                 else:
                     first += len(part)
 
+    def peek(self, slot: int) -> LaneState:
+        """See `Batch`."""
+        for group in self._groups.values():
+            if group.held and slot in group.slots:
+                return _on_host(*group.state(group.slots.index(slot)))
+        seat = self._seats[slot]
+        return _on_host(seat.latents, seat.history, seat.broken)
+
     def leave(self, slot: int) -> LaneState:
         """See `Batch`."""
         self._scatter()
         seat = self._seats.pop(slot)
-        broken = int(seat.broken)
-        return LaneState(
-            latents=_to_host(seat.latents),
-            history=_to_host(seat.history),
-            broken_row=None if broken < 0 else broken,
-        )
+        return _on_host(seat.latents, seat.history, seat.broken)
 
     def _hoist_condition(self, lane: Lane) -> Tensor:
         for other in self._seats.values():
@@ -350,3 +353,13 @@ def _too_little(what: str, device: torch.device, error: Exception) -> str:
 def _to_host(tensor: Tensor) -> Floats:
     out: Floats = tensor.float().cpu().numpy()
     return out
+
+
+def _on_host(latents: Tensor, history: Tensor, broken: Tensor) -> LaneState:
+    """A copy, on a CPU too."""
+    row = int(broken)
+    return LaneState(
+        latents=_to_host(latents).copy(),
+        history=_to_host(history).copy(),
+        broken_row=None if row < 0 else row,
+    )

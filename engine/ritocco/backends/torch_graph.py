@@ -142,6 +142,11 @@ class GraphGroup:
         graph.move(self._seats, self._numbers, indices)
         self._ready = tuple(index + 1 for index in indices)
 
+    def state(self, place: int) -> tuple[Tensor, Tensor, Tensor]:
+        """See `Group`."""
+        graph = self._graph
+        return graph.latents[place], graph.history[:, place], graph.broken[place]
+
     def scatter(self) -> None:
         """See `Group`."""
         graph = self._graph

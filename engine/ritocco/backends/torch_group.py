@@ -44,6 +44,9 @@ class Group(Protocol):
     def move(self, indices: tuple[int, ...]) -> None:
         """Every lane by the named row of its table."""
 
+    def state(self, place: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Latents, history and broken row of the lane at a place, where they lie."""
+
     def scatter(self) -> None:
         """Give the state back to the seats; the group is of no use afterwards."""
 
@@ -120,6 +123,11 @@ class EagerGroup:
         broken = torch.where(first_break, self._indices(indices), self._broken)
         # All at once: a step for which memory ran out on the way was not taken.
         self._latents, self._history, self._broken = latents, history, broken
+
+    def state(self, place: int) -> tuple[Tensor, Tensor, Tensor]:
+        """See `Group`."""
+        history = torch.stack([one[place] for one in self._history])
+        return self._latents[place], history, self._broken[place]
 
     def scatter(self) -> None:
         """See `Group`."""

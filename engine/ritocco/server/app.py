@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from fastapi import FastAPI
 from starlette.concurrency import run_in_threadpool
@@ -30,6 +30,7 @@ from ritocco.server.jobs import FETCHING, Jobs
 from ritocco.server.logs import AccessLog
 from ritocco.server.metrics import Metrics
 from ritocco.server.problems import install
+from ritocco.server.sessions import Sessions, Tokens
 from ritocco.server.settings import Settings
 from ritocco.server.state import Shared
 from ritocco.server.store import Store
@@ -41,6 +42,16 @@ if TYPE_CHECKING:
 _CLEAN_EVERY_S = 600.0
 
 _log = logging.getLogger(__name__)
+
+
+class Room(Protocol):
+    """Something that holds what people sent."""
+
+    def clean(self, retention_s: float) -> None:
+        """Remove what is older than so many seconds."""
+
+    def close(self) -> None:
+        """Remove it all."""
 
 
 class App(FastAPI):
@@ -68,6 +79,10 @@ class App(FastAPI):
     def hurry(self) -> None:
         """Have `drain` and `close` wait for no prediction: what runs begins again after the next start."""
         self._parts.shared.jobs.hurry()
+
+    def keep(self, room: Room) -> None:
+        """Have a room beside the data folder cleaned and closed with it."""
+        self._parts.rooms.append(room)
 
     def close(self) -> None:
         """Finish what runs, within the settings' `grace_s`, and let go of everything. Again does nothing."""
@@ -131,7 +146,13 @@ def create_app(engine: Engine | Sequence[Engine] | Dispatch, settings: Settings 
         most_upload=settings.max_upload_bytes,
         seconds=settings.body_timeout_s,
     )
-    app.add_middleware(Gate, tokens=settings.tokens, origins=settings.cors_origins, metrics=shared.metrics)
+    app.add_middleware(
+        Gate,
+        sessions=shared.sessions,
+        origins=settings.cors_origins,
+        public_url=settings.public_url,
+        metrics=shared.metrics,
+    )
     if settings.cors_origins:
         app.add_middleware(
             CORSMiddleware,
@@ -169,10 +190,12 @@ class _Parts:
             jobs=Jobs(store, batcher, webhooks, metrics, settings),
             webhooks=webhooks,
             metrics=metrics,
+            sessions=Sessions(Tokens(settings.tokens)),
             version=served or VERSION,
             began=setting(store.database, "began", timestamp()),
         )
         self._tending = _tending(self.shared)
+        self.rooms: list[Room] = []
         self._draining, self._drained = threading.Lock(), False
         self._closing = threading.Lock()
         self._closed = False
@@ -214,6 +237,8 @@ class _Parts:
             self._cleaner.join()
             if self._tending is not None:
                 self._tending.close()
+            for room in self.rooms:
+                room.close()
             self.shared.store.close()
             if self._temporary is not None:
                 self._temporary.cleanup()
@@ -221,6 +246,8 @@ class _Parts:
     def _clean(self) -> None:
         every = min(_CLEAN_EVERY_S, self.shared.settings.retention_s / 10)
         while not self._wake.wait(every):
+            for room in self.rooms:
+                room.clean(self.shared.settings.retention_s)
             try:
                 removed = self.shared.store.clean(self.shared.settings.retention_s)
             except StorageError as error:

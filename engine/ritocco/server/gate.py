@@ -1,22 +1,24 @@
 """What every request passes before a route sees it: the token, and the limits on its body and its answer.
 
-One gate for all prefixes: whatever is not named here as open needs a token, known route or not.
+One gate for all prefixes and the page: whatever is not named here as open needs a token, known route or not.
 """
 
 from __future__ import annotations
 
 import asyncio
-import hashlib
-import hmac
 import re
 import time
 from collections.abc import Iterator, Sequence
+from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers
+from starlette.requests import cookie_parser
+from starlette.responses import RedirectResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ritocco.server.metrics import Metrics
 from ritocco.server.problems import ProblemError, StalledError, unauthenticated
+from ritocco.server.sessions import COOKIE, LOGIN, LOGOUT, PAGE, Sessions, is_page
 from ritocco.shown import plain
 
 PREFIXES = ("", "/v1", "/replicate/v1")
@@ -24,7 +26,7 @@ _PREFIX = "(?:" + "|".join(PREFIXES) + ")"
 _HEALTH = re.compile(r"/(?:livez|readyz|health-check)")
 # Their names are 130 random bits: whoever knows one was told, and clients fetch them without a token.
 _BY_NAME = re.compile(_PREFIX + r"/(?:outputs/[0-9a-z]{26}/[^/]+|stream/[0-9a-z]{26})")
-_UPLOAD = re.compile(_PREFIX + r"/files/?")
+_UPLOAD = re.compile(rf"{_PREFIX}/files/?|{PAGE}/gradio_api/(?:upload|component_server)")
 _SAFE = ("GET", "HEAD", "OPTIONS")
 _FORM_BYTES = 1 << 20  # of an upload's other parts
 SEND_TIMEOUT_S = 60.0
@@ -39,21 +41,30 @@ def local_path(scope: Scope) -> str:
 
 
 class Gate:
-    """Answers 401 to whoever has no token, and 403 to other sites' pages where there are no tokens."""
+    """Answers 401 to whoever has no token, and 403 to other sites' pages: always under the page's path, and
+    where there are no tokens everywhere. Browsers enter the page with a session, and log in without one.
+    """
 
     def __init__(
-        self, app: ASGIApp, *, tokens: Sequence[str], origins: Sequence[str], metrics: Metrics
+        self,
+        app: ASGIApp,
+        *,
+        sessions: Sessions,
+        origins: Sequence[str],
+        public_url: str | None,
+        metrics: Metrics,
     ) -> None:
         self._app = app
-        self._known = [hashlib.sha256(token.encode("ascii")).digest() for token in tokens]
+        self._sessions, self._tokens = sessions, sessions.tokens
         self._origins = frozenset(origins)
+        self._public = urlsplit(public_url or "").netloc.lower()
         self._metrics = metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI."""
         if scope["type"] == "http" and (refused := self._refusal(scope)) is not None:
             self._metrics.refused.labels(str(refused.status)).inc()
-            await refused.response()(scope, receive, send)
+            await _refused(scope, refused)(scope, receive, send)
         elif scope["type"] == "websocket":  # there are none
             await send({"type": "websocket.close", "code": 1008})
         else:
@@ -63,22 +74,52 @@ class Gate:
         headers, path, safe = Headers(scope=scope), local_path(scope), scope["method"] in _SAFE
         if safe and (_HEALTH.fullmatch(path) or _BY_NAME.fullmatch(path)):
             return None
-        if self._known:
-            return None if self._admits(headers) else unauthenticated()
         origin = headers.get("origin")
+        if is_page(path):
+            if origin is not None and not self._own(origin, headers):
+                return _foreign(origin)
+            entered = self._admits(headers) or self._sessions.admit(
+                cookie_parser(_cookies(headers)).get(COOKIE)
+            )
+            return None if not self._tokens or entered or path in (LOGIN, LOGOUT) else unauthenticated()
+        if self._tokens:
+            return None if self._admits(headers) else unauthenticated()
         if not safe and origin is not None and origin not in self._origins:
-            return ProblemError(403, "Forbidden", f"Pages of {plain(origin)!r} may not call this server")
+            return _foreign(origin)
         return None
+
+    def _own(self, origin: str, headers: Headers) -> bool:
+        """Whether it is the page's own: the host is the one that the browser asks, or the public one."""
+        try:
+            parts = urlsplit(origin)
+        except ValueError:
+            return False
+        hosts = headers.getlist("host")
+        asked = hosts[0].lower() if len(hosts) == 1 else ""
+        known = {asked, self._public} - {""}
+        return parts.scheme in ("http", "https") and parts.netloc.lower() in known
 
     def _admits(self, headers: Headers) -> bool:
         given = headers.getlist("authorization")
         scheme, _, token = given[0].partition(" ") if len(given) == 1 else ("", "", "")
-        digest = hashlib.sha256(token.strip().encode("utf-8", errors="replace")).digest()
-        # All of them, and all of each: the time taken tells nothing.
-        found = False
-        for known in self._known:
-            found |= hmac.compare_digest(known, digest)
-        return found and scheme.lower() in ("bearer", "token")
+        return self._tokens.hold(token.strip()) and scheme.lower() in ("bearer", "token")
+
+
+def _foreign(origin: str) -> ProblemError:
+    return ProblemError(403, "Forbidden", f"Pages of {plain(origin)!r} may not call this server")
+
+
+def _cookies(headers: Headers) -> str:
+    return "; ".join(headers.getlist("cookie"))
+
+
+def _refused(scope: Scope, problem: ProblemError) -> Response:
+    """A person who opens the page is shown the way in."""
+    path = local_path(scope)
+    if problem.status == 401 and scope["method"] == "GET" and path in (PAGE, f"{PAGE}/"):
+        way = LOGIN.removeprefix("/") if path == PAGE else LOGIN.removeprefix(f"{PAGE}/")
+        return RedirectResponse(way, 303, {"Cache-Control": "no-store"})
+    return problem.response()
 
 
 class BodyLimits:

@@ -286,7 +286,7 @@ class Jobs:
                     id=live.record.id,
                     created_at=live.record.created_at,
                     on_start=lambda: self._begun(live),
-                    on_step=lambda done, total: self._stepped(live),
+                    on_step=lambda done, total: self._stepped(live, done, total),
                     allow_local=False,  # no path of a client's reaches the disk
                 )
             except BusyError as busy:
@@ -312,8 +312,9 @@ class Jobs:
         live.changed.notify()
         return True
 
-    def _stepped(self, live: Live) -> None:
+    def _stepped(self, live: Live, done: int, total: int) -> None:
         """On the batcher's thread: nothing here waits."""
+        live.steps = (done, total)
         now = time.monotonic()
         if live.stepped:
             self._metrics.step_seconds.observe(now - live.stepped)

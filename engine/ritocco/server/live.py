@@ -23,7 +23,7 @@ _log = logging.getLogger(__name__)
 @dataclass(eq=False, slots=True)
 class Live:
     """A prediction of this process that has not ended. record: without its input, which may take megabytes.
-    pictures: that it makes. changed: new logs, a new status, the end.
+    pictures: that it makes. steps: taken, and in all. changed: new logs, a new status, the end.
     """
 
     record: Record
@@ -35,6 +35,7 @@ class Live:
     set_aside: bool = False  # to be run after the next start, or by another server
     dropped: bool = False  # another server's by now
     put_off: bool = False  # to be begun with once more when the database is back
+    steps: tuple[int, int] = (0, 0)
     stepped: float = 0.0
     changed: Signal = field(default_factory=Signal)
     lock: threading.Lock = field(default_factory=threading.Lock)

@@ -23,6 +23,7 @@ from ritocco.server.jobs import Jobs
 from ritocco.server.live import Live
 from ritocco.server.metrics import Metrics
 from ritocco.server.problems import ProblemError
+from ritocco.server.sessions import Sessions
 from ritocco.server.settings import MAX_WAIT_S, Settings
 from ritocco.server.store import ENDED, Record, Store
 from ritocco.server.webhooks import Webhooks
@@ -46,6 +47,7 @@ class Shared:
     jobs: Jobs
     webhooks: Webhooks
     metrics: Metrics
+    sessions: Sessions
     version: str
     began: str
 
