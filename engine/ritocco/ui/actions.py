@@ -110,8 +110,15 @@ class Actions:
         file = self._room.inside(picture)
         mask = masks.png_of(masks.refuse_empty(self._painted(layers)))
         pictures = {"image": data_uri(file.read_bytes()), "mask": data_uri(mask)}  # types are not believed
+        later = snippets.LATER
         yield Shown(
-            message=words.status("Sending"), pictures="", figures="", log="", mask="", python="", curl=""
+            message=words.status("Sending"),
+            pictures="",
+            figures="",
+            log="",
+            mask="",
+            python=later,
+            curl=later,
         )
         asked = pictures | as_input(given, options)
         async for moment in self._runs.follow(asked, base=base, page=page):

@@ -7,7 +7,7 @@ from typing import Any
 
 import gradio as gr
 
-from ritocco.ui import masks, words
+from ritocco.ui import masks, snippets, words
 from ritocco.ui.actions import SIDES, Actions, Shown, message_of
 from ritocco.ui.editor import bounded
 from ritocco.ui.fields import Field
@@ -152,7 +152,8 @@ def _control(field: Field) -> gr.components.Component:
 
 
 def _code(label: str, language: Any) -> gr.Code:
-    return gr.Code(label=label, language=language, interactive=False, wrap_lines=True, elem_id=language)
+    options = {"interactive": False, "wrap_lines": True, "elem_id": language}
+    return gr.Code(snippets.LATER, label=label, language=language, **options)
 
 
 def _updates(shown: Shown) -> list[Any]:

@@ -7,6 +7,8 @@ import shlex
 from collections.abc import Mapping
 from typing import Any
 
+LATER = "# After a run it stands here."
+"""A comment in either language."""
 _IMAGE, _MASK = "\x00image", "\x00mask"
 
 
