@@ -28,6 +28,9 @@ if TYPE_CHECKING:
     from ritocco.server.settings import Settings
     from ritocco.server.state import Shared
 
+_LOOK_S = 0.05
+"""From a call to its begin, at most."""
+
 
 def mount(app: App, *, hosts: Sequence[str] = ()) -> None:
     """The page, under `/ui/` of an app of `create_app`, before its first request.
@@ -109,6 +112,8 @@ def _gradio(blocks: gr.Blocks, room: Room, settings: Settings) -> Any:
         block.GRADIO_CACHE = str(room.path)
     # After every call it would make a table of the last ten thousand.
     vars(blocks._queue).update(compute_analytics_summary=lambda records: None)
+    # Gradio's queue looks for calls a thousand times a second, which takes a tenth of a core for ever.
+    blocks._queue.sleep_when_free = _LOOK_S
     return app
 
 
