@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -134,6 +135,13 @@ def test_one_that_no_painter_outlives_ends(remote: RemoteBatcher, painters: Loca
     assert remote.submit(ASKED, allow_local=False).result(PATIENCE).status == "succeeded"
     assert remote.healthy
     assert remote.snapshot().outcomes == {"failed": 1, "succeeded": 1}
+
+
+def test_one_painter_that_takes_many_with_it_is_one(remote: RemoteBatcher) -> None:
+    asked_at = time.monotonic()
+    for _ in range(BROKEN + 1):
+        remote._heard(asked_at, gone=True)
+    assert remote.healthy
 
 
 def test_what_had_begun_has_failed(

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import threading
 import time
 from collections.abc import AsyncIterator, Mapping
 from typing import Any
@@ -98,12 +97,10 @@ class _Teller:
     def __init__(self, tell: Any) -> None:
         self.tell = tell
         self._ticket: Ticket | None = None
-        self._known = threading.Event()
         self._told = 0.0
 
     def follow(self, ticket: Ticket) -> None:
         self._ticket = ticket
-        self._known.set()
 
     def start(self) -> bool:
         self.tell({"event": "start"})
@@ -111,9 +108,10 @@ class _Teller:
 
     def step(self, done: int, total: int) -> bool:
         now = time.monotonic()
-        if self._ticket is not None and (now - self._told >= STEP_EVERY_S or done == total):
+        if now - self._told >= STEP_EVERY_S or done == total:
             self._told = now
-            self.tell({"event": "step", "done": done, "total": total, "logs": self._ticket.prediction.logs})
+            logs = "" if self._ticket is None else self._ticket.prediction.logs
+            self.tell({"event": "step", "done": done, "total": total, "logs": logs})
         return True
 
 

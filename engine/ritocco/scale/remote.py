@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
@@ -60,7 +61,7 @@ class RemoteBatcher:
         self._lock = threading.Lock()
         self._tickets: set[_RemoteTicket] = set()
         self._outcomes: Counter[str] = Counter()
-        self._failures = 0
+        self._failures, self._lost_at = 0, float("-inf")
 
     @property
     def healthy(self) -> bool:
@@ -117,8 +118,13 @@ class RemoteBatcher:
             engines=0,
         )
 
-    def _heard(self, *, gone: bool) -> None:
-        self._failures = self._failures + 1 if gone else 0
+    def _heard(self, asked_at: float, *, gone: bool) -> None:
+        """What was asked before the last loss went with that painter, and is no other one's end."""
+        with self._lock:
+            if not gone:
+                self._failures = 0
+            elif asked_at > self._lost_at:
+                self._failures, self._lost_at = self._failures + 1, time.monotonic()
 
     def _ended(self, ticket: Ticket) -> None:
         assert isinstance(ticket, _RemoteTicket)  # noqa: S101 - it was its callback
@@ -147,6 +153,7 @@ class _RemoteTicket(Ticket):
     def follow(self) -> None:
         """In its own thread, to the end."""
         for left in reversed(range(ATTEMPTS)):
+            asked_at = time.monotonic()
             try:
                 self._listen()
             except RitoccoError as error:
@@ -156,13 +163,13 @@ class _RemoteTicket(Ticket):
                 if self.cancelled:
                     self._conclude("canceled")
                     return
-                self._heard(gone=True)
+                self._heard(asked_at, gone=True)
                 _log.warning("a painter is gone", extra={"prediction": self.id, "error": said(error)})
                 if self.begun or not left:
                     self._conclude("failed", DeviceLostError(f"the painter is gone: {said(error)}"))
                     return
             else:
-                self._heard(gone=False)
+                self._heard(asked_at, gone=False)
                 return
 
     def _listen(self) -> None:
@@ -178,7 +185,7 @@ class _RemoteTicket(Ticket):
                     case "start":
                         self._start()
                     case "step":
-                        self.prediction.logs = event["logs"]
+                        self.prediction.logs = event["logs"] or self.prediction.logs
                         self._call_on_step(event["done"], event["total"])
                     case "end":
                         self._take_over(event)

@@ -45,7 +45,7 @@ class Fleet(BaseModel):
     where the fronts run; without one there is one front, with its store in `data`.
     """
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", hide_input_in_errors=True)  # a URL has a password
 
     model: str | None = None
     device: str = "auto"
@@ -64,7 +64,7 @@ class Fleet(BaseModel):
     time_limit: float | None = Field(None, gt=0)
     fronts: int = Field(1, ge=1)
     front_cpus: float = Field(0.5, ge=0)
-    database: str | None = None
+    database: str | None = Field(None, repr=False)
     data: Path = Path("ritocco-data")
     waiting: int = Field(64, ge=1)
     retention_hours: float = Field(24.0, gt=0)

@@ -17,7 +17,7 @@ from urllib.parse import unquote
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from ritocco.server.bodies import MAX_VALUES, strict_object
+from ritocco.server.bodies import strict_object
 from ritocco.server.problems import ProblemError, not_found
 from ritocco.ui.room import Room
 
@@ -148,10 +148,13 @@ class Front:
         if not isinstance(held.get("data"), list) or type(called) is not int or called not in self._calls:
             raise ProblemError(422, "Input validation failed", "data and fn_index: must be a call's")
         kept = {name: held[name] for name in _JOIN_KEYS if name in held}
-        kept["data"] = [self._checked(one) for one in kept["data"]]
+        try:
+            kept["data"] = [self._checked(one) for one in kept["data"]]
+        except RecursionError:
+            raise ProblemError(400, "Malformed JSON", "The body is nested too deeply") from None
         return json.dumps(kept).encode("ascii")
 
-    def _checked(self, value: Json, left: int = MAX_VALUES) -> Json:
+    def _checked(self, value: Json) -> Json:
         """A value whose files are ours, and say nothing but their path and name."""
         if isinstance(value, list):
             return [self._checked(one) for one in value]

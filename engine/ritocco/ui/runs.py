@@ -15,6 +15,7 @@ from ritocco.errors import RequestError
 from ritocco.pixels import Pixels
 from ritocco.prediction import Status
 from ritocco.server.bodies import PredictionRequest
+from ritocco.server.database import AwayError
 from ritocco.server.files import StoredFile
 from ritocco.server.live import Live
 from ritocco.server.state import Shared
@@ -79,7 +80,11 @@ class Runs:
             while last is None or not last.ended:
                 live = shared.jobs.live(record.id)
                 seen = (False, (0, 0)) if live is None else (live.started, live.steps)
-                last = await run_in_threadpool(self._moment, record, live)
+                try:
+                    last = await run_in_threadpool(self._moment, record, live)
+                except AwayError:  # what runs goes on meanwhile
+                    await asyncio.sleep(BEAT_S)
+                    continue
                 yield last
                 if live is not None and not last.ended:
                     await asyncio.sleep(PACE_S)
