@@ -54,7 +54,7 @@ class LocalPainters:
     """See `Painters`: one painter of a batcher. sizes: of the calls. refuses: so many of them get none."""
 
     def __init__(self, batcher: Batcher) -> None:
-        self.painter = Painter(batcher)
+        self.batcher, self.painter = batcher, Painter(batcher)
         self.loop = asyncio.new_event_loop()
         self.sizes: list[str] = []
         self.streams: list[LocalStream] = []

@@ -171,7 +171,7 @@ def test_cancelled_while_it_runs(
     runtime.let_all()
     second = remote.submit(ASKED | {"seed": 8}, allow_local=False)
     assert second.result(PATIENCE).status == "succeeded"
-    assert painters.painter.snapshot().outcomes["canceled"] == 1
+    assert painters.batcher.snapshot().outcomes["canceled"] == 1
 
 
 def test_cancelled_before_anybody_was_asked(remote: RemoteBatcher, painters: LocalPainters) -> None:
@@ -200,7 +200,7 @@ def test_who_is_not_wanted_any_more_is_not_painted(
     assert ticket.result(PATIENCE).status == "canceled"
     runtime.let_all()
     assert remote.submit(ASKED, allow_local=False).result(PATIENCE).status == "succeeded"
-    assert painters.painter.snapshot().outcomes == {"canceled": 1, "succeeded": 1}
+    assert painters.batcher.snapshot().outcomes == {"canceled": 1, "succeeded": 1}
 
 
 def test_a_store_that_fails_is_the_end_of_it_on_both_sides(
@@ -214,7 +214,7 @@ def test_a_store_that_fails_is_the_end_of_it_on_both_sides(
         remote.submit(ASKED, on_start=refuse, allow_local=False).result(PATIENCE)
     runtime.let_all()
     assert remote.submit(ASKED, allow_local=False).result(PATIENCE).status == "succeeded"
-    assert painters.painter.snapshot().outcomes == {"canceled": 1, "succeeded": 1}
+    assert painters.batcher.snapshot().outcomes == {"canceled": 1, "succeeded": 1}
 
 
 def test_the_server_on_painters_elsewhere(

@@ -1,6 +1,6 @@
 """The side with a device: a Batcher whose predictions are asked for, and told of, as plain events.
 
-    start    started_at                       a device works on it
+    start                                     a device works on it
     step     done, total, logs                not each: those that came in a tenth of a second are one
     end      status, output, error, logs, metrics, started_at
     refused  kind, text, field, step          what `submit` or `result` raised
@@ -16,7 +16,7 @@ import time
 from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
-from ritocco.batcher import Batcher, Snapshot
+from ritocco.batcher import Batcher
 from ritocco.errors import DeviceLostError, RitoccoError
 from ritocco.shown import said
 from ritocco.tickets import Ticket
@@ -40,10 +40,6 @@ class Painter:
     def version(self) -> str:
         """Of the checkpoint."""
         return self._batcher.version
-
-    def snapshot(self) -> Snapshot:
-        """How the batcher stands."""
-        return self._batcher.snapshot()
 
     def refuse_broken(self) -> None:
         """Raises DeviceLostError where another process has to take over."""

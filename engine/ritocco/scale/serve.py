@@ -11,10 +11,11 @@ from __future__ import annotations
 import os
 from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, TypeAlias
+from urllib.parse import urlsplit
 
 import ray
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from ray import serve
 
 from ritocco.batcher import Batcher
@@ -33,6 +34,10 @@ _HTTP_REQUESTS = 1000
 _SIZES = 2
 """Of pictures, at a painter; a third takes the place of the one that was not asked for longest."""
 
+_Texts: TypeAlias = Annotated[
+    tuple[str, ...], BeforeValidator(lambda given: given.split(",") if isinstance(given, str) else given)
+]
+
 
 class Fleet(BaseModel):
     """What `serve run` takes after the name, and `args` in a YAML file; see `ritocco serve --help`.
@@ -45,7 +50,9 @@ class Fleet(BaseModel):
     where the fronts run; without one there is one front, with its store in `data`.
     """
 
-    model_config = ConfigDict(extra="forbid", hide_input_in_errors=True)  # a URL has a password
+    model_config = ConfigDict(
+        extra="forbid", allow_inf_nan=False, hide_input_in_errors=True
+    )  # a URL's password
 
     model: str | None = None
     device: str = "auto"
@@ -73,9 +80,9 @@ class Fleet(BaseModel):
     token_file: Path | None = None
     no_tokens: bool = False
     public_url: str | None = None
-    allow_host: tuple[str, ...] = ()
-    allow_network: tuple[str, ...] = ()
-    cors_origin: tuple[str, ...] = ()
+    allow_host: _Texts = ()
+    allow_network: _Texts = ()
+    cors_origin: _Texts = ()
     grace: float = Field(30.0, ge=0)
 
     @model_validator(mode="after")
@@ -84,6 +91,9 @@ class Fleet(BaseModel):
             raise ValueError(
                 f"most_painters is {self.most_painters}; it must be at least painters, {self.painters}"
             )
+        if self.gpus is not None and self.gpus > 1 and not self.gpus.is_integer():
+            raise ValueError(f"gpus is {self.gpus}; Ray takes parts of one GPU, or whole ones")
+        _ = self.fetcher  # which says what is wrong with a network
         return self
 
     @property
@@ -148,8 +158,6 @@ class PainterReplica:
 class FrontReplica:
     """A deployment: HTTP, and the store."""
 
-    _app: App
-
     async def __init__(  # type: ignore[misc]  # Ray awaits it
         self, painters: Any, fleet: Fleet
     ) -> None:
@@ -162,7 +170,8 @@ class FrontReplica:
         batcher = RemoteBatcher(self._stream, self._version)
         app = create_app(batcher, _settings(fleet))
         if not fleet.token_file:
-            app.add_middleware(KnownHosts, names=fleet.allow_host)
+            public = urlsplit(fleet.public_url or "").hostname
+            app.add_middleware(KnownHosts, names=[*fleet.allow_host, *([public] if public else ())])
             if not fleet.no_tokens:
                 app.add_middleware(OwnMachine)
         return app
