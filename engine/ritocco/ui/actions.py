@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
+from starlette.concurrency import run_in_threadpool
 
 from ritocco.errors import RequestError
 from ritocco.folders.sizes import MOST, own_size
@@ -108,8 +110,7 @@ class Actions:
         if picture is None:
             raise RequestError("input.image is missing; load a picture", field="input.image")
         file = self._room.inside(picture)
-        mask = masks.png_of(masks.refuse_empty(self._painted(layers)))
-        pictures = {"image": data_uri(file.read_bytes()), "mask": data_uri(mask)}  # types are not believed
+        mask, pictures = await run_in_threadpool(self._sent, file, layers)
         later = snippets.LATER
         yield Shown(
             message=words.status("Sending"),
@@ -147,6 +148,11 @@ class Actions:
 
     def _default(self, name: str) -> int:
         return next(int(field.default) for field in self.inputs if field.name == name)
+
+    def _sent(self, file: Path, layers: Layers) -> tuple[bytes, dict[str, str]]:
+        """The mask's file, and picture and mask as inputs; their types are not believed."""
+        mask = masks.png_of(masks.refuse_empty(self._painted(layers)))
+        return mask, {"image": data_uri(file.read_bytes()), "mask": data_uri(mask)}
 
     def _painted(self, layers: Layers) -> Mask | None:
         return masks.from_layers(layers or (), loader=self._loader)
