@@ -14,7 +14,7 @@ from ritocco.backends.runtime import Runtime
 from ritocco.engine import Engine
 from ritocco.errors import BackendError, DeviceLostError, TimeLimitError
 from ritocco.pixels import Pixels
-from ritocco.policy import Turn, decide, in_order
+from ritocco.policy import Turn, buckets, decide, in_order
 from ritocco.pool import INTERRUPTED, Pool
 from ritocco.prediction import timestamp
 from ritocco.preview import Preview
@@ -53,11 +53,12 @@ class DeviceLoop:
         self.failures = 0
         self.steps: Counter[int] = Counter()
         self._engine, self._pool, self._clock = engine, pool, clock
-        # A plan of memory is of one request: under a budget nobody else is on the device.
-        self._crowded = not engine.budgeted
-        self._capacity, self._ageing = capacity if self._crowded else 1, ageing
-        self._settles = self._crowded and not shared
+        # A plan of memory is of what moves: under a budget nobody else is on the device.
+        self._budgeted = engine.budgeted
+        self._capacity, self._ageing = capacity, ageing
+        self._settles = not self._budgeted and not shared
         self._seats = Seats(max(capacity, LEAST_SEATS))
+        self._bounds: dict[Entry, int] = {}  # lanes that may share a step with each, under a budget
         self._held: list[Entry] = []  # whose turn it is
         self._paused_until = 0.0  # of `time.monotonic`
 
@@ -114,6 +115,7 @@ class DeviceLoop:
     def _turn(self) -> bool:
         """The next thing that is to be done. False at the end."""
         pool = self._pool
+        self._look_at_bounds()
         with pool.changed:
             while not pool.entries and not self._seats.entries:
                 if pool.closing:
@@ -130,7 +132,7 @@ class DeviceLoop:
                 pool.changed.wait(pause)
                 return True
             else:
-                works = [one.work(now) for one in everybody]
+                works = [one.work(now, self._bound(one)) for one in everybody]
                 turn = decide(works, self.times, capacity=self._capacity, ageing=self._ageing)
                 by_key = {one.key: one for one in everybody}
                 held = [by_key[key] for key in turn.keys]
@@ -146,6 +148,23 @@ class DeviceLoop:
         here = self._seats.entries
         pool.put(one for one in {*seated, *held} if one not in here and not one.left_the_device)
         return True
+
+    def _look_at_bounds(self) -> None:
+        """Under a budget, learn how many lanes may share a step with each request. Without the pool's lock:
+        the first request of a size takes seconds.
+        """
+        if not self._budgeted:
+            return
+        with self._pool.changed:
+            entries = [*self._pool.entries, *self._seats.entries]
+        known, counts = self._bounds, buckets(self._capacity)
+        self._bounds = {
+            one: known.get(one) or self._engine.together(one.job.request.fields, counts) for one in entries
+        }
+
+    def _bound(self, entry: Entry) -> int | None:
+        """See `Work.most`. Who came a moment ago moves alone."""
+        return self._bounds.get(entry, 1) if self._budgeted else None
 
     def _others(self) -> bool:
         with self._pool.changed:
@@ -173,7 +192,7 @@ class DeviceLoop:
         work = self._start if turn.act == "start" else self._finish
         try:
             with self._engine.on_device(entry.job.request.fields) as runtime:
-                if not self._crowded:
+                if self._budgeted:
                     self._vacate([])
                 try:
                     work(runtime, entry)
@@ -238,7 +257,7 @@ class DeviceLoop:
         by itself, since nobody knows which of them it was, or how far the others came.
         """
         try:
-            with self._engine.on_device(entries[0].job.request.fields) as runtime:
+            with self._engine.on_device(*(one.job.request.fields for one in entries)) as runtime:
                 if not self._settles:
                     self._vacate(entries)
                 entries = [one for one in entries if self._seat(runtime, one, entries, now)]

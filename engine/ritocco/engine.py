@@ -193,15 +193,15 @@ class Engine:
             give_back_freed_memory()
 
     @contextmanager
-    def on_device(self, fields: PredictionInput) -> Iterator[Runtime]:
-        """The runtime, for this thread alone, ready for a request of these fields.
+    def on_device(self, *requests: PredictionInput) -> Iterator[Runtime]:
+        """The runtime, for this thread alone, ready for a request, or for several that share their steps.
 
         Raises BackendError where the engine is closed, or where this thread has the device already.
         """
         with self.holding():
             self.refuse_closed()
             if self._planner is not None:
-                self._planner.follow(fields)
+                self._planner.follow(*requests)
             yield self.runtime
 
     @property
@@ -220,6 +220,11 @@ class Engine:
     def budgeted(self) -> bool:
         """Whether requests have to keep to a budget of memory."""
         return self._planner is not None and self._planner.budget is not None
+
+    def together(self, fields: PredictionInput, counts: Sequence[int]) -> int:
+        """How many lanes may share a step with those of a request; see `Planner.together`."""
+        planner = self._planner
+        return max(counts) if planner is None else planner.together(fields, counts)
 
     @contextmanager
     def holding(self) -> Iterator[None]:

@@ -152,6 +152,35 @@ class Rehearsal:
                 found["safety"] = self._taken()
         return Usage(weights=self.weights, phases=found)
 
+    def together(
+        self, *, height: int, width: int, lanes: int, rows: int, leaving: Collection[str] = ()
+    ) -> Phase:
+        """What steps take that so many lanes share, guided, each of another request; of a movable runtime.
+        One of them gives its place to another on the way. rows: of each lane's table.
+        """
+        runtime, live = self._runtime, self._live
+        size = LatentSize(height=height // 8, width=width // 8)
+        # With noise in every row.
+        table = build("K_EULER_ANCESTRAL", rows, from_pipeline(self._checkpoint.scheduler))
+        with self._mode, torch.inference_mode(), live:
+            self._settled(size, lanes, leaving)
+            live.begin()
+            # Nothing is shared but what is the same object.
+            alike = [_lanes(runtime, size, replace(table), True, 1)[0] for _ in range(lanes + 1)]
+            on_host = [_as_computed(lane) for lane in alike] if self._shared else []
+            batch = runtime.open(size, lanes)
+            for slot, lane in enumerate(alike[:-1]):
+                batch.join(slot, lane)
+            batch.step(dict.fromkeys(range(lanes), 0))
+            batch._scatter()
+            batch._seats.pop(0)
+            batch.join(0, alike[-1])
+            batch.step(dict.fromkeys(range(lanes), 1))
+            batch._scatter()
+            taken = self._taken()
+            del batch, on_host
+        return taken
+
     def _settled(self, size: LatentSize, at_once: int, leaving: Collection[str]) -> Phase:
         """Networks are where an equal request leaves them; returns what their coming took."""
         runtime, who = self._runtime, frozenset(leaving)
@@ -197,6 +226,12 @@ def _denoise(runtime: TorchRuntime, size: LatentSize, lanes: Sequence[Lane]) -> 
         batch.step(dict.fromkeys(range(len(lanes)), row))
     batch._scatter()
     return [(seat.latents, seat.history) for seat in batch._seats.values()]
+
+
+def _as_computed(lane: Lane) -> list[Tensor]:
+    """What a CPU's memory holds of a lane besides its seat, as its request left it there."""
+    arrays = (lane.context, lane.unconditional, lane.condition)
+    return [torch.empty(one.shape) for one in arrays if one is not None]
 
 
 def _lanes(runtime: TorchRuntime, size: LatentSize, table: StepTable, guided: bool, count: int) -> list[Lane]:

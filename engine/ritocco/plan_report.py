@@ -105,6 +105,7 @@ def as_json(
         "next_smaller_budget": None
         if plan.less is None
         else {"bytes": plan.less[0], **_strategy(plan.less[1])},
+        "pictures_that_share_a_step": plan.together,
         "weights": dict(found.weights),
         "phases": {
             name: {"bytes": one.most, "moment": one.moment}
@@ -153,6 +154,9 @@ def as_text(
         if plan.more is not None:
             lines.append(f"from {mib_up(plan.more[0])} on: {plan.more[1]}")
         lines.append(f"below {mib_up(plan.least)}: {_below(plan.less)}")
+        if plan.together is not None:
+            shared = f"a step of up to {plan.together} pictures" if plan.together > count else "no step"
+            lines.append(f"in a Batcher it shares {shared} with others of its size")
     return "\n".join([*lines, NOT_COUNTED[plan.device.partition(":")[0]]])
 
 

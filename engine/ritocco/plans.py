@@ -7,7 +7,7 @@ import numbers
 import re
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +22,8 @@ _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "M
 _KEPT_USAGES = 8192  # every size and number of pictures of the schema, in every strategy
 _KEPT_COURSES = 32  # of some thousand operations each
 _STEP_COUNTS = (2, 3, 5, 10, 20, 30, 50, 75, 100, 150, 200, 300, 500)
+_LANES = (1, 2, 4, 8)  # `policy.buckets` of a Batcher's capacity
+_TABLE_ROWS = (51, 501)  # of lanes that share a step; PNDM has one more than steps
 _TEXT, _ALL = ("text_encoder",), ("text_encoder", "vae", "unet")
 _WHO_STAYS = {  # by who leaves
     (): "all networks in memory",
@@ -61,7 +63,8 @@ class MemoryPlan:
     what `leaving` costs; read_again_seconds: how long that takes, by what was measured when they came last;
     None where none came yet. more: the least budget at which a faster strategy fits, and that strategy; None
     where this is the fastest. less: what is taken by the budgets just below `least`, and its strategy; None
-    where nothing takes less, or where it was not asked for.
+    where nothing takes less, or where it was not asked for. together: pictures that may share a step with
+    others of their size in a Batcher of eight lanes; None without a budget, or where it was not asked for.
     """
 
     device: str
@@ -76,6 +79,7 @@ class MemoryPlan:
     read_again_seconds: float | None
     more: tuple[int, Strategy] | None
     less: tuple[int, Strategy] | None
+    together: int | None = None
 
     @property
     def least(self) -> int:
@@ -154,6 +158,7 @@ class Planner:
         self._rehearsal: Any = None
         self._usages: OrderedDict[tuple[Any, ...], Usage] = OrderedDict()
         self._courses: OrderedDict[tuple[Any, ...], Usage] = OrderedDict()
+        self._crowds: dict[tuple[Any, ...], int] = {}  # as many as there are sizes, at most a dozen each
         self._lock = threading.Lock()
 
     def plan(self, fields: PredictionInput) -> MemoryPlan:
@@ -167,8 +172,10 @@ class Planner:
         with self._lock:
             plan = self._made(asked)
             usage = self._usage(asked, None if self.budget is None else plan.strategy, course=True)
-            less = None if self.budget is None else self._less(asked, plan)
-        return replace(plan, usage=usage, less=less)
+            if self.budget is None:
+                return replace(plan, usage=usage)
+            less, together = self._less(asked, plan), self._together(asked, _LANES)
+        return replace(plan, usage=usage, less=less, together=together)
 
     def most(self) -> int:
         """Bytes of the largest request of the schema, with all networks in memory and all pictures at once.
@@ -183,13 +190,29 @@ class Planner:
         with self._lock:
             return self._most(_smallest(), _smallest_way())
 
-    def follow(self, fields: PredictionInput) -> MemoryPlan | None:
-        """Make the runtime ready for a request, where there is a budget. Raises RequestError as `plan`."""
+    def together(self, fields: PredictionInput, counts: Sequence[int]) -> int:
+        """How many lanes may share a step with those of a request: the most of `counts`, in their order, that
+        fit beside the networks which stay for it; 1 where its own don't move together. Requests of one size
+        may share a step of as many as each of them bears.
+
+        They are planned as guided lanes that have nothing in common. 1, too, for a request that does not fit.
+        """
+        if self.budget is None:
+            return max(counts)
+        with self._lock:
+            return self._together(_asked(fields), counts)
+
+    def follow(self, *requests: PredictionInput) -> None:
+        """Where there is a budget, make the runtime ready for a request, or for a step that several of one
+        size share, as many as `together` allows. Raises RequestError as `plan`.
+        """
         if self.budget is None or self._follow is None:
-            return None
-        plan = self.plan(fields)
-        self._follow(fields.height, fields.width, plan.strategy)
-        return plan
+            return
+        ways = [self.plan(fields).strategy for fields in requests]
+        way = max(ways, key=lambda one: len(one.leaving))
+        if len(ways) > 1:
+            way = replace(way, at_once=sum(fields.num_outputs for fields in requests))
+        self._follow(requests[0].height, requests[0].width, way)
 
     def refuse_too_little(self) -> None:
         """Raises BackendError where the budget holds not even the smallest request."""
@@ -259,14 +282,41 @@ class Planner:
         kept, most = (self._courses, _KEPT_COURSES) if course else (self._usages, _KEPT_USAGES)
         usage = kept.pop(key, None)
         if usage is None:
-            if self._rehearsal is None:
-                self._rehearsal = self._rehearse()
             given = {} if strategy is None else {"at_once": strategy.at_once, "leaving": strategy.leaving}
-            usage = self._rehearsal.usage(**asked, **given, **({"course": True} if course else {}))
+            usage = self._rehearsed().usage(**asked, **given, **({"course": True} if course else {}))
         kept[key] = usage
         while len(kept) > most:
             kept.popitem(last=False)
         return usage
+
+    def _together(self, asked: Mapping[str, Any], counts: Sequence[int]) -> int:
+        own, most = asked["num_outputs"], 1
+        try:
+            strategy = self._made(asked).strategy
+        except RequestError:
+            return 1
+        for count in counts if strategy.at_once == own else ():
+            if count > own and self._crowd(asked, strategy.leaving, count) > (self.budget or 0):
+                break
+            most = count
+        return most
+
+    def _crowd(self, asked: Mapping[str, Any], leaving: tuple[str, ...], lanes: int) -> int:
+        """Bytes of a step that so many lanes of several requests share."""
+        import torch
+
+        rows = next(one for one in _TABLE_ROWS if one > asked["num_inference_steps"])
+        key = (asked["height"], asked["width"], lanes, rows, leaving, torch.get_num_threads())
+        if key not in self._crowds:
+            size = {"height": asked["height"], "width": asked["width"]}
+            phase = self._rehearsed().together(**size, lanes=lanes, rows=rows, leaving=leaving)
+            self._crowds[key] = phase.most
+        return self._crowds[key]
+
+    def _rehearsed(self) -> Any:
+        if self._rehearsal is None:
+            self._rehearsal = self._rehearse()
+        return self._rehearsal
 
     def _seconds(self, leaving: tuple[str, ...]) -> float | None:
         """What the networks' coming takes in a request, where all of them came before."""

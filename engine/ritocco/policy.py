@@ -67,7 +67,7 @@ class Work:
     key: who it is; of two that are equal otherwise the lesser goes first. size: lanes of one size may share a
     step. lanes: pictures, which move together. rows: of the UNet, for all of them. left: steps still to take.
     age: seconds since it was asked for. started: whether text and picture are encoded. alone: takes nobody
-    along, and goes with nobody.
+    along, and goes with nobody. most: lanes of a step that it shares, where memory bounds them.
     """
 
     key: int
@@ -78,6 +78,7 @@ class Work:
     age: float
     started: bool
     alone: bool = False
+    most: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,14 +172,21 @@ def _groups(order: Sequence[Work], capacity: int) -> Iterator[list[Work]]:
     for count in buckets(capacity):
         if count <= leader.lanes:
             continue
+        if not _bears(leader, count):
+            return
         group, lanes = [leader], leader.lanes
         for one in others:
-            if lanes + one.lanes <= count:
+            if lanes + one.lanes <= count and _bears(one, count):
                 group.append(one)
                 lanes += one.lanes
         if lanes < count:
             return
         yield group
+
+
+def _bears(work: Work, lanes: int) -> bool:
+    """Whether memory allows it a step of so many."""
+    return work.most is None or lanes <= work.most
 
 
 def _worth(group: Sequence[Work], places: dict[int, int], times: Times) -> float:

@@ -138,8 +138,8 @@ class Entry:
         """Of the UNet, for each lane."""
         return 2 if self.job.request.fields.guidance_scale > 1 else 1
 
-    def work(self, now: float) -> Work:
-        """As the policy sees it."""
+    def work(self, now: float, most: int | None = None) -> Work:
+        """As the policy sees it. most: see `Work`."""
         count = self.job.request.fields.num_outputs
         return Work(
             key=self.key,
@@ -150,6 +150,7 @@ class Entry:
             age=now - self.arrived,
             started=bool(self.first),
             alone=self.alone,
+            most=most,
         )
 
     def conclude(self, status: Status, error: BaseException | None = None) -> None:

@@ -15,8 +15,11 @@ import torch
 from ritocco import Batcher, Engine, NonFiniteError, Prediction, load
 from ritocco.backends.runtime import LaneState, LatentSize
 from ritocco.backends.torch_ import TorchBatch
+from ritocco.checkpoint import open_checkpoint
+from ritocco.memory import Rehearsal
 from ritocco.policy import Turn, Work
 from ritocco.schedules import SCHEDULERS
+from ritocco.step_times import StepTimes
 from virtual_runtime import PATIENCE
 
 # As between batch sizes in `test_engine.py`: matrix products of other shapes differ in their last bits, and a
@@ -192,13 +195,34 @@ def test_memory_that_runs_out_halves_the_batch_and_nobody_notices(
         assert np.abs(pixels(ours) - pixels(theirs)).max() <= LEVELS
 
 
-def test_under_a_budget_one_request_at_a_time_is_on_the_device(
+def test_under_a_budget_requests_share_the_steps_that_it_bears(
     tiny_checkpoint: Path, ask: Ask, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A plan is of one request; others come and go between its steps, and none is refused in its turn."""
+    monkeypatch.setattr(StepTimes, "tried", lambda *_: True)
+    monkeypatch.setattr(StepTimes, "due", lambda *_: False)
+    monkeypatch.setattr(StepTimes, "step", lambda *_: 1.0)  # company costs nothing
+    requests = [ask(seed=seed, num_inference_steps=3) for seed in range(5)]
+    rehearsal = Rehearsal(open_checkpoint(tiny_checkpoint), dtype=torch.float32, movable=True)
+    budget = rehearsal.together(height=64, width=64, lanes=2, rows=51).most
+    with load(tiny_checkpoint, device="cpu", dtype="float32", memory_budget=budget) as engine:
+        fields = engine.check(requests[0]).request.fields
+        assert engine.together(fields, (1, 2, 4)) == 2
+        alone = [engine.predict(one) for one in requests]
+        with Batcher(engine, capacity=4) as batcher:
+            found = run(batcher, requests)
+            assert max(batcher.snapshot().steps) == 2
+    for ours, theirs in zip(found, alone, strict=True):
+        assert np.abs(pixels(ours) - pixels(theirs)).max() <= LEVELS
+
+
+def test_under_a_budget_only_those_who_move_are_on_the_device(
+    tiny_checkpoint: Path, ask: Ask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A plan is of what moves; others come and go between its steps, and none is refused in its turn."""
     with load(tiny_checkpoint, device="cpu", dtype="float32", memory_budget="64MiB") as engine:
         requests = [ask(seed=seed, num_inference_steps=3, num_outputs=2) for seed in range(3)]
         alone = [engine.predict(one) for one in requests]
+        engine.together(engine.check(requests[0]).request.fields, (1, 2, 4, 8))  # rehearses steps too
         monkeypatch.setattr("ritocco.device_loop.decide", in_turns)
         seated: list[int] = []
         original = TorchBatch.step

@@ -18,13 +18,16 @@ from ritocco import BackendError, RequestError
 from ritocco.backends.torch_ import TorchRuntime
 from ritocco.checkpoint import open_checkpoint
 from ritocco.cli import app
+from ritocco.device_loop import DeviceLoop
 from ritocco.memory import Phase, Rehearsal, Usage
 from ritocco.parameters import MemoryTensor, without_tensors
 from ritocco.plan_report import as_text, planned
 from ritocco.plan_verify import allocated
 from ritocco.plans import MemoryPlan, Planner, Strategy, mib_down, mib_up, parse_budget, strategies
 from ritocco.schema import PredictionInput, parse_input
+from ritocco.step_times import StepTimes
 from ritocco.track import Tracker
+from virtual_runtime import PATIENCE
 
 PIXELS = np.random.default_rng(1).integers(0, 256, (64, 64, 3), dtype=np.uint8)
 MASK = Image.fromarray(np.where(np.arange(64) < 32, 255, 0).astype(np.uint8)[None].repeat(64, axis=0))
@@ -113,6 +116,15 @@ class Made:
         weights = {"unet": 60, "vae": 10, "text_encoder": 30}
         return Usage(weights=weights, phases={"denoise": Phase(most=most, moment="cat")})
 
+    def together(self, *, lanes: int, rows: int, leaving: tuple[str, ...], **_: Any) -> Phase:
+        self.asked += 1
+        most = {NONE: 100, TEXT: 85, ALL: 60}[leaving] + (12 + rows // 50) * lanes
+        return Phase(most=most, moment="cat")
+
+
+def asked_for(**given: Any) -> PredictionInput:
+    return parse_input({**ASKED, **given}, allow_local=True)[0]
+
 
 @pytest.mark.parametrize(
     ("budget", "strategy", "more", "less"),
@@ -152,6 +164,60 @@ def test_the_first_strategy_that_fits_is_taken(
         assert (told in as_text(one)) == (strategy[1] != NONE)
     planner.explained(fields)
     assert made.asked == before
+
+
+@pytest.mark.parametrize(
+    ("budget", "given", "most"),
+    [
+        (204, {}, 8),
+        (203, {}, 4),
+        (283, {"num_inference_steps": 51}, 8),
+        (204, {"num_inference_steps": 51}, 4),
+        (152, {}, 4),
+        (151, {}, 2),
+        (125, {}, 1),
+        (152, {"num_outputs": 3}, 4),
+        (151, {"num_outputs": 3}, 2),
+        (129, {"num_outputs": 3}, 1),
+        (70, {}, 1),
+        (69, {}, 1),
+    ],
+    ids=str,
+)
+def test_as_many_lanes_share_a_step_as_the_budget_bears(
+    budget: int, given: dict[str, Any], most: int
+) -> None:
+    made = Made()
+    planner = Planner(lambda: made, device="cpu", dtype="float32", budget=budget)
+    fields = asked_for(**given)
+    assert planner.together(fields, (1, 2, 4, 8)) == most
+    asked = made.asked
+    assert planner.together(fields, (1, 2, 4, 8)) == most
+    assert made.asked == asked, "kept"
+    planner.budget = None
+    assert planner.together(fields, (1, 2, 4, 8)) == 8
+
+
+def test_requests_that_share_a_step_are_followed_as_one() -> None:
+    """All lanes at once; away is what any of them has to have away."""
+    followed: list[tuple[int, int, Strategy]] = []
+    planner = Planner(
+        lambda: Made(),
+        device="cpu",
+        dtype="float32",
+        budget=125,
+        follow=lambda height, width, way: followed.append((height, width, way)),
+    )
+    one, pair, four = (asked_for(num_outputs=count, width=128, height=64) for count in (1, 2, 4))
+    planner.follow(four)
+    planner.follow(one, pair)
+    planner.budget = 108
+    planner.follow(one, pair)
+    assert followed == [
+        (64, 128, Strategy(at_once=2)),
+        (64, 128, Strategy(at_once=3)),
+        (64, 128, Strategy(at_once=3, leaving=TEXT)),
+    ]
 
 
 def test_plans_of_other_step_counts_are_kept_too(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -237,6 +303,46 @@ def test_the_smallest_budget_is_kept_and_paints_the_same(tiny: Path, switching: 
     assert tracker.most["all of it"] <= budget
     assert f"Memory: {plan.strategy}, at most" in (made.logs or "")
     for ours, theirs in zip(made.images, whole.images, strict=True):
+        assert np.abs(np.asarray(ours, np.int16) - np.asarray(theirs, np.int16)).max() <= 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("lanes", "leaving", "size"),
+    [(4, NONE, {"width": 64, "height": 64}), (2, ALL, {"width": 128, "height": 192})],
+    ids=["all-stay", "one-at-a-time"],
+)
+def test_requests_share_steps_within_a_budget(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch, lanes: int, leaving: tuple[str, ...], size: dict[str, int]
+) -> None:
+    """Lanes come and go between steps; what is told is enough, and a byte less is for half as many."""
+    rehearsal = Rehearsal(open_checkpoint(tiny), dtype=torch.float32, movable=True)
+    budget = rehearsal.together(**size, lanes=lanes, rows=51, leaving=leaving).most
+    requests = [{**ASKED, **size, "num_inference_steps": 3, "seed": seed} for seed in range(lanes + 2)]
+    tracker, run = Tracker(), DeviceLoop.run
+
+    def tracked(loop: DeviceLoop) -> None:
+        with tracker:
+            tracker.begin("all of it")
+            run(loop)
+
+    monkeypatch.setattr(DeviceLoop, "run", tracked)
+    monkeypatch.setattr(StepTimes, "tried", lambda *_: True)
+    monkeypatch.setattr(StepTimes, "due", lambda *_: False)
+    monkeypatch.setattr(StepTimes, "step", lambda *_: 1.0)  # company costs nothing
+    with ritocco.load(tiny, device="cpu", dtype="float32", memory_budget=budget - 1) as engine:
+        assert engine.together(asked_for(**size), (1, 2, 4, 8)) == lanes // 2
+    with ritocco.load(tiny, device="cpu", dtype="float32", memory_budget=budget) as engine:
+        assert engine.plan(**size).strategy.leaving == leaving
+        assert engine.together(asked_for(**size), (1, 2, 4, 8)) == lanes
+        pictures = [engine.predict(one).images[0] for one in requests]
+        with ritocco.Batcher(engine, capacity=8) as batcher:
+            tickets = [batcher.submit(one) for one in requests]
+            made = [ticket.result(PATIENCE).images[0] for ticket in tickets]
+            shared = batcher.snapshot().steps
+    assert max(shared) == lanes
+    assert tracker.most["all of it"] <= budget
+    for ours, theirs in zip(made, pictures, strict=True):
         assert np.abs(np.asarray(ours, np.int16) - np.asarray(theirs, np.int16)).max() <= 1
 
 

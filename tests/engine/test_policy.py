@@ -111,6 +111,17 @@ def test_a_request_moves_as_a_whole() -> None:
     assert turn([four, pair, work(1, 90), work(2, 91)], FREE, capacity=8) == Turn("step", (0, 3, 1, 2))
 
 
+def test_company_is_bounded_by_what_memory_bears_of_each() -> None:
+    works = [work(key, 5 + key, most=4) for key in range(9)]
+    assert turn(works, FREE) == Turn("step", (0, 1, 2, 3))
+    assert turn([replace(works[0], most=1), *works[1:]], FREE) == Turn("step", (0,))
+    # One that bears fewer stays behind; those after it fill the step.
+    assert turn([works[0], replace(works[1], most=2), *works[2:]], FREE) == Turn("step", (0, 2, 3, 4))
+    assert turn([works[0], works[1], *(replace(one, most=2) for one in works[2:])], FREE) == Turn(
+        "step", (0, 1)
+    )
+
+
 def test_finished_pictures_are_decoded_first_and_company_is_started_before_the_step() -> None:
     works = [work(0, 3), work(1, 0), work(2, 0, age=5.0)]
     assert turn(works) == Turn("finish", (2,))
