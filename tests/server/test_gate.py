@@ -194,6 +194,7 @@ INPUT = json.dumps({"image": picture(0), "mask": picture(0)})
         (b'{"input": ' + INPUT[:-1].encode() + b', "x": [' + b"[]," * 10_000 + b"1]}}", 413),
         (b'{"input": ' + INPUT[:-1].encode() + b', "x": [' + b'"a",' * 10_000 + b"1]}}", 413),
         (b'{"input": ' + INPUT[:-1].encode() + b', "x": {' + b'"",' * 40_000 + b"1}}}", 413),
+        (('{"input": ' + INPUT + "}").encode("utf-16-le"), 400),  # in which values can't be counted
         (b'{"input": ' + INPUT[:-1].encode() + b', "prompt": "' + b'\\\\,\\"[' * 10_000 + b'"}}', 201),
         (b'{"input": {"image": "data:,", "mask": "data:,", "guidance_scale": 1e999}}', 422),
         (b'{"input": {"image": "data:,", "mask": "data:,", "seed": ' + b"9" * 400 + b"}}", 422),

@@ -2,6 +2,7 @@
 
 import tempfile
 from pathlib import Path as LocalPath
+from typing import Optional
 
 from cog import BasePredictor, Input, Path
 
@@ -21,7 +22,7 @@ class Predictor(BasePredictor):
     def predict(
         self,
         prompt: str = Input(description="What to paint.", default="a vision of paradise. unreal engine"),
-        negative_prompt: str = Input(description="What not to paint.", default=None),
+        negative_prompt: Optional[str] = Input(description="What not to paint.", default=None),  # noqa: UP045
         image: Path = Input(description="The initial image. It is resized to height x width."),
         mask: Path = Input(description="White pixels are repainted, black pixels are kept."),
         width: int = Input(description="Width of the output in pixels.", choices=SIDES, default=512),
@@ -34,7 +35,9 @@ class Predictor(BasePredictor):
         scheduler: str = Input(
             description="The scheduler.", choices=SCHEDULERS, default="DPMSolverMultistep"
         ),
-        seed: int = Input(description="Seed of the noise; empty for a random one.", default=None),
+        seed: Optional[int] = Input(  # noqa: UP045
+            description="Seed of the noise; empty for a random one.", default=None
+        ),
         disable_safety_checker: bool = Input(description="Skips the safety checker.", default=False),
     ) -> list[Path]:
         """Repaint the white part of the mask."""

@@ -36,9 +36,10 @@ async def read_json(request: Request) -> dict[str, Any]:
 
 
 def strict_object(raw: bytes) -> dict[str, Any]:
-    """A JSON object, none of whose keys stands there twice. Raises ValueError with the reason."""
+    """A JSON object in UTF-8, none of whose keys stands there twice. Raises ValueError with the reason."""
     try:
-        held = json.loads(raw, object_pairs_hook=_object, parse_constant=_no_number)
+        # Of bytes `json.loads` takes UTF-16 and UTF-32 too, in which `_values_beyond` can't count.
+        held = json.loads(raw.decode("utf-8-sig"), object_pairs_hook=_object, parse_constant=_no_number)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
     if not isinstance(held, dict):
