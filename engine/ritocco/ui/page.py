@@ -18,6 +18,12 @@ BASE = "ritocco.base"
 """Key of a request's scope: URL of the API, without a slash at the end."""
 _FILES = [".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp"]
 _FIRST = "Load a picture, paint over what is to change, and run."
+# Gradio's editor puts a layer of the server's in the middle of whatever is on its canvas, and what the brush
+# draws on stays as large as the largest picture so far, or 800 x 800: beside a smaller picture, out of sight.
+_FIT_BRUSH = """(...values) => {
+    window.editor?.tools?.get("brush")?.brush_textures?.initialize_textures();
+    return values;
+}"""
 
 
 def build(actions: Actions, room: Room, *, most_bytes: int, waiting: int, logout: bool) -> gr.Blocks:
@@ -97,7 +103,8 @@ def build(actions: Actions, room: Room, *, most_bytes: int, waiting: int, logout
             (invert.click, actions.invert, []),
             (grow.click, actions.grow, [grow_px]),
         ):
-            event(_guarded(edited(action), 2), [picture, editor, *further], [editor, message], **quick)
+            inputs = [picture, editor, *further]
+            event(_guarded(edited(action), 2), inputs, [editor, message], js=_FIT_BRUSH, **quick)
         clear.click(_guarded(edited(actions.clear), 2), picture, [editor, message], **quick)
         shown = [message, pictures, figures, log, saved, python, curl]
         start.click(run, [picture, editor, *controls.values(), *more.values()], shown, **quick)
