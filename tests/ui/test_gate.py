@@ -21,7 +21,6 @@ ROUTES = [
     ("GET", "/ui/gradio_api/queue/data?session_hash=abc"),
     ("POST", "/ui/gradio_api/queue/join"),
     ("POST", "/ui/gradio_api/upload"),
-    ("POST", "/ui/gradio_api/component_server"),
     ("GET", "/ui/nothing"),
 ]
 

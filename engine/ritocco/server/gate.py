@@ -26,7 +26,7 @@ _PREFIX = "(?:" + "|".join(PREFIXES) + ")"
 _HEALTH = re.compile(r"/(?:livez|readyz|health-check)")
 # Their names are 130 random bits: whoever knows one was told, and clients fetch them without a token.
 _BY_NAME = re.compile(_PREFIX + r"/(?:outputs/[0-9a-z]{26}/[^/]+|stream/[0-9a-z]{26})")
-_UPLOAD = re.compile(rf"{_PREFIX}/files/?|{PAGE}/gradio_api/(?:upload|component_server)")
+_UPLOAD = re.compile(rf"{_PREFIX}/files/?|{PAGE}/gradio_api/upload")
 _SAFE = ("GET", "HEAD", "OPTIONS")
 _FORM_BYTES = 1 << 20  # of an upload's other parts
 SEND_TIMEOUT_S = 60.0

@@ -26,9 +26,11 @@ from ritocco.ui.runs import Moment, Runs
 
 SIDES = ("width", "height")
 _MASK_NAME = "mask.png"
+_LAYERS = 4
 _REPEATED = ("prompt", *SIDES, "num_inference_steps", "guidance_scale", "scheduler")
 
-Layers = Sequence[bytes] | None
+Layers = Sequence[str] | None
+"""The paths of the editor's."""
 Edited = Mapping[str, Any]
 """The editor's value: `background` and `layers`, PIL images of one size."""
 
@@ -51,7 +53,7 @@ class Shown:
 
 
 class Actions:
-    """Those of one app's page. Pictures are paths of files in the room; layers are those of the editor.
+    """Those of one app's page. Pictures and layers are paths of files in the room.
 
     Raises RequestError for whatever a person did wrong.
     """
@@ -155,7 +157,12 @@ class Actions:
         return mask, {"image": data_uri(file.read_bytes()), "mask": data_uri(mask)}
 
     def _painted(self, layers: Layers) -> Mask | None:
-        return masks.from_layers(layers or (), loader=self._loader)
+        if len(layers or ()) > _LAYERS:
+            raise RequestError(
+                f"input.mask has {len(layers or ())} layers; at most {_LAYERS} are read", field="input.mask"
+            )
+        read = [self._room.inside(layer).read_bytes() for layer in layers or ()]
+        return masks.from_layers(read, loader=self._loader)
 
     def _edited(
         self,

@@ -14,6 +14,7 @@ from contextlib import suppress
 from typing import Any, TypeAlias
 from urllib.parse import unquote
 
+from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -27,19 +28,18 @@ _READ = re.compile(
 )
 _FILE = "/gradio_api/file="
 _JOIN = "/gradio_api/queue/join"
+_UPLOAD = "/gradio_api/upload"
 _WRITE = (
     _JOIN,
-    "/gradio_api/upload",
-    "/gradio_api/component_server",
+    _UPLOAD,
     "/gradio_api/cancel",
     "/gradio_api/reset",
 )
-_FORMS = ("/gradio_api/upload", "/gradio_api/component_server")
 _ENDLESS = re.compile(r"/gradio_api/(?:heartbeat/.*|upload_progress)")
 _QUERIES = {
     "/gradio_api/queue/data": re.compile(r"session_hash=[A-Za-z0-9_-]{1,64}"),
     "/gradio_api/upload_progress": re.compile(r"upload_id=[A-Za-z0-9_-]{1,64}"),
-    "/gradio_api/upload": re.compile(r"upload_id=[A-Za-z0-9_-]{1,64}"),
+    _UPLOAD: re.compile(r"upload_id=[A-Za-z0-9_-]{1,64}"),
 }
 _JOIN_KEYS = ("data", "fn_index", "session_hash", "trigger_id")
 _MOST_JSON = 1 << 20
@@ -94,6 +94,8 @@ class Front:
             self._refuse(path, scope)
             if path == _JOIN:
                 receive = _replayed(await self._join(Headers(scope=scope), receive), receive)
+            if path in (_JOIN, _UPLOAD):
+                await run_in_threadpool(self._room.trim)
         except ProblemError as problem:
             await problem.response()(scope, receive, send)
             return
@@ -117,7 +119,7 @@ class Front:
         if not allowed or (rule is not None and query and not rule.fullmatch(query)):
             raise not_found()
         kind = Headers(scope=scope).get("content-type", "").partition(";")[0].strip().lower()
-        wanted = "multipart/form-data" if path in _FORMS else "application/json"
+        wanted = "multipart/form-data" if path == _UPLOAD else "application/json"
         if method == "POST" and kind != wanted:
             raise ProblemError(415, "Unsupported media type", f"Content-Type must be {wanted}")
 

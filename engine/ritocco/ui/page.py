@@ -9,9 +9,8 @@ import gradio as gr
 
 from ritocco.ui import masks, snippets, words
 from ritocco.ui.actions import SIDES, Actions, Shown, message_of
-from ritocco.ui.editor import bounded
+from ritocco.ui.editor import named
 from ritocco.ui.fields import Field
-from ritocco.ui.room import Room
 
 TITLE = "ritocco"
 BASE = "ritocco.base"
@@ -26,10 +25,10 @@ _FIT_BRUSH = """(...values) => {
 }"""
 
 
-def build(actions: Actions, room: Room, *, most_bytes: int, waiting: int, logout: bool) -> gr.Blocks:
+def build(actions: Actions, *, waiting: int, logout: bool) -> gr.Blocks:
     """The page, with its queue set up.
 
-    most_bytes: of a layer. waiting: predictions that the server takes. logout: whether there is one.
+    waiting: predictions that the server takes. logout: whether there is one.
     """
 
     async def run(request: gr.Request, picture: str | None, layers: Any, *values: Any) -> AsyncIterator[Any]:
@@ -58,7 +57,7 @@ def build(actions: Actions, room: Room, *, most_bytes: int, waiting: int, logout
             with gr.Column(scale=3, min_width=420):
                 picture = gr.File(label="Picture", file_types=_FILES, height=110, elem_id="picture")
                 editor = _editor()
-                bounded(editor, most_bytes=most_bytes, room=room)
+                named(editor)
                 note = gr.HTML(js_on_load=None, elem_id="note")
                 with gr.Row():
                     invert, clear, grow = (
