@@ -36,9 +36,15 @@ PATIENCE_MS = 120_000
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The server's."""
+    return tmp_path_factory.mktemp("ui")
+
+
+@pytest.fixture(scope="module")
+def server(folder: Path) -> Iterator[Served]:
     """`ritocco serve --ui` with the embedded model and a token."""
-    with served(tmp_path_factory.mktemp("ui"), "--dtype", "float32", "--ui") as made:
+    with served(folder, "--dtype", "float32", "--ui") as made:
         yield made
 
 
@@ -317,6 +323,15 @@ def test_a_mask_of_the_servers_is_seen_and_painted_on(
     both = pixels(link)[..., 0] > 127
     assert both[grown].all(), "a stroke leaves what was there"
     assert both[~grown].any()
+
+
+def test_a_picture_that_is_gone_is_missed_in_words(person: Person, picture: Path, folder: Path) -> None:
+    """As where a balancer sends somebody to another server."""
+    person.load(picture)
+    for file in (folder / "data" / "ui").rglob("*.png"):
+        file.unlink()
+    person.run()
+    person.page.get_by_text("The file is not at this server any more, or never was").wait_for()
 
 
 def test_errors_are_shown_as_errors(person: Person, picture: Path, tmp_path: Path) -> None:

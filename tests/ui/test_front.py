@@ -207,8 +207,18 @@ def test_calls_name_files_of_the_page_alone(
         "url": ("picture", [ours | {"url": path, "path": path}], "change"),
     }
     got = browser.join(*calls[where])
-    assert (got.status_code, got.json()["title"]) == (422, "Input validation failed")
+    assert (got.status_code, got.json()["title"]) == (404, "Not found")
     assert not fetched
+
+
+def test_another_servers_file_is_missed_in_words(make: Make, tmp_path: Path, photo: bytes) -> None:
+    """As behind a balancer that sends a person here and there; the page shows the detail."""
+    here, there = Browser(make()), Browser(make(data=tmp_path / "other"))
+    picture = file_data(here.upload(photo))
+    assert here.join("picture", [picture], "change").status_code == 200
+    got = there.join("picture", [picture], "change")
+    assert got.status_code == 404
+    assert "The file is not at this server any more, or never was: load it again." in got.json()["detail"]
 
 
 def test_a_url_beside_a_file_of_ours_is_not_believed(open_client: TestClient, photo: bytes) -> None:
@@ -273,6 +283,21 @@ def test_what_is_no_call_is_refused(open_client: TestClient, body: bytes) -> Non
         "/ui/gradio_api/queue/join", content=body, headers={"Content-Type": "application/json"}
     )
     assert got.status_code == 400
+
+
+@pytest.mark.parametrize("depth", [20, 900, 5000])
+@pytest.mark.parametrize(("opened", "closed"), [("[", "]"), ('{"a":', "}")])
+def test_what_is_nested_too_deeply_is_refused(
+    open_client: TestClient, opened: str, closed: str, depth: int
+) -> None:
+    values = ["null"] * len(Browser(open_client).function("run")["inputs"])
+    values[2] = opened * depth + "1" + closed * depth
+    number = Browser(open_client).function("run")["id"]
+    body = f'{{"data": [{",".join(values)}], "fn_index": {number}, "session_hash": "abc"}}'
+    headers = {"Content-Type": "application/json"}
+    got = open_client.post("/ui/gradio_api/queue/join", content=body, headers=headers)
+    assert (got.status_code, got.json()["title"]) == (400, "Malformed JSON")
+    assert "nested too deeply" in got.json()["detail"]
 
 
 def test_a_call_of_another_type_or_size_is_refused(open_client: TestClient) -> None:

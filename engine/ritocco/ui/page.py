@@ -45,7 +45,7 @@ def build(actions: Actions, *, waiting: int, logout: bool) -> gr.Blocks:
     def opened(picture: str | None) -> tuple[Any, ...]:
         return (*actions.open(picture), words.status(_FIRST))
 
-    def noted(picture: str | None, width: int, height: int) -> tuple[Any, ...]:
+    def noted(picture: str | None, width: Any, height: Any) -> tuple[Any, ...]:
         return actions.note(picture, width, height), gr.skip()
 
     def edited(action: Callable[..., Any]) -> Callable[..., tuple[Any, ...]]:
@@ -70,6 +70,7 @@ def build(actions: Actions, *, waiting: int, logout: bool) -> gr.Blocks:
                 grow_px = gr.Slider(
                     1, masks.MAX_GROW_PX, 8, step=1, label="Grow by (pixels)", elem_id="grow-px"
                 )
+                _as_it_is(grow_px)
             with gr.Column(scale=2, min_width=400):
                 controls = _controls(actions.inputs)
                 with gr.Accordion("More than the original has", open=False):
@@ -153,6 +154,11 @@ def _control(field: Field) -> gr.components.Component:
     else:
         lines = 1 if field.kind == "whole" else 2
         made = gr.Textbox("" if field.default is None else str(field.default), lines=lines, **named)
+    return _as_it_is(made)
+
+
+def _as_it_is(made: gr.components.Component) -> gr.components.Component:
+    """A control without Gradio's judgement, which has no words."""
     vars(made).update(preprocess=lambda value: value)
     return made
 

@@ -65,7 +65,10 @@ def mount(app: App, *, hosts: Sequence[str] = ()) -> None:
         base=base,
         base_key=BASE,
         placed=settings.public_url is not None,
-        calls=gradio.get_blocks().fns,
+        calls={
+            number: [(one.label, one.data_model) for one in call.inputs]
+            for number, call in gradio.get_blocks().fns.items()
+        },
     )
     if not closed:
         names = [*hosts, urlsplit(settings.public_url or "").hostname or "localhost"]
