@@ -151,6 +151,7 @@ class Person:
         """One of a list."""
         self.page.locator(f"#{name} input").click()
         self.page.get_by_role("option", name=value, exact=True).click()
+        self.page.get_by_role("option").first.wait_for(state="hidden")  # or the next list's are two
 
     def fill(self, **values: Any) -> None:
         """Numbers and texts."""
