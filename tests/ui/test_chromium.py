@@ -31,13 +31,20 @@ FLAGS = (
     *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
 )
 SIDE = 128
+RED = (200, 40, 40)
 PATIENCE_MS = 120_000
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The server's."""
+    return tmp_path_factory.mktemp("ui")
+
+
+@pytest.fixture(scope="module")
+def server(folder: Path) -> Iterator[Served]:
     """`ritocco serve --ui` with the embedded model and a token."""
-    with served(tmp_path_factory.mktemp("ui"), "--dtype", "float32", "--ui") as made:
+    with served(folder, "--dtype", "float32", "--ui") as made:
         yield made
 
 
@@ -106,10 +113,45 @@ class Person:
                 self.page.mouse.move(x + across, y + down)
         self.page.mouse.up()
 
+    def load_mask(self, file: Path) -> None:
+        """From a file."""
+        with self.page.expect_file_chooser() as chosen:
+            self.page.get_by_role("button", name="Load mask").click()
+        chosen.value.set_files(file)
+        self.wait_for("The mask has changed")
+
+    def sees(self, mask: Any) -> None:
+        """Until the editor shows a picture all of RED under this mask."""
+        shown = None
+        for _ in range(PATIENCE_MS // 1000):
+            shown = self._shown(*mask.shape)
+            if shown is not None and (shown == mask).all():
+                return
+            self.page.wait_for_timeout(250)  # a canvas tells nobody what it shows
+        assert shown is not None, "no picture is seen"
+        np.testing.assert_array_equal(shown, mask)
+
+    def _shown(self, height: int, width: int) -> Any:
+        """Where the middles of the picture's pixels are under white, as the screen has it."""
+        data = self.page.locator("#editor .pixi-target canvas").first.screenshot()
+        screen = np.asarray(Image.open(io.BytesIO(data)).convert("RGB")).astype(int)
+        bare, white = (
+            np.abs(screen - colour).max(axis=-1) <= 8 for colour in (RED, 0.7 * 255 + 0.3 * np.array(RED))
+        )
+        rows, columns = np.nonzero(bare | white)
+        if rows.size == 0:
+            return None
+        top, left = rows.min(), columns.min()
+        high, wide = rows.max() + 1 - top, columns.max() + 1 - left
+        down = top + ((np.arange(height) + 0.5) * high / height).astype(int)
+        across = left + ((np.arange(width) + 0.5) * wide / width).astype(int)
+        return white[np.ix_(down, across)]
+
     def choose(self, name: str, value: str) -> None:
         """One of a list."""
         self.page.locator(f"#{name} input").click()
         self.page.get_by_role("option", name=value, exact=True).click()
+        self.page.get_by_role("option").first.wait_for(state="hidden")  # or the next list's are two
 
     def fill(self, **values: Any) -> None:
         """Numbers and texts."""
@@ -228,10 +270,7 @@ def test_mask_tools_do_what_they_say(person: Person, picture: Path, tmp_path: Pa
     half[:, : SIDE // 2] = 255
     file = tmp_path / "half.png"
     file.write_bytes(encoded(half))
-    with person.page.expect_file_chooser() as chosen:
-        person.page.get_by_role("button", name="Load mask").click()
-    chosen.value.set_files(file)
-    person.wait_for("The mask has changed")
+    person.load_mask(file)
     person.page.wait_for_timeout(1000)
     person.asks_little(num_inference_steps=1)
     loaded = painted()
@@ -247,6 +286,53 @@ def test_mask_tools_do_what_they_say(person: Person, picture: Path, tmp_path: Pa
     person.run()
     person.wait_for("input.mask is empty")
     assert person.page.locator("#message").get_by_role("alert").count() == 1
+
+
+@pytest.mark.parametrize("before", [None, (1000, 600)])
+def test_a_mask_of_the_servers_is_seen_and_painted_on(
+    person: Person, tmp_path: Path, before: tuple[int, int] | None
+) -> None:
+    """Whatever size the editor's canvas was before."""
+
+    def red(name: str, width: int, height: int) -> Path:
+        file = tmp_path / name
+        file.write_bytes(encoded(np.full((height, width, 3), RED, np.uint8)))
+        return file
+
+    if before is not None:
+        person.load(red("before.png", *before))
+        person.page.locator("#picture button[aria-label]").first.click()
+    person.load(red("small.png", SIDE, SIDE))
+    half = np.zeros((SIDE, SIDE), bool)
+    half[:, : SIDE // 2] = True
+    file = tmp_path / "half.png"
+    file.write_bytes(encoded(half))
+    person.load_mask(file)
+    person.sees(half)
+    person.page.get_by_role("button", name="Invert mask").click()
+    person.sees(~half)
+    person.fill(grow_px=4)
+    person.page.get_by_role("button", name="Grow mask").click()
+    grown = ~half
+    grown[:, SIDE // 2 - 4 :] = True
+    person.sees(grown)
+    person.paint()
+    person.asks_little(num_inference_steps=1)
+    person.run()
+    person.wait_for("^Done")
+    link = person.page.get_by_role("link", name="Save the mask").get_attribute("href")
+    both = pixels(link)[..., 0] > 127
+    assert both[grown].all(), "a stroke leaves what was there"
+    assert both[~grown].any()
+
+
+def test_a_picture_that_is_gone_is_missed_in_words(person: Person, picture: Path, folder: Path) -> None:
+    """As where a balancer sends somebody to another server."""
+    person.load(picture)
+    for file in (folder / "data" / "ui").rglob("*.png"):
+        file.unlink()
+    person.run()
+    person.page.get_by_text("The file is not at this server any more, or never was").wait_for()
 
 
 def test_errors_are_shown_as_errors(person: Person, picture: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import threading
@@ -12,6 +13,7 @@ import pytest
 from starlette.testclient import TestClient
 
 from page_client import Browser, Make, file_data
+from ritocco.ui.room import Room
 
 SECRET = "not for the page"
 
@@ -205,8 +207,18 @@ def test_calls_name_files_of_the_page_alone(
         "url": ("picture", [ours | {"url": path, "path": path}], "change"),
     }
     got = browser.join(*calls[where])
-    assert (got.status_code, got.json()["title"]) == (422, "Input validation failed")
+    assert (got.status_code, got.json()["title"]) == (404, "Not found")
     assert not fetched
+
+
+def test_another_servers_file_is_missed_in_words(make: Make, tmp_path: Path, photo: bytes) -> None:
+    """As behind a balancer that sends a person here and there; the page shows the detail."""
+    here, there = Browser(make()), Browser(make(data=tmp_path / "other"))
+    picture = file_data(here.upload(photo))
+    assert here.join("picture", [picture], "change").status_code == 200
+    got = there.join("picture", [picture], "change")
+    assert got.status_code == 404
+    assert "The file is not at this server any more, or never was: load it again." in got.json()["detail"]
 
 
 def test_a_url_beside_a_file_of_ours_is_not_believed(open_client: TestClient, photo: bytes) -> None:
@@ -273,64 +285,79 @@ def test_what_is_no_call_is_refused(open_client: TestClient, body: bytes) -> Non
     assert got.status_code == 400
 
 
+@pytest.mark.parametrize("depth", [20, 900, 5000])
+@pytest.mark.parametrize(("opened", "closed"), [("[", "]"), ('{"a":', "}")])
+def test_what_is_nested_too_deeply_is_refused(
+    open_client: TestClient, opened: str, closed: str, depth: int
+) -> None:
+    values = ["null"] * len(Browser(open_client).function("run")["inputs"])
+    values[2] = opened * depth + "1" + closed * depth
+    number = Browser(open_client).function("run")["id"]
+    body = f'{{"data": [{",".join(values)}], "fn_index": {number}, "session_hash": "abc"}}'
+    headers = {"Content-Type": "application/json"}
+    got = open_client.post("/ui/gradio_api/queue/join", content=body, headers=headers)
+    assert (got.status_code, got.json()["title"]) == (400, "Malformed JSON")
+    assert "nested too deeply" in got.json()["detail"]
+
+
 def test_a_call_of_another_type_or_size_is_refused(open_client: TestClient) -> None:
     client = open_client
     url = "/ui/gradio_api/queue/join"
     assert client.post(url, content=b"{}", headers={"Content-Type": "text/plain"}).status_code == 415
     assert client.post(url, json={"data": ["x" * (2 << 20)]}).status_code == 413
-    assert client.post("/ui/gradio_api/component_server", json={}).status_code == 415
+    assert client.post("/ui/gradio_api/upload", json={}).status_code == 415
     assert client.post("/ui/gradio_api/cancel", data={}).status_code == 415
 
 
-@pytest.mark.parametrize(
-    ("changes", "data"),
-    [
-        ({"fn_name": "__init__"}, {}),
-        ({"fn_name": "postprocess"}, {}),
-        ({"fn_name": "preprocess"}, {}),
-        ({"component_id": "0"}, {}),
-        ({}, {"index": "4"}),
-        ({}, {"index": "99999999999"}),
-        ({}, {"index": "-1"}),
-        ({}, {"index": "null"}),
-        ({}, {"id": ""}),
-        ({}, {"id": "x" * 65}),
-    ],
-)
-@pytest.mark.filterwarnings("ignore")
-def test_the_editors_function_takes_layers_alone(
-    make: Make, changes: dict[str, Any], data: dict[str, Any]
-) -> None:
-    client = make()
-    client._transport.raise_server_exceptions = False  # type: ignore[attr-defined]
+def test_the_room_keeps_what_was_used_last(tmp_path: Path) -> None:
+    room = Room(tmp_path, most_bytes=1 << 20)
+
+    times = itertools.count()
+
+    def put(name: str, size: int) -> Path:
+        file = room.path / name / "image.png"
+        file.parent.mkdir()
+        file.write_bytes(bytes(size))
+        now = next(times)
+        os.utime(file, (now, now))
+        return file
+
+    first, second, third = (put(name, 400 << 10) for name in "abc")
+    room.inside(str(first))
+    room.trim()
+    assert [file.exists() for file in (first, second, third)] == [True, False, True]
+    assert not second.parent.exists()
+    assert first.stat().st_mtime == 0, "it does not stay for longer than it may"
+    many = [put(f"small{number}", 1) for number in range(100)]
+    room.trim()
+    assert [file.exists() for file in many].count(True) == 9, "small ones count too"
+    assert first.exists()
+    room.close()
+
+
+def test_uploads_beyond_the_room_push_out_the_oldest(make: Make, tmp_path: Path) -> None:
+    client = make(max_upload_bytes=1 << 20)
     browser = Browser(client)
-    got = browser.server({"type": "layer", "index": "0", "id": "x"} | data, b"x", **changes)
-    assert got.status_code in (404, 422, 500)
+    size = (1 << 20) - 1000
+    paths = [Path(browser.upload(bytes([number]) * size, "x.png")) for number in range(40)]
+    assert not paths[0].exists()
+    assert paths[-1].exists()
+    held = sum(file.stat().st_size for file in (tmp_path / "data" / "ui").rglob("*") if file.is_file())
+    assert held <= 33 << 20
 
 
-def test_strokes_that_nobody_uses_do_not_pile_up() -> None:
-    from types import SimpleNamespace
-
-    from ritocco.ui.editor import Strokes
-
-    strokes = Strokes(most_bytes=10, room=None)
-
-    def sent(id: str, data: bytes, kind: str = "layer") -> None:
-        told = {"type": kind, "index": "0", "id": id}
-        strokes.accept(SimpleNamespace(data=told, files=[("blob", data)]))
-
-    def taken(id: str) -> Any:
-        return strokes.take(SimpleNamespace(id=id, layers=[]))
-
-    for number in range(100):
-        sent(f"id{number}", b"x")
-    assert taken("id0") == []
-    assert taken("id99") == [b"x"]
-    assert taken("id99") == [], "each is taken once"
-    sent("a", b"background", "background")
-    assert taken("a") == []
-    with pytest.raises(ValueError, match="the editor's layer has 11 bytes; at most 10 are read"):
-        sent("b", bytes(11))
+def test_the_editors_own_function_is_not_there(open_client: TestClient) -> None:
+    """It would keep in memory what is sent to it."""
+    form = {
+        "fn_name": "accept_blobs",
+        "component_id": "0",
+        "session_hash": "abc",
+        "type": "layer",
+        "index": "0",
+    }
+    url = "/ui/gradio_api/component_server"
+    got = open_client.post(url, data=form, files={"file": ("blob", b"x", "image/png")})
+    assert got.status_code == 404
 
 
 def test_what_people_sent_goes(make: Make, tmp_path: Path, photo: bytes) -> None:

@@ -21,7 +21,6 @@ ROUTES = [
     ("GET", "/ui/gradio_api/queue/data?session_hash=abc"),
     ("POST", "/ui/gradio_api/queue/join"),
     ("POST", "/ui/gradio_api/upload"),
-    ("POST", "/ui/gradio_api/component_server"),
     ("GET", "/ui/nothing"),
 ]
 
@@ -39,6 +38,7 @@ def test_without_a_session_every_route_is_closed(closed_client: TestClient, meth
             assert (got.status_code, got.headers["location"]) == (303, "login")
         else:
             assert got.status_code == 401
+            assert "The session has ended, or is another server's" in got.json()["detail"]
 
 
 def test_a_token_opens_the_page_and_nothing_else(make: Make) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from typing import Any
 
 import numpy as np
 import pytest
@@ -78,8 +79,8 @@ def test_growing_by_nothing_or_of_nothing_changes_nothing() -> None:
     assert not (masks.grown(square(), 1) & ~inside).any()
 
 
-@pytest.mark.parametrize("pixels", [-1, 129, float("nan")])
-def test_growing_has_bounds(pixels: float) -> None:
+@pytest.mark.parametrize("pixels", [-1, 129, float("nan"), 10**400, True, None, "4", [4]])
+def test_growing_has_bounds(pixels: Any) -> None:
     with pytest.raises(RequestError, match=r"grow is .*; it must be 0 to 128 pixels"):
         masks.grown(square(), pixels)
 

@@ -18,11 +18,15 @@ from PIL import Image
 from hand_batcher import HandBatcher
 from page_client import TOKEN, Browser, Make, encoded, file_data
 from ritocco.errors import TimeLimitError
-from ritocco.schema import PredictionInput
+from ritocco.images import data_uri
+from ritocco.schema import Options, PredictionInput
+from ritocco.server.database import AwayError
 from ritocco.sources import Loader, decode_data_uri
 from ritocco.ui import masks
+from ritocco.ui.fields import fields_of
 from ritocco.ui.runs import Runs
 
+INPUTS, OPTIONS = fields_of(PredictionInput), fields_of(Options)
 NOTHING: dict[str, Any] = {"background": None, "layers": [], "composite": None, "id": None}
 
 
@@ -231,6 +235,131 @@ def test_what_the_schema_refuses_is_an_error_in_its_words(
     assert 'role="alert"' in shown["message"]
     assert words in html.unescape(shown["message"])
     assert not batcher.seen
+
+
+ODD: list[Any] = [
+    "abc",
+    "",
+    "9" * 5000,
+    "\x00",
+    "<b>",
+    [1],
+    [[[]]],
+    {"a": 1},
+    -1,
+    0.5,
+    1e308,
+    10**30,
+    10**400,
+]
+
+
+VALID = [("seed", ""), ("seed", -1), ("mask_feather", 0.5), ("strength", 0.5)]
+
+
+@pytest.mark.parametrize("name", [field.name for field in (*INPUTS, *OPTIONS) if field.kind != "text"])
+def test_odd_values_of_a_control_meet_its_rule(
+    make: Make, batcher: HandBatcher, photo: bytes, name: str
+) -> None:
+    browser = Browser(make())
+    data = asked(browser, photo)
+    place = browser.function("run")["inputs"].index(browser.component(name.replace("_", "-")))
+    for odd in ODD:
+        data[place] = odd
+        seen = len(batcher.seen)
+        message = outputs(browser, data)["message"]
+        if len(batcher.seen) > seen:
+            assert (name, odd) in VALID
+            continue
+        text = html.unescape(message)
+        assert "Input validation failed" in text, (odd, text)
+        assert f".{name}" in text, (odd, text)
+
+
+@pytest.mark.parametrize("odd", [*ODD, None], ids=lambda odd: repr(odd)[:20])
+def test_odd_values_of_the_tools_meet_their_rules(make: Make, photo: bytes, odd: Any) -> None:
+    browser = Browser(make())
+    file = file_data(browser.upload(photo))
+    for name in ("width", "height"):
+        sides = {"width": 128, "height": 128} | {name: odd}
+        *_, message = browser.call(name, [file, *sides.values()], "input")
+        if odd is not None:  # which is the default
+            assert f"- input.{name}: " in html.unescape(str(message)), message
+    message = browser.call("grow", [file, browser.paint(layer()), odd])[-1]
+    if odd != 0.5:
+        assert re.search(r"grow is .*; it must be 0 to 128 pixels", html.unescape(str(message))), message
+    for name, event, data, label in (
+        ("picture", "change", [odd], "Picture"),
+        ("clear", "click", [odd], "Picture"),
+        ("invert", "click", [file, odd], "Mask: white is repainted"),
+        ("load", "upload", [file, NOTHING, odd], "Load mask"),
+    ):
+        got = browser.join(name, data, event)
+        if odd is None or (name, odd) == ("invert", {"a": 1}):
+            assert got.status_code == 200
+        else:
+            assert got.status_code == 400
+            assert got.json()["detail"].startswith(f"{label} is ")
+            assert got.json()["detail"].endswith("; it must be what was uploaded to this page")
+
+
+def test_more_layers_than_an_editor_has_are_refused(make: Make, photo: bytes) -> None:
+    browser = Browser(make())
+    file = file_data(browser.upload(photo))
+    message = browser.call("invert", [file, browser.paint(*[layer()] * 5)])[-1]
+    assert "input.mask has 5 layers; at most 4 are read" in message
+
+
+def test_pictures_are_read_beside_the_event_loop(
+    make: Make, photo: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Megabytes of them would hold up whoever else asks."""
+    on_loop: list[bool] = []
+
+    def noted(call: Any) -> Any:
+        def called(*values: Any, **named: Any) -> Any:
+            on_loop.append(asyncio._get_running_loop() is not None)
+            return call(*values, **named)
+
+        return called
+
+    monkeypatch.setattr("ritocco.ui.actions.data_uri", noted(data_uri))
+    monkeypatch.setattr(masks, "from_layers", noted(masks.from_layers))
+    monkeypatch.setattr(masks, "png_of", noted(masks.png_of))
+    browser = Browser(make())
+    assert "Done" in outputs(browser, asked(browser, photo))["message"]
+    assert on_loop == [False] * 4, "layers, mask, and two inputs"
+
+
+def test_a_run_outlives_an_outage_of_the_database(
+    make: Make, batcher: HandBatcher, photo: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = make(by_itself=False)
+    app: Any = client.app
+    kind = type(app.state.shared.store)
+    asked_for: list[str] = []
+    there = kind.get
+
+    def away(store: Any, id: str, *, brief: bool = False) -> Any:
+        if brief and len(asked_for) < 3:
+            asked_for.append(id)
+            if len(asked_for) == 3:
+                run.succeed()
+            raise AwayError("the connection was lost")
+        return there(store, id, brief=brief)
+
+    monkeypatch.setattr("ritocco.ui.runs.BEAT_S", 0.01)
+    browser = Browser(client)
+    assert browser.join("run", asked(browser, photo)).status_code == 200
+    run = batcher.next()
+    run.step(1, 4)
+    monkeypatch.setattr(kind, "get", away)
+    texts = json.dumps(list(browser.messages()))
+    assert asked_for == [run.id] * 3
+    assert "Done" in texts
+    assert not run.canceled
+    assert "Database away" not in texts
+    assert client.get(f"/v1/predictions/{run.id}").json()["status"] == "succeeded"
 
 
 def test_without_a_picture_nothing_runs(make: Make, batcher: HandBatcher) -> None:

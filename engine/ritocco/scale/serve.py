@@ -9,7 +9,7 @@ go finish.
 from __future__ import annotations
 
 import os
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias
 from urllib.parse import urlsplit
@@ -19,9 +19,11 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 from ray import serve
 
 from ritocco.batcher import Batcher
+from ritocco.device import check_names
 from ritocco.errors import RequestError
 from ritocco.fetch import Fetcher
 from ritocco.loading import load
+from ritocco.plans import parse_budget
 from ritocco.scale.painter import CLOSE_S, Event, Painter
 from ritocco.scale.remote import RemoteBatcher, Stream
 from ritocco.server.app import App, create_app
@@ -31,6 +33,7 @@ from ritocco.server.settings import Settings, read_tokens
 _MARGIN_S = 15.0
 _HTTP_REQUESTS = 1000
 """At a front at a time: most of them wait."""
+_MOST_HOURS = 10 * 365 * 24
 _SIZES = 2
 """Of pictures, at a painter; a third takes the place of the one that was not asked for longest."""
 
@@ -47,7 +50,8 @@ class Fleet(BaseModel):
     painter computes with `cpus` threads. target: predictions, waiting ones included, for each painter that is
     to be there. capacity: pictures that share a step. keep_sizes: send pictures of one size to painters that
     have it. waiting: predictions of each front that have not ended. database: a URL, else RITOCCO_DATABASE
-    where the fronts run; without one there is one front, with its store in `data`.
+    where the application is built and where the fronts run; without one there is one front, with its store
+    in `data`.
     """
 
     model_config = ConfigDict(
@@ -74,7 +78,7 @@ class Fleet(BaseModel):
     database: str | None = Field(None, repr=False)
     data: Path = Path("ritocco-data")
     waiting: int = Field(64, ge=1)
-    retention_hours: float = Field(24.0, gt=0)
+    retention_hours: float = Field(24.0, gt=0, le=_MOST_HOURS)
     max_work: int | None = Field(None, ge=1)
     outputs: Literal["auto", "url", "data"] = "auto"
     token_file: Path | None = None
@@ -83,7 +87,7 @@ class Fleet(BaseModel):
     allow_host: _Texts = ()
     allow_network: _Texts = ()
     cors_origin: _Texts = ()
-    grace: float = Field(30.0, ge=0)
+    grace: float = Field(30.0, ge=0, le=_MOST_HOURS * 3600)
 
     @model_validator(mode="after")
     def _agrees(self) -> Fleet:
@@ -168,7 +172,8 @@ class FrontReplica:
         """Called by Ray after the construction."""
         fleet = self._fleet
         batcher = RemoteBatcher(self._stream, self._version)
-        app = create_app(batcher, _settings(fleet))
+        tokens = () if fleet.token_file is None else read_tokens(fleet.token_file)
+        app = create_app(batcher, _settings(fleet, tokens))
         if not fleet.token_file:
             public = urlsplit(fleet.public_url or "").hostname
             app.add_middleware(KnownHosts, names=[*fleet.allow_host, *([public] if public else ())])
@@ -186,8 +191,15 @@ class FrontReplica:
 
 
 def app(args: Mapping[str, Any]) -> Any:
-    """The application, as `serve run` and a YAML file's `import_path` take it. args: of `Fleet`."""
+    """The application, as `serve run` and a YAML file's `import_path` take it.
+
+    args: of `Fleet`. Raises ValidationError and RequestError for what makes no sense on any machine.
+    """
     fleet = Fleet.model_validate(args)
+    check_names(fleet.device, fleet.dtype, fleet.backend)
+    if fleet.memory_budget is not None:
+        parse_budget(fleet.memory_budget)
+    _settings(fleet, ())  # the tokens' file is one of the machines that have fronts
     gpus = fleet.gpus
     if gpus is None:
         gpus = 1.0 if ray.is_initialized() and ray.cluster_resources().get("GPU") else 0.0
@@ -224,13 +236,14 @@ def _scaled(fleet: Fleet) -> dict[str, Any]:
     return {"autoscaling_config": scaling | {"target_ongoing_requests": fleet.target}}
 
 
-def _settings(fleet: Fleet) -> Settings:
+def _settings(fleet: Fleet, tokens: Sequence[str]) -> Settings:
+    """Of a front. Raises RequestError."""
     database = fleet.database or os.environ.get("RITOCCO_DATABASE") or None
     if fleet.fronts > 1 and database is None:
-        rule = "they have no store in common; name a database, or set RITOCCO_DATABASE where they run"
+        rule = "more than 1 need a store in common: name a database, or set RITOCCO_DATABASE, here and there"
         raise RequestError(f"fronts is {fleet.fronts}; {rule}", field="fronts")
     return Settings(
-        tokens=() if fleet.token_file is None else read_tokens(fleet.token_file),
+        tokens=tokens,
         data=fleet.data if database is None else None,
         database=database,
         waiting=fleet.waiting,

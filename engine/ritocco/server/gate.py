@@ -26,7 +26,7 @@ _PREFIX = "(?:" + "|".join(PREFIXES) + ")"
 _HEALTH = re.compile(r"/(?:livez|readyz|health-check)")
 # Their names are 130 random bits: whoever knows one was told, and clients fetch them without a token.
 _BY_NAME = re.compile(_PREFIX + r"/(?:outputs/[0-9a-z]{26}/[^/]+|stream/[0-9a-z]{26})")
-_UPLOAD = re.compile(rf"{_PREFIX}/files/?|{PAGE}/gradio_api/(?:upload|component_server)")
+_UPLOAD = re.compile(rf"{_PREFIX}/files/?|{PAGE}/gradio_api/upload")
 _SAFE = ("GET", "HEAD", "OPTIONS")
 _FORM_BYTES = 1 << 20  # of an upload's other parts
 SEND_TIMEOUT_S = 60.0
@@ -81,7 +81,7 @@ class Gate:
             entered = self._admits(headers) or self._sessions.admit(
                 cookie_parser(_cookies(headers)).get(COOKIE)
             )
-            return None if not self._tokens or entered or path in (LOGIN, LOGOUT) else unauthenticated()
+            return None if not self._tokens or entered or path in (LOGIN, LOGOUT) else _outside()
         if self._tokens:
             return None if self._admits(headers) else unauthenticated()
         if not safe and origin is not None and origin not in self._origins:
@@ -107,6 +107,12 @@ class Gate:
 
 def _foreign(origin: str) -> ProblemError:
     return ProblemError(403, "Forbidden", f"Pages of {plain(origin)!r} may not call this server")
+
+
+def _outside() -> ProblemError:
+    """401, in words that the page shows."""
+    detail = "The session has ended, or is another server's: load the page again, and log in"
+    return ProblemError(401, "Unauthenticated", detail, headers={"WWW-Authenticate": "Bearer"})
 
 
 def _cookies(headers: Headers) -> str:

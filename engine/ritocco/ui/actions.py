@@ -15,7 +15,7 @@ from ritocco.errors import RequestError
 from ritocco.folders.sizes import MOST, own_size
 from ritocco.images import WHITE, data_uri
 from ritocco.pixels import Mask
-from ritocco.schema import Options, PredictionInput
+from ritocco.schema import Options, PredictionInput, parse_input
 from ritocco.server.problems import problem_of
 from ritocco.server.state import Shared
 from ritocco.sources import Loader
@@ -26,9 +26,12 @@ from ritocco.ui.runs import Moment, Runs
 
 SIDES = ("width", "height")
 _MASK_NAME = "mask.png"
+_LAYERS = 4
+_NO_PICTURE = "data:,"
 _REPEATED = ("prompt", *SIDES, "num_inference_steps", "guidance_scale", "scheduler")
 
-Layers = Sequence[bytes] | None
+Layers = Sequence[str] | None
+"""The paths of the editor's."""
 Edited = Mapping[str, Any]
 """The editor's value: `background` and `layers`, PIL images of one size."""
 
@@ -51,7 +54,7 @@ class Shown:
 
 
 class Actions:
-    """Those of one app's page. Pictures are paths of files in the room; layers are those of the editor.
+    """Those of one app's page. Pictures and layers are paths of files in the room.
 
     Raises RequestError for whatever a person did wrong.
     """
@@ -71,13 +74,15 @@ class Actions:
         width, height = own_size(self._room.inside(picture))
         return edited, width, height, self.note(picture, width, height)
 
-    def note(self, picture: str | None, width: int, height: int) -> str:
+    def note(self, picture: str | None, width: Any, height: Any) -> str:
         """What becomes of the picture's size."""
         if picture is None:
             return ""
+        asked = {"image": _NO_PICTURE, "mask": _NO_PICTURE, "width": width, "height": height}
+        parsed, *_ = parse_input(asked, allow_local=False)
         file = self._room.inside(picture)
         with self._loader.flat(file.read_bytes(), field="input.image", ground=WHITE) as found:
-            return words.sizes(file.name, found.size, (width, height))
+            return words.sizes(file.name, found.size, (parsed.width, parsed.height))
 
     def load_mask(self, picture: str | None, layers: Layers, file: str | None) -> Edited:
         """A mask from a file, stretched over the picture."""
@@ -94,9 +99,9 @@ class Actions:
         """No mask."""
         return self._edited(picture, None)
 
-    def grow(self, picture: str | None, layers: Layers, pixels: float | None) -> Edited:
+    def grow(self, picture: str | None, layers: Layers, pixels: Any) -> Edited:
         """With all that is near the white."""
-        return self._edited(picture, lambda mask, _: masks.grown(mask, pixels or 0), layers)
+        return self._edited(picture, lambda mask, _: masks.grown(mask, pixels), layers)
 
     async def run(
         self, picture: str | None, layers: Layers, values: Sequence[Any], *, base: str, page: str
@@ -155,7 +160,12 @@ class Actions:
         return mask, {"image": data_uri(file.read_bytes()), "mask": data_uri(mask)}
 
     def _painted(self, layers: Layers) -> Mask | None:
-        return masks.from_layers(layers or (), loader=self._loader)
+        if len(layers or ()) > _LAYERS:
+            raise RequestError(
+                f"input.mask has {len(layers or ())} layers; at most {_LAYERS} are read", field="input.mask"
+            )
+        read = [self._room.inside(layer).read_bytes() for layer in layers or ()]
+        return masks.from_layers(read, loader=self._loader)
 
     def _edited(
         self,

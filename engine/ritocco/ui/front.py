@@ -9,16 +9,19 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, TypeAlias
 from urllib.parse import unquote
 
+from pydantic import ValidationError
+from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ritocco.server.bodies import strict_object
 from ritocco.server.problems import ProblemError, not_found
+from ritocco.shown import shown
 from ritocco.ui.room import Room
 
 _READ = re.compile(
@@ -27,22 +30,27 @@ _READ = re.compile(
 )
 _FILE = "/gradio_api/file="
 _JOIN = "/gradio_api/queue/join"
+_UPLOAD = "/gradio_api/upload"
 _WRITE = (
     _JOIN,
-    "/gradio_api/upload",
-    "/gradio_api/component_server",
+    _UPLOAD,
     "/gradio_api/cancel",
     "/gradio_api/reset",
 )
-_FORMS = ("/gradio_api/upload", "/gradio_api/component_server")
 _ENDLESS = re.compile(r"/gradio_api/(?:heartbeat/.*|upload_progress)")
 _QUERIES = {
     "/gradio_api/queue/data": re.compile(r"session_hash=[A-Za-z0-9_-]{1,64}"),
     "/gradio_api/upload_progress": re.compile(r"upload_id=[A-Za-z0-9_-]{1,64}"),
-    "/gradio_api/upload": re.compile(r"upload_id=[A-Za-z0-9_-]{1,64}"),
+    _UPLOAD: re.compile(r"upload_id=[A-Za-z0-9_-]{1,64}"),
 }
 _JOIN_KEYS = ("data", "fn_index", "session_hash", "trigger_id")
 _MOST_JSON = 1 << 20
+_MOST_DEEP = 16
+# Gradio's scripts show a detail, but not that of a 422.
+_NO_FILE = (
+    "The file is not at this server any more, or never was: load it again. "
+    "Of several servers behind one name a person needs always the same."
+)
 _STOP_LOOK_S = 0.5
 _HEADERS = {
     # Nothing is asked of another host, whatever Gradio or a picture's name would like.
@@ -72,17 +80,18 @@ class Front:
         base: Callable[[Scope], str],
         base_key: str,
         placed: bool,
-        calls: Collection[int],
+        calls: Mapping[int, Sequence[tuple[str, Any]]],
     ) -> None:
         """app: Gradio's. start: awaited in each event loop before its first request. stopping: whether the
         server is about to end, so that streams without an end of their own are cut. base: the API's URL,
         which is under `base_key` in the scope that Gradio gets. placed: whether Gradio knows its own URL,
-        and routes by the path after that. calls: numbers of the functions that there are.
+        and routes by the path after that. calls: by the functions' numbers, the names of their inputs, and
+        the pydantic model of each, or None.
         """
         self._app, self._room = app, room
         self._start, self._stopping = start, stopping
         self._base, self._base_key, self._placed = base, base_key, placed
-        self._calls = frozenset(calls)
+        self._calls = calls
         self._loop: asyncio.AbstractEventLoop | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -94,6 +103,8 @@ class Front:
             self._refuse(path, scope)
             if path == _JOIN:
                 receive = _replayed(await self._join(Headers(scope=scope), receive), receive)
+            if path in (_JOIN, _UPLOAD):
+                await run_in_threadpool(self._room.trim)
         except ProblemError as problem:
             await problem.response()(scope, receive, send)
             return
@@ -117,7 +128,7 @@ class Front:
         if not allowed or (rule is not None and query and not rule.fullmatch(query)):
             raise not_found()
         kind = Headers(scope=scope).get("content-type", "").partition(";")[0].strip().lower()
-        wanted = "multipart/form-data" if path in _FORMS else "application/json"
+        wanted = "multipart/form-data" if path == _UPLOAD else "application/json"
         if method == "POST" and kind != wanted:
             raise ProblemError(415, "Unsupported media type", f"Content-Type must be {wanted}")
 
@@ -148,26 +159,29 @@ class Front:
         if not isinstance(held.get("data"), list) or type(called) is not int or called not in self._calls:
             raise ProblemError(422, "Input validation failed", "data and fn_index: must be a call's")
         kept = {name: held[name] for name in _JOIN_KEYS if name in held}
-        try:
-            kept["data"] = [self._checked(one) for one in kept["data"]]
-        except RecursionError:
-            raise ProblemError(400, "Malformed JSON", "The body is nested too deeply") from None
+        inputs = self._calls[called]
+        if len(kept["data"]) != len(inputs):
+            rule = f"this call takes {len(inputs)}"
+            raise ProblemError(400, "Bad request", f"data has {len(kept['data'])} values; {rule}")
+        kept["data"] = [self._checked(one) for one in kept["data"]]
+        for (name, model), value in zip(inputs, kept["data"], strict=True):
+            _refuse_odd(name, model, value)
         return json.dumps(kept).encode("ascii")
 
-    def _checked(self, value: Json) -> Json:
+    def _checked(self, value: Json, depth: int = 0) -> Json:
         """A value whose files are ours, and say nothing but their path and name."""
+        if depth > _MOST_DEEP:
+            raise ProblemError(400, "Malformed JSON", "The body is nested too deeply")
         if isinstance(value, list):
-            return [self._checked(one) for one in value]
+            return [self._checked(one, depth + 1) for one in value]
         if not isinstance(value, dict):
             return value
         if "path" in value or "meta" in value:
             path = value.get("path")
             if not isinstance(path, str) or not self._room.holds(path):
-                raise ProblemError(
-                    422, "Input validation failed", "path: must be that of a file of this page"
-                )
+                raise not_found(_NO_FILE)
             return {"path": path, "meta": {"_type": "gradio.FileData"}}
-        return {name: self._checked(one) for name, one in value.items() if name != "url"}
+        return {name: self._checked(one, depth + 1) for name, one in value.items() if name != "url"}
 
     def _inner(self, scope: Scope, path: str) -> Scope:
         """As Gradio is to see it: without what makes it believe in other hosts, origins or queries."""
@@ -206,6 +220,17 @@ class Front:
             if not begun:
                 await send({"type": "http.response.start", "status": 503, "headers": []})
             await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+def _refuse_odd(name: str, model: Any, value: Json) -> None:
+    """Raises ProblemError for what Gradio would answer with an error without words."""
+    if model is None or value is None:
+        return
+    try:
+        model.model_validate(value)
+    except ValidationError:
+        rule = "it must be what was uploaded to this page"
+        raise ProblemError(400, "Bad request", f"{name} is {shown(value)}; {rule}") from None
 
 
 def _path(scope: Scope) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -11,6 +12,7 @@ from PIL import Image
 from ritocco.errors import RequestError
 from ritocco.images import BLACK, seam_distance
 from ritocco.pixels import Mask
+from ritocco.shown import shown
 from ritocco.sources import Loader
 
 MAX_GROW_PX = 128
@@ -49,10 +51,10 @@ def resized(mask: Mask, width: int, height: int) -> Mask:
     return made
 
 
-def grown(mask: Mask, pixels: float) -> Mask:
+def grown(mask: Mask, pixels: Any) -> Mask:
     """With all that lies within so many pixels of its white, 0 to 128. Raises RequestError."""
-    if not 0 <= pixels <= MAX_GROW_PX:
-        raise RequestError(f"grow is {pixels:g}; it must be 0 to {MAX_GROW_PX} pixels", field="grow")
+    if type(pixels) not in (int, float) or not 0 <= pixels <= MAX_GROW_PX:
+        raise RequestError(f"grow is {shown(pixels)}; it must be 0 to {MAX_GROW_PX} pixels", field="grow")
     if not pixels or not mask.any():
         return mask
     made: Mask = seam_distance(~mask, pixels + 1.0) <= pixels

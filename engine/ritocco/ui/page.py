@@ -9,21 +9,26 @@ import gradio as gr
 
 from ritocco.ui import masks, snippets, words
 from ritocco.ui.actions import SIDES, Actions, Shown, message_of
-from ritocco.ui.editor import bounded
+from ritocco.ui.editor import named
 from ritocco.ui.fields import Field
-from ritocco.ui.room import Room
 
 TITLE = "ritocco"
 BASE = "ritocco.base"
 """Key of a request's scope: URL of the API, without a slash at the end."""
 _FILES = [".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp"]
 _FIRST = "Load a picture, paint over what is to change, and run."
+# Gradio's editor puts a layer of the server's in the middle of whatever is on its canvas, and what the brush
+# draws on stays as large as the largest picture so far, or 800 x 800: beside a smaller picture, out of sight.
+_FIT_BRUSH = """(...values) => {
+    window.editor?.tools?.get("brush")?.brush_textures?.initialize_textures();
+    return values;
+}"""
 
 
-def build(actions: Actions, room: Room, *, most_bytes: int, waiting: int, logout: bool) -> gr.Blocks:
+def build(actions: Actions, *, waiting: int, logout: bool) -> gr.Blocks:
     """The page, with its queue set up.
 
-    most_bytes: of a layer. waiting: predictions that the server takes. logout: whether there is one.
+    waiting: predictions that the server takes. logout: whether there is one.
     """
 
     async def run(request: gr.Request, picture: str | None, layers: Any, *values: Any) -> AsyncIterator[Any]:
@@ -40,7 +45,7 @@ def build(actions: Actions, room: Room, *, most_bytes: int, waiting: int, logout
     def opened(picture: str | None) -> tuple[Any, ...]:
         return (*actions.open(picture), words.status(_FIRST))
 
-    def noted(picture: str | None, width: int, height: int) -> tuple[Any, ...]:
+    def noted(picture: str | None, width: Any, height: Any) -> tuple[Any, ...]:
         return actions.note(picture, width, height), gr.skip()
 
     def edited(action: Callable[..., Any]) -> Callable[..., tuple[Any, ...]]:
@@ -52,7 +57,7 @@ def build(actions: Actions, room: Room, *, most_bytes: int, waiting: int, logout
             with gr.Column(scale=3, min_width=420):
                 picture = gr.File(label="Picture", file_types=_FILES, height=110, elem_id="picture")
                 editor = _editor()
-                bounded(editor, most_bytes=most_bytes, room=room)
+                named(editor)
                 note = gr.HTML(js_on_load=None, elem_id="note")
                 with gr.Row():
                     invert, clear, grow = (
@@ -65,6 +70,7 @@ def build(actions: Actions, room: Room, *, most_bytes: int, waiting: int, logout
                 grow_px = gr.Slider(
                     1, masks.MAX_GROW_PX, 8, step=1, label="Grow by (pixels)", elem_id="grow-px"
                 )
+                _as_it_is(grow_px)
             with gr.Column(scale=2, min_width=400):
                 controls = _controls(actions.inputs)
                 with gr.Accordion("More than the original has", open=False):
@@ -97,7 +103,8 @@ def build(actions: Actions, room: Room, *, most_bytes: int, waiting: int, logout
             (invert.click, actions.invert, []),
             (grow.click, actions.grow, [grow_px]),
         ):
-            event(_guarded(edited(action), 2), [picture, editor, *further], [editor, message], **quick)
+            inputs = [picture, editor, *further]
+            event(_guarded(edited(action), 2), inputs, [editor, message], js=_FIT_BRUSH, **quick)
         clear.click(_guarded(edited(actions.clear), 2), picture, [editor, message], **quick)
         shown = [message, pictures, figures, log, saved, python, curl]
         start.click(run, [picture, editor, *controls.values(), *more.values()], shown, **quick)
@@ -147,6 +154,11 @@ def _control(field: Field) -> gr.components.Component:
     else:
         lines = 1 if field.kind == "whole" else 2
         made = gr.Textbox("" if field.default is None else str(field.default), lines=lines, **named)
+    return _as_it_is(made)
+
+
+def _as_it_is(made: gr.components.Component) -> gr.components.Component:
+    """A control without Gradio's judgement, which has no words."""
     vars(made).update(preprocess=lambda value: value)
     return made
 

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 _LOOK_S = 0.05
 """From a call to its begin, at most."""
+_UPLOADS = 32
+"""Of the largest size, and of a MiB at least, for which there is room."""
 
 
 def mount(app: App, *, hosts: Sequence[str] = ()) -> None:
@@ -40,10 +42,13 @@ def mount(app: App, *, hosts: Sequence[str] = ()) -> None:
     """
     shared: Shared = app.state.shared
     settings = shared.settings
-    room = Room(settings.data)
+    closed = bool(shared.sessions.tokens)
+    room = Room(settings.data, most_bytes=_UPLOADS * max(settings.max_upload_bytes, 1 << 20))
     app.keep(room)
     actions = Actions(shared, room)
-    gradio = _beside_a_loop(lambda: _gradio(_blocks(actions, room, shared), room, settings))
+    gradio = _beside_a_loop(
+        lambda: _gradio(build(actions, waiting=settings.waiting, logout=closed), room, settings)
+    )
 
     async def start() -> None:
         gradio.get_blocks().run_startup_events()
@@ -60,9 +65,12 @@ def mount(app: App, *, hosts: Sequence[str] = ()) -> None:
         base=base,
         base_key=BASE,
         placed=settings.public_url is not None,
-        calls=gradio.get_blocks().fns,
+        calls={
+            number: [(one.label, one.data_model) for one in call.inputs]
+            for number, call in gradio.get_blocks().fns.items()
+        },
     )
-    if not shared.sessions.tokens:
+    if not closed:
         names = [*hosts, urlsplit(settings.public_url or "").hostname or "localhost"]
         front = KnownHosts(front, names=names)
     login = Login(shared.sessions, public_url=settings.public_url)
@@ -71,17 +79,6 @@ def mount(app: App, *, hosts: Sequence[str] = ()) -> None:
         Route(LOGOUT, login.logout, methods=["POST"], include_in_schema=False),
         Mount(PAGE, front),
     ]
-
-
-def _blocks(actions: Actions, room: Room, shared: Shared) -> gr.Blocks:
-    settings = shared.settings
-    return build(
-        actions,
-        room,
-        most_bytes=settings.max_upload_bytes,
-        waiting=settings.waiting,
-        logout=bool(shared.sessions.tokens),
-    )
 
 
 def _gradio(blocks: gr.Blocks, room: Room, settings: Settings) -> Any:
