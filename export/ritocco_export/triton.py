@@ -77,9 +77,10 @@ def write_repository(
 def network_config(graph: GraphName, io: NetworkIO, ranges: Ranges, *, accelerator: str) -> str:
     """The `config.pbtxt` of a network. ranges: smallest, best and largest size of each symbol.
 
-    Inputs of one first axis are batches to Triton: it puts those of several requests together.
+    Inputs of one first axis that moves are batches to Triton: it puts those of several requests together. A
+    fixed one, as of `--static`, it would refuse: to it such graphs know no batches.
     """
-    batch = _batch_symbol(io)
+    batch = _batch_symbol(io, ranges)
     best, most = ranges[batch][1:] if batch else (0, 0)
     blocks = [
         f'name: "{PREFIX}{graph}"',
@@ -138,10 +139,13 @@ def _whole(artefacts: Artefacts, graph: GraphName, io: NetworkIO) -> dict[str, t
     }
 
 
-def _batch_symbol(io: NetworkIO) -> str | None:
+def _batch_symbol(io: NetworkIO, ranges: Ranges) -> str | None:
     firsts = {port.shape[0] if port.shape else None for port in (*io.inputs, *io.outputs)}
     first = next(iter(firsts))
-    return first if len(firsts) == 1 and isinstance(first, str) and first in io.ranges else None
+    if len(firsts) != 1 or not isinstance(first, str) or first not in ranges:
+        return None
+    least, _, most = ranges[first]
+    return first if least < most else None
 
 
 def _port(kind: str, port: Port, ranges: Ranges, *, batched: bool) -> str:
@@ -188,7 +192,9 @@ def _warm_up(io: NetworkIO, ranges: Ranges, batch: int) -> str:
             f'    inputs {{ key: "{port.name}" value {{ data_type: {_TYPES[port.dtype]} '
             f"dims: [ {shape} ] zero_data: true }} }}"
         )
-    return "model_warmup [ {\n" + f'    name: "best" batch_size: {batch}\n' + "\n".join(inputs) + "\n} ]"
+    return (
+        "model_warmup [ {\n" + f'    name: "best" batch_size: {max(batch, 1)}\n' + "\n".join(inputs) + "\n} ]"
+    )
 
 
 def _kind(held: Mapping[str, object]) -> str:

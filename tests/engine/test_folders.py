@@ -57,11 +57,13 @@ def test_pictures_and_masks_meet_by_stem(folders: Callable[..., Made]) -> None:
     picture(masks / "stray.png")
     picture(images / ".hidden.png")
     (images / "notes.txt").write_text("no picture")
+    (images / "gone.png").symlink_to("nowhere.png")
     made, bad, warnings = pairs(images, masks, {"seed": 3}, None)
     assert [one.name for one in made] == ["a", "b2", "b10"], "2 before 10"
     assert made[0] == Pair(name="a", image=images / "a.png", mask=masks / "a.png", given={"seed": 3})
     assert {one.name: one.error for one in bad} == {
         "alone": f"no mask: {str(masks)!r} has no file of the stem 'alone'",
+        "gone": f"no mask: {str(masks)!r} has no file of the stem 'gone'",
         "twice": "'twice.jpg' and 'twice.png' have one stem, and so one output; rename one",
     }
     assert warnings == ["1 masks have no picture: 'stray'"]
@@ -166,7 +168,10 @@ def test_a_manifest_that_was_cut_off(tmp_path: Path) -> None:
     with Manifest(tmp_path) as manifest:
         assert manifest.done("a", "k")
         manifest.append({**line, "name": "c"})
-    assert [one["name"] for one in lines(tmp_path)] == ["a", "c"]
+        manifest.append({**line, "name": "lat\udce9n"})  # a file's name in Latin-1, as Python has it
+    assert [one["name"] for one in lines(tmp_path)] == ["a", "c", "lat\udce9n"], "in UTF-8"
+    with Manifest(tmp_path) as manifest:
+        assert manifest.line("lat\udce9n") is not None
     (tmp_path / NAME).write_text('[1]\n{"name": "a"}\n')
     with pytest.raises(RequestError, match=r"line 1 of .* is no JSON of this program's"):
         Manifest(tmp_path)

@@ -10,14 +10,15 @@ from typing import Any
 
 import onnx
 import pytest
-from tritonclient.grpc.model_config_pb2 import DataType, ModelInstanceGroup
+from google.protobuf import text_format
+from tritonclient.grpc.model_config_pb2 import DataType, ModelConfig, ModelInstanceGroup
 
 from ritocco import BackendError, cli, load
 from ritocco.artefacts import open_artefacts
 from ritocco.images import data_uri
 from ritocco.scale.triton_pipeline import TritonPythonModel
 from ritocco.schema import PredictionInput
-from ritocco_export.triton import write_repository
+from ritocco_export.triton import network_config, write_repository
 from triton_double import NUMPY, Triton, configs
 
 NETWORKS = ("ritocco_text_encoder", "ritocco_unet", "ritocco_vae_decoder", "ritocco_vae_encoder")
@@ -96,6 +97,23 @@ def test_profiles_and_warm_up_are_those_of_the_contract(graphs: Path, repository
     assert set(warm.inputs) == {port.name for port in unet.inputs}
     assert warm.inputs["sample"].dims[0] == unet.inputs[0].shape[1]
     assert list(warm.inputs["timestep"].dims) == [1]
+
+
+def test_graphs_of_fixed_sizes_know_no_batches(graphs: Path) -> None:
+    """Triton holds all dims of a model without batches against the graph, the first among them."""
+    for name, network in open_artefacts(graphs).contract.items():
+        fixed = {symbol: (best, best, best) for symbol, (_, best, _) in network.ranges.items()}
+        text = network_config(name, network, fixed, accelerator="none")
+        config = text_format.Parse(text, ModelConfig())
+        sizes = {symbol: best for symbol, (_, best, _) in network.ranges.items()}
+        assert config.max_batch_size == 0
+        for ports, told in ((network.inputs, config.input), (network.outputs, config.output)):
+            assert [tuple(port.dims) for port in told] == [port.resolve(sizes) for port in ports]
+        (warm,) = config.model_warmup
+        assert warm.batch_size == 1
+        assert {name: tuple(one.dims) for name, one in warm.inputs.items()} == {
+            port.name: port.resolve(sizes) for port in network.inputs
+        }
 
 
 def test_the_pipeline_takes_the_schema(repository: Path) -> None:

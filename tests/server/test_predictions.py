@@ -92,6 +92,9 @@ def test_put_is_idempotent(make: Make, asked: dict[str, Any], batcher: HandBatch
     other = client.put("/predictions/my-id_1", json={"input": asked | {"prompt": "a dog"}})
     assert other.status_code == 409
     assert client.put("/predictions/my-id_1", json={"input": asked, "id": "other"}).status_code == 422
+    keyed = {"Idempotency-Key": "k"}
+    for id in ("one", "two"):
+        assert client.put(f"/predictions/{id}", json={"input": asked}, headers=keyed).json()["id"] == id
     bad = client.put("/predictions/no%20spaces", json={"input": asked})
     assert (bad.status_code, bad.json()["invalid_fields"][0]["field"]) == (422, "id")
 

@@ -46,7 +46,10 @@ class Manifest:
 
     def append(self, line: dict[str, Any]) -> None:
         """On the disk when this returns. Raises OSError, and then nothing was appended."""
-        data = json.dumps(line, ensure_ascii=False).encode("utf-8", "surrogateescape") + b"\n"
+        try:
+            data = json.dumps(line, ensure_ascii=False).encode("utf-8") + b"\n"
+        except UnicodeEncodeError:  # a file's name that is no UTF-8
+            data = json.dumps(line).encode("ascii") + b"\n"
         end = self._stream.seek(0, os.SEEK_END)
         try:
             self._stream.write(data)

@@ -127,7 +127,7 @@ def _value(column: str, text: str) -> Any:
         return text
     try:
         return json.loads(text.strip().lower())
-    except ValueError:
+    except (ValueError, RecursionError):
         return text
 
 
@@ -141,7 +141,13 @@ def _row_of(image: Path, rows: dict[str, Mapping[str, Any]]) -> tuple[Mapping[st
 
 def _by_stem(folder: Path, option: str) -> dict[str, list[Path]]:
     try:
-        files = [path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES and path.is_file()]
+        # A link to nothing is a picture that can't be read, not one that is not there.
+        files = [
+            path
+            for path in folder.iterdir()
+            if path.suffix.lower() in SUFFIXES
+            and (path.is_file() or (path.is_symlink() and not path.exists()))
+        ]
     except OSError as error:
         why = f"--{option} is {str(folder)!r}, which is no folder that can be read"
         raise RequestError(f"{why}: {error.strerror}", field=option) from error

@@ -86,7 +86,7 @@ def run(
     model = load.get("model")
     elsewhere = {**load, "model": None if model is None else Path(model).resolve()}
     lines = (
-        ray.data.from_items(tasks, override_num_blocks=max(1, len(tasks) // THREADS))
+        ray.data.from_items(tasks, override_num_blocks=-(-len(tasks) // THREADS))
         .map_batches(
             FolderPainter,
             fn_constructor_args=(elsewhere, out.resolve(), dict(options)),

@@ -83,7 +83,9 @@ class Shared:
             raise BusyError("the queue is full", retry_after=1.0)
 
     def record(self, asked: PredictionRequest, *, base: str, key: str | None, id: str | None) -> Record:
-        """The prediction that a request asks for. Raises InputError and ProblemError."""
+        """The prediction that a request asks for. key: of no use beside an id, under which it may be repeated
+        too. Raises InputError and ProblemError.
+        """
         version = self.version_of(asked.version)
         fields, _, ignored = parse_input(asked.input, allow_local=False)
         self._refuse_too_much(fields)
@@ -92,7 +94,7 @@ class Shared:
         told = [version, held, asked.webhook, asked.webhook_events_filter]
         return Record(
             id=id or new_id(),
-            key=key,
+            key=key if id is None else None,
             input=held | {plain(name): None for name in ignored[:_NAMED]},
             version=version,
             base=base,
