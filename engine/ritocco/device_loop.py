@@ -14,7 +14,7 @@ from ritocco.backends.runtime import Runtime
 from ritocco.engine import Engine
 from ritocco.errors import BackendError, DeviceLostError, TimeLimitError
 from ritocco.pixels import Pixels
-from ritocco.policy import Turn, buckets, decide, in_order
+from ritocco.policy import Turn, decide, in_order
 from ritocco.pool import INTERRUPTED, Pool
 from ritocco.prediction import timestamp
 from ritocco.preview import Preview
@@ -157,10 +157,17 @@ class DeviceLoop:
             return
         with self._pool.changed:
             entries = [*self._pool.entries, *self._seats.entries]
-        known, counts = self._bounds, buckets(self._capacity)
-        self._bounds = {
-            one: known.get(one) or self._engine.together(one.job.request.fields, counts) for one in entries
-        }
+        known = self._bounds
+        self._bounds = {one: known.get(one) or self._learned(one) for one in entries}
+
+    def _learned(self, entry: Entry) -> int:
+        try:
+            return self._engine.together(entry.job.request.fields, self._capacity)
+        except Exception:
+            _log.warning(
+                "no plan of company for prediction %s: it moves alone", entry.ticket.id, exc_info=True
+            )
+            return 1
 
     def _bound(self, entry: Entry) -> int | None:
         """See `Work.most`. Who came a moment ago moves alone."""

@@ -19,12 +19,13 @@ from ritocco import stages
 from ritocco.backends.host_memory import give_back_freed_memory
 from ritocco.backends.host_threads import let_go_of_workers
 from ritocco.backends.runtime import Floats, Lane, Runtime
+from ritocco.byte_sizes import mib_down, mib_up
 from ritocco.denoise import denoise
 from ritocco.device import responds
 from ritocco.errors import BackendError
 from ritocco.fetch import Fetcher
 from ritocco.pixels import Pixels
-from ritocco.plans import asked_without_pictures, mib_down, mib_up
+from ritocco.plans import asked_without_pictures
 from ritocco.prediction import MODEL, Prediction
 from ritocco.progress import Log
 from ritocco.request import Request, prepare
@@ -221,10 +222,10 @@ class Engine:
         """Whether requests have to keep to a budget of memory."""
         return self._planner is not None and self._planner.budget is not None
 
-    def together(self, fields: PredictionInput, counts: Sequence[int]) -> int:
+    def together(self, fields: PredictionInput, capacity: int) -> int:
         """How many lanes may share a step with those of a request; see `Planner.together`."""
         planner = self._planner
-        return max(counts) if planner is None else planner.together(fields, counts)
+        return capacity if planner is None else planner.together(fields, capacity)
 
     @contextmanager
     def holding(self) -> Iterator[None]:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ritocco.byte_sizes import mib_down, mib_up
 from ritocco.errors import BackendError
-from ritocco.plans import mib_down, mib_up, smallest_takes
+from ritocco.plans import smallest_takes
 
 if TYPE_CHECKING:
     import torch

@@ -8,10 +8,11 @@ from typing import Any
 
 from ritocco import plugins
 from ritocco.artefacts import open_artefacts
+from ritocco.byte_sizes import mib
 from ritocco.errors import RequestError
 from ritocco.graph_plan import GraphPlan, asked_of
 from ritocco.nets.io import GraphName
-from ritocco.plans import asked_without_pictures, mib
+from ritocco.plans import asked_without_pictures
 from ritocco.schema import PredictionInput
 from ritocco.shown import shown
 

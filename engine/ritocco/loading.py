@@ -24,12 +24,13 @@ from ritocco.backends import (
 from ritocco.backends.engine_store import check_options
 from ritocco.backends.host_memory import LARGEST_KEPT_BYTES, keep_freed_memory
 from ritocco.backends.runtime import LatentSize
+from ritocco.byte_sizes import mib_down, parse_budget
 from ritocco.device import check_names
 from ritocco.disk import cache_root
 from ritocco.engine import Engine
 from ritocco.errors import BackendError, CheckpointError
 from ritocco.fetch import Fetcher
-from ritocco.plans import Planner, Strategy, mib_down, parse_budget
+from ritocco.plans import Planner, Strategy
 from ritocco.prediction import Prediction
 from ritocco.safety import SafetyChecker
 from ritocco.schema import PredictionInput

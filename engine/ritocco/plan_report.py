@@ -9,21 +9,13 @@ from typing import Any
 import torch
 
 from ritocco.artefacts import is_artefacts
+from ritocco.byte_sizes import mib, mib_down, mib_up, parse_budget
 from ritocco.checkpoint import open_checkpoint
 from ritocco.device import choose, refuse_unplanned
 from ritocco.errors import RequestError
 from ritocco.known import outline
 from ritocco.memory import Rehearsal
-from ritocco.plans import (
-    MemoryPlan,
-    Planner,
-    Strategy,
-    asked_without_pictures,
-    mib,
-    mib_down,
-    mib_up,
-    parse_budget,
-)
+from ritocco.plans import MemoryPlan, Planner, Strategy, asked_without_pictures
 from ritocco.schema import PredictionInput
 from ritocco.shown import shown
 

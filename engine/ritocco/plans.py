@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
-import math
-import numbers
-import re
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from ritocco.byte_sizes import mib_down, mib_up
 from ritocco.errors import BackendError, RequestError
-from ritocco.shown import shown
+from ritocco.policy import buckets
 
 if TYPE_CHECKING:
     from ritocco.memory import Usage
     from ritocco.schema import PredictionInput
 
-_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 _KEPT_USAGES = 8192  # every size and number of pictures of the schema, in every strategy
 _KEPT_COURSES = 32  # of some thousand operations each
 _STEP_COUNTS = (2, 3, 5, 10, 20, 30, 50, 75, 100, 150, 200, 300, 500)
-_LANES = (1, 2, 4, 8)  # `policy.buckets` of a Batcher's capacity
+_CAPACITY = 8  # of a Batcher that is not told another
 _TABLE_ROWS = (51, 501)  # of lanes that share a step; PNDM has one more than steps
 _TEXT, _ALL = ("text_encoder",), ("text_encoder", "vae", "unet")
 _WHO_STAYS = {  # by who leaves
@@ -97,26 +94,6 @@ def strategies(num_outputs: int) -> tuple[Strategy, ...]:
     return tuple(Strategy(at_once=count, leaving=leaving) for leaving in _WHO_STAYS for count in counts)
 
 
-def parse_budget(budget: float | str, name: str = "memory_budget") -> int:
-    """Bytes of a whole number, or of words such as `8GiB`, `500 MB`. Raises RequestError, which calls the
-    budget by this name.
-    """
-    if isinstance(budget, numbers.Real) and not isinstance(budget, bool):
-        whole = isinstance(budget, numbers.Integral) or float(budget).is_integer()
-        if whole and budget > 0:
-            return int(budget)
-    found = re.fullmatch(
-        r"\s*((?:[0-9]{1,12}|[0-9]{1,3}(?:,[0-9]{3}){1,3})(?:\.[0-9]{1,6})?)\s*([A-Za-z]{0,3})\s*",
-        str(budget),
-    )
-    if isinstance(budget, str) and found is not None and found[2].upper() in _UNITS:
-        size = int(float(found[1].replace(",", "")) * _UNITS[found[2].upper()])
-        if size > 0:
-            return size
-    rule = "it must be a whole number of bytes over 0, or a number with a unit, as 8GiB or 500MB"
-    raise RequestError(f"{name} is {shown(budget)}; {rule}", field=name)
-
-
 def asked_without_pictures(given: Mapping[str, Any]) -> PredictionInput:
     """The fields of a request whose picture and mask may be missing: no plan depends on them. Raises
     RequestError for bad ones.
@@ -174,7 +151,7 @@ class Planner:
             usage = self._usage(asked, None if self.budget is None else plan.strategy, course=True)
             if self.budget is None:
                 return replace(plan, usage=usage)
-            less, together = self._less(asked, plan), self._together(asked, _LANES)
+            less, together = self._less(asked, plan), self._together(asked, _CAPACITY)
         return replace(plan, usage=usage, less=less, together=together)
 
     def most(self) -> int:
@@ -190,17 +167,17 @@ class Planner:
         with self._lock:
             return self._most(_smallest(), _smallest_way())
 
-    def together(self, fields: PredictionInput, counts: Sequence[int]) -> int:
-        """How many lanes may share a step with those of a request: the most of `counts`, in their order, that
-        fit beside the networks which stay for it; 1 where its own don't move together. Requests of one size
-        may share a step of as many as each of them bears.
+    def together(self, fields: PredictionInput, capacity: int) -> int:
+        """How many lanes may share a step with those of a request: the most of `buckets(capacity)` that fit
+        beside the networks which stay for it; 1 where its own don't move together. Requests of one size may
+        share a step of as many as each of them bears.
 
         They are planned as guided lanes that have nothing in common. 1, too, for a request that does not fit.
         """
         if self.budget is None:
-            return max(counts)
+            return capacity
         with self._lock:
-            return self._together(_asked(fields), counts)
+            return self._together(_asked(fields), capacity)
 
     def follow(self, *requests: PredictionInput) -> None:
         """Where there is a budget, make the runtime ready for a request, or for a step that several of one
@@ -289,13 +266,13 @@ class Planner:
             kept.popitem(last=False)
         return usage
 
-    def _together(self, asked: Mapping[str, Any], counts: Sequence[int]) -> int:
+    def _together(self, asked: Mapping[str, Any], capacity: int) -> int:
         own, most = asked["num_outputs"], 1
         try:
             strategy = self._made(asked).strategy
         except RequestError:
             return 1
-        for count in counts if strategy.at_once == own else ():
+        for count in buckets(capacity) if strategy.at_once == own else ():
             if count > own and self._crowd(asked, strategy.leaving, count) > (self.budget or 0):
                 break
             most = count
@@ -352,21 +329,6 @@ def smallest_takes(least: int) -> str:
         f"the smallest request, one picture of {side}, unguided, takes {mib_up(least)} with one network at a "
         "time in memory"
     )
-
-
-def mib(size: float) -> str:
-    """For people."""
-    return f"{size / 2**20:,.1f} MiB"
-
-
-def mib_up(size: int) -> str:
-    """The same, of what is needed: a budget of so much, as it is written, is enough."""
-    return mib(math.ceil(size * 10 / 2**20) * 2**20 / 10)
-
-
-def mib_down(size: int) -> str:
-    """The same, of what is there."""
-    return mib(size * 10 // 2**20 * 2**20 / 10)
 
 
 def _asked(fields: PredictionInput) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import numpy.typing as npt
 import pytest
 import torch
 
-from ritocco import Batcher, Engine, NonFiniteError, Prediction, load
+from ritocco import BackendError, Batcher, Engine, NonFiniteError, Prediction, load
 from ritocco.backends.runtime import LaneState, LatentSize
 from ritocco.backends.torch_ import TorchBatch
 from ritocco.checkpoint import open_checkpoint
@@ -206,13 +206,31 @@ def test_under_a_budget_requests_share_the_steps_that_it_bears(
     budget = rehearsal.together(height=64, width=64, lanes=2, rows=51).most
     with load(tiny_checkpoint, device="cpu", dtype="float32", memory_budget=budget) as engine:
         fields = engine.check(requests[0]).request.fields
-        assert engine.together(fields, (1, 2, 4)) == 2
+        assert engine.together(fields, 4) == 2
         alone = [engine.predict(one) for one in requests]
         with Batcher(engine, capacity=4) as batcher:
             found = run(batcher, requests)
             assert max(batcher.snapshot().steps) == 2
     for ours, theirs in zip(found, alone, strict=True):
         assert np.abs(pixels(ours) - pixels(theirs)).max() <= LEVELS
+
+
+def test_who_has_no_plan_of_company_moves_alone(
+    tiny_checkpoint: Path, ask: Ask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its device goes on."""
+
+    def broken(*_: object) -> int:
+        raise BackendError("no plans")
+
+    monkeypatch.setattr(Engine, "together", broken)
+    with (
+        load(tiny_checkpoint, device="cpu", dtype="float32", memory_budget="64MiB") as engine,
+        Batcher(engine) as batcher,
+    ):
+        found = run(batcher, [ask(num_inference_steps=2)] * 2)
+        assert set(batcher.snapshot().steps) == {1}
+    assert [one.status for one in found] == ["succeeded"] * 2
 
 
 def test_under_a_budget_only_those_who_move_are_on_the_device(
@@ -222,7 +240,7 @@ def test_under_a_budget_only_those_who_move_are_on_the_device(
     with load(tiny_checkpoint, device="cpu", dtype="float32", memory_budget="64MiB") as engine:
         requests = [ask(seed=seed, num_inference_steps=3, num_outputs=2) for seed in range(3)]
         alone = [engine.predict(one) for one in requests]
-        engine.together(engine.check(requests[0]).request.fields, (1, 2, 4, 8))  # rehearses steps too
+        engine.together(engine.check(requests[0]).request.fields, 8)  # rehearses steps too
         monkeypatch.setattr("ritocco.device_loop.decide", in_turns)
         seated: list[int] = []
         original = TorchBatch.step

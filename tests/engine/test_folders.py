@@ -92,6 +92,9 @@ def test_a_table_goes_before_what_is_for_all(folders: Callable[..., Made], tmp_p
         Bad(name="c", image=images / "c.png", error="the table has no row for it, and there is no --prompt")
     ]
     assert warnings == ["1 rows of the table have no picture: 'z'"]
+    table.write_text("name,prompt,seed\nb,a cat," + "[" * 20_000 + "\n", "utf-8")
+    (nested,) = (one for one in pairs(images, masks, {}, read_table(table))[0] if one.name == "b")
+    assert nested.given["seed"] == "[" * 20_000, "for the schema to refuse"
     assert len(pairs(images, masks, {"prompt": "a fox"}, read_table(table))[0]) == 3
 
 

@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 import ritocco
 from ritocco import BackendError, RequestError
 from ritocco.backends.torch_ import TorchRuntime
+from ritocco.byte_sizes import mib_down, mib_up, parse_budget
 from ritocco.checkpoint import open_checkpoint
 from ritocco.cli import app
 from ritocco.device_loop import DeviceLoop
@@ -23,7 +24,7 @@ from ritocco.memory import Phase, Rehearsal, Usage
 from ritocco.parameters import MemoryTensor, without_tensors
 from ritocco.plan_report import as_text, planned
 from ritocco.plan_verify import allocated
-from ritocco.plans import MemoryPlan, Planner, Strategy, mib_down, mib_up, parse_budget, strategies
+from ritocco.plans import MemoryPlan, Planner, Strategy, strategies
 from ritocco.schema import PredictionInput, parse_input
 from ritocco.step_times import StepTimes
 from ritocco.track import Tracker
@@ -190,12 +191,17 @@ def test_as_many_lanes_share_a_step_as_the_budget_bears(
     made = Made()
     planner = Planner(lambda: made, device="cpu", dtype="float32", budget=budget)
     fields = asked_for(**given)
-    assert planner.together(fields, (1, 2, 4, 8)) == most
+    assert planner.together(fields, 8) == most
     asked = made.asked
-    assert planner.together(fields, (1, 2, 4, 8)) == most
+    assert planner.together(fields, 8) == most
     assert made.asked == asked, "kept"
+    if budget > 69:  # where it fits at all
+        told = planner.explained(fields)
+        assert told.together == most
+        alone = f"a step of up to {most} pictures" if most > fields.num_outputs else "no step"
+        assert f"in a Batcher it shares {alone} with others of its size" in as_text(told)
     planner.budget = None
-    assert planner.together(fields, (1, 2, 4, 8)) == 8
+    assert planner.together(fields, 8) == 8
 
 
 def test_requests_that_share_a_step_are_followed_as_one() -> None:
@@ -331,10 +337,10 @@ def test_requests_share_steps_within_a_budget(
     monkeypatch.setattr(StepTimes, "due", lambda *_: False)
     monkeypatch.setattr(StepTimes, "step", lambda *_: 1.0)  # company costs nothing
     with ritocco.load(tiny, device="cpu", dtype="float32", memory_budget=budget - 1) as engine:
-        assert engine.together(asked_for(**size), (1, 2, 4, 8)) == lanes // 2
+        assert engine.together(asked_for(**size), 8) == lanes // 2
     with ritocco.load(tiny, device="cpu", dtype="float32", memory_budget=budget) as engine:
         assert engine.plan(**size).strategy.leaving == leaving
-        assert engine.together(asked_for(**size), (1, 2, 4, 8)) == lanes
+        assert engine.together(asked_for(**size), 8) == lanes
         pictures = [engine.predict(one).images[0] for one in requests]
         with ritocco.Batcher(engine, capacity=8) as batcher:
             tickets = [batcher.submit(one) for one in requests]

@@ -332,7 +332,9 @@ def test_a_picture_that_is_gone_is_missed_in_words(person: Person, picture: Path
     for file in (folder / "data" / "ui").rglob("*.png"):
         file.unlink()
     person.run()
-    person.page.get_by_text("The file is not at this server any more, or never was").wait_for()
+    words = person.page.get_by_text("The file is not at this server any more, or never was")
+    words.wait_for()
+    assert words.is_visible()
 
 
 def test_errors_are_shown_as_errors(person: Person, picture: Path, tmp_path: Path) -> None:

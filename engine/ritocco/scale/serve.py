@@ -19,11 +19,11 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 from ray import serve
 
 from ritocco.batcher import Batcher
+from ritocco.byte_sizes import parse_budget
 from ritocco.device import check_names
 from ritocco.errors import RequestError
 from ritocco.fetch import Fetcher
 from ritocco.loading import load
-from ritocco.plans import parse_budget
 from ritocco.scale.painter import CLOSE_S, Event, Painter
 from ritocco.scale.remote import RemoteBatcher, Stream
 from ritocco.server.app import App, create_app
