@@ -143,10 +143,11 @@ class HandBatcher:
             running=0,
             lanes=0,
             steps={1: 3, 4: 1},
-            step_seconds=[{}],
+            step_seconds=[{(768, 512, 2): 0.25}],
             outcomes={},
             healthy=self.healthy,
             engines=int(self.healthy),
+            memory=[{"peak": 2**30}],
         )
 
     def next(self) -> Run:

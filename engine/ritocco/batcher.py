@@ -10,6 +10,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import count
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,7 @@ from ritocco.policy import remaining
 from ritocco.pool import INTERRUPTED, Pool
 from ritocco.prediction import Prediction
 from ritocco.schema import PredictionInput
+from ritocco.shown import shown
 from ritocco.tickets import Entry, Ticket
 
 if TYPE_CHECKING:
@@ -39,7 +41,8 @@ class Snapshot:
     waiting: requests that wait for their first step. set_aside: those that others have passed after some.
     running, lanes: those on a device, and their pictures. steps: how many were taken, by pictures in them.
     step_seconds: of a step, for each engine by size (width and height in pixels) and UNet rows. outcomes:
-    predictions that ended, by status. healthy: see `Batcher.healthy`. engines: how many work.
+    predictions that ended, by status. healthy: see `Batcher.healthy`. engines: how many work. memory: see
+    `Engine.memory`, for each.
     """
 
     waiting: int
@@ -51,6 +54,7 @@ class Snapshot:
     outcomes: Mapping[str, int]
     healthy: bool
     engines: int
+    memory: Sequence[Mapping[str, int]] = ()
 
     @property
     def fill(self) -> float:
@@ -89,13 +93,18 @@ class Batcher:
         engines = [engines] if isinstance(engines, Engine) else list(engines)
         for name, value, fits, rule in (
             ("engines", len(engines), bool(engines), "it must be at least 1"),
-            ("capacity", capacity, capacity >= 1, "it must be at least 1"),
-            ("waiting", waiting, waiting >= 1, "it must be at least 1"),
-            ("ageing", ageing, ageing > 0, "it must be over 0"),
-            ("time_limit", time_limit, time_limit is None or time_limit > 0, "it must be over 0, or None"),
+            ("capacity", capacity, _counts(capacity), "it must be a whole number of at least 1"),
+            ("waiting", waiting, _counts(waiting), "it must be a whole number of at least 1"),
+            ("ageing", ageing, _over_0(ageing), "it must be over 0"),
+            (
+                "time_limit",
+                time_limit,
+                time_limit is None or _over_0(time_limit),
+                "it must be over 0, or None",
+            ),
         ):
             if not fits:
-                raise RequestError(f"{name} is {value}; {rule}", field=name)
+                raise RequestError(f"{name} is {shown(value)}; {rule}", field=name)
         if len({(one.version, one.traits.dtype) for one in engines}) > 1:
             raise RequestError("engines must be of one checkpoint in one dtype", field="engines")
         self._core = core = _Core(engines, capacity=capacity, ageing=ageing, clock=clock)
@@ -164,7 +173,8 @@ class Batcher:
                 ended.set_result(None)
 
         def tell(_: Ticket) -> None:
-            loop.call_soon_threadsafe(end)
+            with suppress(RuntimeError):  # the loop was closed meanwhile, and nobody awaits this any more
+                loop.call_soon_threadsafe(end)
 
         submitted = asyncio.ensure_future(asyncio.to_thread(self.submit, input, **options))
         try:
@@ -225,6 +235,7 @@ class Batcher:
             outcomes=outcomes,
             healthy=self.healthy,
             engines=sum(loop.healthy for loop in core.loops),
+            memory=[one.memory for one in self._engines],
         )
 
     def _refuse_closed(self) -> None:
@@ -331,3 +342,11 @@ def _cancel_submitted(submitted: asyncio.Future[Ticket]) -> None:
 
 def _in_pixels(measured: Mapping[tuple[LatentSize, int], float]) -> dict[tuple[int, int, int], float]:
     return {(8 * size.width, 8 * size.height, rows): seconds for (size, rows), seconds in measured.items()}
+
+
+def _counts(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def _over_0(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and value > 0

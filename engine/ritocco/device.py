@@ -89,6 +89,21 @@ def responds(name: str) -> bool:
         return False
 
 
+def held_memory(name: str) -> dict[str, int]:
+    """Bytes that torch holds of a CUDA device: `allocated` and `reserved` now, and at the `peak`, the most
+    allocated; nothing of other devices.
+    """
+    import torch
+
+    if not name.startswith("cuda"):
+        return {}
+    return {
+        "allocated": torch.cuda.memory_allocated(name),
+        "reserved": torch.cuda.memory_reserved(name),
+        "peak": torch.cuda.max_memory_allocated(name),
+    }
+
+
 def refuse_unplanned(device: torch.device, dtype: torch.dtype) -> None:
     """Raises BackendError where memory can't be planned: in bfloat16 on a CPU where oneDNN has it not."""
     import torch

@@ -21,7 +21,7 @@ from ritocco.backends.host_threads import let_go_of_workers
 from ritocco.backends.runtime import Floats, Lane, Runtime
 from ritocco.byte_sizes import mib_down, mib_up
 from ritocco.denoise import denoise
-from ritocco.device import responds
+from ritocco.device import held_memory, responds
 from ritocco.errors import BackendError
 from ritocco.fetch import Fetcher
 from ritocco.pixels import Pixels
@@ -221,6 +221,13 @@ class Engine:
     def budgeted(self) -> bool:
         """Whether requests have to keep to a budget of memory."""
         return self._planner is not None and self._planner.budget is not None
+
+    @property
+    def memory(self) -> Mapping[str, int]:
+        """Bytes: `budget`, where requests keep to one, and of a CUDA device what `held_memory` tells."""
+        planner = self._planner
+        budget = None if planner is None else planner.budget
+        return held_memory(self.traits.device) | ({} if budget is None else {"budget": budget})
 
     def together(self, fields: PredictionInput, capacity: int) -> int:
         """How many lanes may share a step with those of a request; see `Planner.together`."""

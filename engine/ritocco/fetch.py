@@ -48,6 +48,7 @@ CONNECT_TIMEOUT_S = 5.0
 
 
 _HOST = re.compile(r"(?=.{1,254}\Z)[a-z0-9_-]{1,63}(\.[a-z0-9_-]{1,63})*\.?\Z")
+_PATH = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*://[^/\s]*)/\S*?(?=[:,']?(?:\s|\Z))")
 _NUMERIC_LABEL = re.compile(r"(0x[0-9a-f]*|[0-9]+)\Z")
 
 
@@ -58,8 +59,13 @@ def redacted(url: str) -> str:
     if not separator:
         scheme, rest = "", head
     authority, slash, path = rest.partition("/")
-    shown = ascii(scheme + separator + authority.rpartition("@")[2] + slash + path)[1:-1]
+    shown = ascii(scheme + separator + authority.rpartition("@")[2] + slash + path)[1:-1].replace(" ", "%20")
     return shown if len(shown) <= 100 else shown[:97] + "..."
+
+
+def without_paths(text: str) -> str:
+    """A text that shows URLs as `redacted` does, with scheme and host of each: a path may open something."""
+    return _PATH.sub(r"\1/...", text)
 
 
 def _strings(name: str, given: object) -> tuple[str, ...]:

@@ -211,6 +211,12 @@ def test_a_bad_request_is_refused_in_the_callers_thread_and_takes_no_place(
     ("options", "field"),
     [
         ({"capacity": 0}, "capacity"),
+        ({"capacity": 1.5}, "capacity"),
+        ({"capacity": True}, "capacity"),
+        ({"waiting": "64"}, "waiting"),
+        ({"ageing": None}, "ageing"),
+        ({"time_limit": float("nan")}, "time_limit"),
+        ({"time_limit": "1 h"}, "time_limit"),
         ({"waiting": 0}, "waiting"),
         ({"ageing": 0.0}, "ageing"),
         ({"time_limit": 0.0}, "time_limit"),
@@ -778,6 +784,25 @@ def test_predict_awaits_and_its_cancellation_cancels(runtime: VirtualRuntime, ma
     assert asyncio.run(both()).status == "succeeded"
     assert runtime.steps().count((2,)) <= 1
     assert batcher.snapshot().outcomes == {"succeeded": 2, "canceled": 1}
+
+
+def test_what_ends_after_its_loop_is_no_mistake(
+    runtime: VirtualRuntime, make: Make, asked: Ask, caplog: pytest.LogCaptureFixture
+) -> None:
+    batcher = make()
+    runtime.hold()
+
+    async def leave() -> Any:
+        waiting = asyncio.ensure_future(batcher.predict(asked(2, 1)))
+        assert await asyncio.to_thread(runtime.arrive) == "start"
+        return waiting
+
+    assert asyncio.run(leave()).cancelled()
+    runtime.let_all()
+    assert batcher.submit(asked(1, 2)).result(PATIENCE).status == "succeeded"
+    batcher.close()
+    assert batcher.snapshot().outcomes == {"canceled": 1, "succeeded": 1}
+    assert [one.getMessage() for one in caplog.records if one.levelname == "ERROR"] == []
 
 
 def test_a_batcher_that_nobody_holds_ends_once_its_tickets_have(

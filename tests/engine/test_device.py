@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from ritocco.backends import installed
-from ritocco.device import choose, native_bfloat16
+from ritocco.device import choose, held_memory, native_bfloat16
 from ritocco.errors import BackendError, RequestError
 
 Machine = Callable[..., None]
@@ -157,3 +157,17 @@ def test_this_machine_has_something_to_run_on() -> None:
 )
 def test_installed_looks_and_imports_nothing(package: str, there: bool) -> None:
     assert installed(package) is there
+
+
+def test_of_a_cpu_no_memory_is_told() -> None:
+    assert held_memory("cpu") == {}
+
+
+@pytest.mark.gpu
+def test_held_memory_is_that_of_the_device() -> None:
+    before = held_memory("cuda:0")
+    held = torch.empty(3 << 20, dtype=torch.uint8, device="cuda:0")
+    after = held_memory("cuda:0")
+    assert after["allocated"] - before["allocated"] == held.numel()
+    assert after["peak"] >= after["allocated"]
+    assert after["reserved"] >= after["allocated"]

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from ritocco.errors import FetchError, RequestError
-from ritocco.fetch import Fetcher, redacted
+from ritocco.fetch import Fetcher, redacted, without_paths
 
 LOOPBACK = ["127.0.0.0/8"]
 BODY = bytes(range(256)) * 40
@@ -425,10 +425,31 @@ def test_messages_keep_secrets(server: Server) -> None:
         ("u:p@h.example/a?b", "h.example/a"),
         ("http://h/" + "a" * 200, "http://h/" + "a" * 88 + "..."),
         ("http://h/\x1b[31m", "http://h/\\x1b[31m"),
+        ("http://h/a b", "http://h/a%20b"),
     ],
 )
 def test_redacted(url: str, shown: str) -> None:
     assert redacted(url) == shown
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        (
+            "image: https://h.example:8000/secret/b.png: answered 404",
+            "image: https://h.example:8000/...: answered 404",
+        ),
+        (
+            "redirects to https://a/secret, which redirects to http://b/secret",
+            "redirects to https://a/..., which redirects to http://b/...",
+        ),
+        ("image: 'ftp://h/secret' has a scheme", "image: 'ftp://h/...' has a scheme"),
+        ("https://h/secret", "https://h/..."),
+        ("https://h is not there; 3/4 and a: b", "https://h is not there; 3/4 and a: b"),
+    ],
+)
+def test_without_paths(text: str, shown: str) -> None:
+    assert without_paths(text) == shown
 
 
 def test_host_list(server: Server, names: Resolver) -> None:

@@ -369,6 +369,7 @@ def test_requests_of_many_sizes_take_no_more_and_more(tiny: Path, switching: dic
     sizes: list[dict[str, int]] = [{"width": 64, "height": 64, "num_outputs": 1}, dict(LARGER)]
     sizes += [{"width": 192, "height": 64, "num_outputs": 2}]
     with ritocco.load(tiny, device="cpu", dtype="float32", memory_budget=budget) as engine:
+        assert engine.memory == {"budget": budget}
         rounds = []
         for size in sizes:
             engine.plan(**{"num_inference_steps": 2, **size})

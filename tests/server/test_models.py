@@ -113,6 +113,9 @@ def test_figures(make: Make, asked: dict[str, Any], batcher: HandBatcher) -> Non
     assert figure(text, "ritocco_predictions_accepted_total") == 1
     assert figure(text, "process_resident_memory_bytes") > 0
     assert figure(text, 'ritocco_steps_total{pictures="4"}') == 1
+    measured = 'ritocco_measured_step_seconds{engine="0",height="512",rows="2",width="768"}'
+    assert figure(text, measured) == 0.25
+    assert figure(text, 'ritocco_memory_bytes{engine="0",kind="peak"}') == 2**30
     assert figure(text, "ritocco_batch_fill") == 7 / 4
     assert figure(text, "ritocco_set_aside") == 2
     assert figure(text, "ritocco_healthy") == 1

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Metric, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
@@ -33,6 +33,31 @@ class _Batch(Collector):
         yield GaugeMetricFamily("ritocco_set_aside", "Requests that others have passed.", found.set_aside)
         yield GaugeMetricFamily("ritocco_healthy", "Whether some engine works.", float(found.healthy))
         yield GaugeMetricFamily("ritocco_engines", "Engines that work.", found.engines)
+        yield _labelled(
+            "ritocco_measured_step_seconds",
+            "Of one step on the device, by engine, picture and UNet rows.",
+            ("engine", "width", "height", "rows"),
+            {
+                (engine, *size): seconds
+                for engine, measured in enumerate(found.step_seconds)
+                for size, seconds in measured.items()
+            },
+        )
+        yield _labelled(
+            "ritocco_memory_bytes",
+            "By engine: its budget; of a CUDA device what is allocated, reserved, and the most allocated.",
+            ("engine", "kind"),
+            {(engine, kind): size for engine, held in enumerate(found.memory) for kind, size in held.items()},
+        )
+
+
+def _labelled(
+    name: str, text: str, labels: Sequence[str], values: Mapping[tuple[object, ...], float]
+) -> GaugeMetricFamily:
+    made = GaugeMetricFamily(name, text, labels=labels)
+    for key, value in values.items():
+        made.add_metric([str(part) for part in key], value)
+    return made
 
 
 class Metrics:
@@ -47,7 +72,7 @@ class Metrics:
         )
         self.step_seconds = Histogram(
             "ritocco_step_seconds",
-            "From one step of a prediction to its next.",
+            "From one step of a prediction to its next, the time in which others passed it included.",
             buckets=_STEP_BUCKETS,
             registry=registry,
         )

@@ -23,7 +23,7 @@ from typing import Literal, TypeAlias
 from urllib.parse import urlsplit
 
 from ritocco.errors import RitoccoError
-from ritocco.fetch import Fetcher, redacted
+from ritocco.fetch import Fetcher, without_paths
 from ritocco.prediction import new_id
 from ritocco.server.database import StorageError, setting
 from ritocco.server.store import Record, Store
@@ -235,7 +235,7 @@ class Webhooks:
             arrived, why = 200 <= status < 300, f"status {status}"
         except RitoccoError as error:
             # Receivers' paths tend to be secrets.
-            arrived, why = False, str(error).replace(redacted(url), _origin(url))
+            arrived, why = False, without_paths(str(error))
         said |= {"attempt": message.attempts, "outcome": "delivered" if arrived else why}
         _log.info("webhook", extra=said)
         return arrived
@@ -244,11 +244,6 @@ class Webhooks:
 def _last_id(record: Record) -> str:
     """The same whoever sends it, after a restart too: receivers drop repetitions by it."""
     return f"msg_{hashlib.sha256(record.stream.encode('ascii')).hexdigest()[:26]}"
-
-
-def _origin(url: str) -> str:
-    """Scheme and host, fit for logs."""
-    return "/".join(redacted(url).split("/")[:3])
 
 
 def _host(url: str | None) -> str:
