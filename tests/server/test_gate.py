@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import json
 import logging
 from typing import Any
 
 import pytest
+from starlette.responses import Response
 from starlette.testclient import TestClient
+from starlette.types import Message
 from starlette.websockets import WebSocketDisconnect
 
-from hand_batcher import Make, picture
-from ritocco.errors import RequestError
+from hand_batcher import HandBatcher, Make, picture
+from ritocco.errors import FetchError, RequestError
 from ritocco.prediction import MODEL
 from ritocco.server import Settings
-from ritocco.server.gate import PREFIXES
+from ritocco.server.gate import PREFIXES, BodyLimits
 from ritocco.server.logs import JsonLines
+from ritocco.server.metrics import Metrics
+from ritocco.server.problems import ProblemError
 from ritocco.server.settings import read_tokens
 
 TOKENS = ["correct-horse-battery-staple", "another-token-of-enough-letters"]
@@ -133,6 +138,12 @@ def test_a_page_that_is_named_may_call(make: Make, asked: dict[str, Any]) -> Non
     assert got.status_code == 201
 
 
+def test_without_a_page_nobody_is_shown_the_way_in(closed_client: TestClient) -> None:
+    for path in ("/ui", "/ui/", "/ui/login"):
+        got = closed_client.get(path, follow_redirects=False)
+        assert (got.status_code, path) == (404 if path == "/ui/login" else 401, path)
+
+
 def test_there_are_no_websockets(open_client: TestClient) -> None:
     with pytest.raises(WebSocketDisconnect), open_client.websocket_connect("/v1/predictions"):
         pass
@@ -229,6 +240,7 @@ def test_only_json_is_read_as_json(open_client: TestClient, kind: str) -> None:
 def test_bodies_are_capped(make: Make) -> None:
     client = make(max_body_bytes=1000, max_upload_bytes=1000)
     assert client.post("/v1/predictions", content=b" " * 1001, headers=JSON).status_code == 413
+    assert 'ritocco_requests_refused_total{status="413"} 1.0' in client.get("/metrics").text
 
     def parts() -> Any:
         for _ in range(1100):
@@ -245,6 +257,45 @@ def test_bodies_are_capped(make: Make) -> None:
             yield b"x" * (1 << 16)
 
     assert client.post("/v1/files", content=endless(), headers=form).status_code == 413
+
+
+def test_the_bodies_of_all_requests_are_capped() -> None:
+    "Sixteen of the largest are let in, announced or not, and room is made when they are answered."
+    body, answered = bytes(1 << 21), asyncio.Event()
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await receive()
+        await answered.wait()
+        await Response("read")(scope, receive, send)
+
+    limits = BodyLimits(app, most=len(body), most_upload=1, seconds=60, metrics=Metrics())
+
+    async def post(*, announced: bool) -> int:
+        headers = [(b"content-length", str(len(body)).encode())] if announced else []
+        said: list[Message] = []
+
+        async def receive() -> Message:
+            return {"type": "http.request", "body": body}
+
+        async def send(message: Message) -> None:
+            said.append(message)
+
+        scope = {"type": "http", "method": "POST", "path": "/predictions", "headers": headers}
+        try:
+            await limits(scope, receive, send)
+        except ProblemError as problem:
+            return problem.status
+        return int(said[0]["status"])
+
+    async def run() -> None:
+        waiting = [asyncio.create_task(post(announced=bool(i % 2))) for i in range(16)]
+        await asyncio.sleep(0)
+        assert [await post(announced=one) for one in (True, False)] == [429, 429]
+        answered.set()
+        assert await asyncio.gather(*waiting) == [200] * 16
+        assert await post(announced=True) == 200
+
+    asyncio.run(run())
 
 
 @pytest.mark.parametrize(
@@ -266,7 +317,7 @@ def test_addresses_are_of_a_host_that_is_one(
         assert got.status_code == 400
 
 
-def test_logs_hold_no_secrets(make: Make, asked: dict[str, Any]) -> None:
+def test_logs_hold_no_secrets(make: Make, asked: dict[str, Any], batcher: HandBatcher) -> None:
     text = io.StringIO()
     handler = logging.StreamHandler(text)
     handler.setFormatter(JsonLines())
@@ -284,14 +335,32 @@ def test_logs_hold_no_secrets(make: Make, asked: dict[str, Any]) -> None:
         client.get(held["output"][0])
         client.get(held["urls"]["stream"])
         client.post("/predictions", json=body, headers={"Authorization": "Bearer wrong-horse-battery"})
+        batcher.by_itself = False
+        failed = client.post("/v1/predictions", json={"input": asked}, headers=GOOD).json()
+        while (run := batcher.next()).id != failed["id"]:
+            pass
+        run.fail(FetchError("image: https://cdn.example/capability: the answer is 404"))
+        client.get(failed["urls"]["stream"])
+        assert "capability" in client.get(failed["urls"]["get"], headers=GOOD).json()["error"]
         client.app.close()  # type: ignore[attr-defined]
     finally:
         logger.removeHandler(handler)
         logger.setLevel(level)
     lines = [json.loads(line) for line in text.getvalue().splitlines()]
     assert {"request", "prediction", "webhook"} <= {line["message"] for line in lines}
-    assert [line["status"] for line in lines if line["message"] == "request"] == [200, 200, 200, 401]
-    secrets = [*TOKENS, "wrong-horse", "secret prompt", "querysecret", "hidden", "pass@", "base64", "whsec_"]
+    assert [line["status"] for line in lines if line["message"] == "request"][:4] == [200, 200, 200, 401]
+    assert "image: https://cdn.example/...: the answer is 404" in [line.get("error") for line in lines]
+    secrets = [
+        *TOKENS,
+        "wrong-horse",
+        "secret prompt",
+        "querysecret",
+        "hidden",
+        "pass@",
+        "base64",
+        "whsec_",
+        "capability",
+    ]
     secrets += [held["output"][0].split("/")[-2], held["urls"]["stream"].rpartition("/")[2]]
     assert [one for one in secrets if one in text.getvalue()] == []
 

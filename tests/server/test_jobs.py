@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sqlite3
 import threading
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +45,31 @@ def test_a_stop_leaves_what_waits_for_the_next_start(
 
 
 @both_stores
+def test_a_full_queue_that_stops_says_so(make: Make, asked: dict[str, Any]) -> None:
+    client = make(by_itself=False, waiting=1)
+    client.post("/v1/predictions", json={"input": asked})
+    assert client.post("/v1/predictions", json={"input": asked}).status_code == 429
+    client.app.state.shared.jobs.begin_stop()  # type: ignore[attr-defined]
+    assert client.post("/v1/predictions", json={"input": asked}).status_code == 503
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "null"])
+def test_what_was_asked_for_and_is_damaged_fails(
+    make: Make, asked: dict[str, Any], tmp_path: Path, text: str
+) -> None:
+    client = make(by_itself=False)
+    made = client.post("/v1/predictions", json={"input": asked}).json()
+    client.app.close()  # type: ignore[attr-defined]
+    with closing(sqlite3.connect(tmp_path / "data" / "ritocco.sqlite")) as file, file:
+        for table in ("inputs", "briefs"):
+            file.execute(f"UPDATE {table} SET json = ?", (text,))  # noqa: S608 - names of ours
+    client = make()
+    assert ended(client, made["id"])["status"] == "failed"
+    held = client.get(f"/v1/predictions/{made['id']}").json()
+    assert (held["error"], held["input"]) == ("What was asked for can't be read any more; please retry", {})
+    assert client.post("/predictions", json={"input": asked}).json()["status"] == "succeeded"
+
+
 def test_a_stop_waits_for_what_runs(make: Make, asked: dict[str, Any], batcher: HandBatcher) -> None:
     client = make(by_itself=False, grace_s=60.0)
     made = client.post("/v1/predictions", json={"input": asked}).json()

@@ -82,6 +82,19 @@ def test_cogs_way_without_waiting(make: Make, asked: dict[str, Any], batcher: Ha
     batcher.next().succeed()
 
 
+def test_cogs_way_waits_as_long_as_is_preferred(
+    make: Make, asked: dict[str, Any], batcher: HandBatcher
+) -> None:
+    client = make(by_itself=False)
+    brief = {"Prefer": "wait=1"}
+    made = client.post("/predictions", json={"input": asked, "id": "mine"}, headers=brief)
+    assert (made.status_code, made.json()["status"]) == (202, "starting")
+    batcher.next().succeed()
+    ended(client, "mine")
+    again = client.put("/predictions/mine", json={"input": asked}, headers=brief)
+    assert (again.status_code, again.json()["status"]) == (200, "succeeded")
+
+
 def test_put_is_idempotent(make: Make, asked: dict[str, Any], batcher: HandBatcher) -> None:
     client = make()
     first = client.put("/predictions/my-id_1", json={"input": asked})
@@ -105,9 +118,13 @@ def test_a_key_makes_creation_idempotent(make: Make, asked: dict[str, Any], batc
         client.post("/v1/predictions", json={"input": asked}, headers={"Idempotency-Key": "k"}).json()["id"]
         for _ in range(3)
     }
+    # Clients in JavaScript write 7 for 7.0.
+    for numbers in ({"guidance_scale": 7.0, "seed": 7}, {"guidance_scale": 7, "seed": 7.0}):
+        body = {"input": asked | numbers}
+        assert client.put("/predictions/numbers", json=body).status_code == 200
     assert len(ids) == 1
     assert ended(client, ids.pop())["status"] == "succeeded"
-    assert len(batcher.seen) == 1
+    assert len(batcher.seen) == 2
     other = client.post(
         "/v1/predictions", json={"input": asked, "webhook": "https://a/"}, headers={"Idempotency-Key": "k"}
     )

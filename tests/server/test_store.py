@@ -465,3 +465,23 @@ def test_a_process_that_is_killed_at_any_moment(tmp_path: Path) -> None:
 @pytest.mark.parametrize("seed", range(5))
 def test_a_process_that_is_killed_very_often(tmp_path: Path, seed: int) -> None:
     check_killed(lost_and_doubled(tmp_path / "data", kills=400, seed=seed))
+
+
+def test_a_damaged_folder_is_let_go_of(tmp_path: Path) -> None:
+    (tmp_path / "files").write_text("no folder")
+    with pytest.raises(BackendError, match=r"--data is .*, which can't be used"):
+        Store(tmp_path)
+    (tmp_path / "files").unlink()
+    store = Store(tmp_path)
+    store.accept(record())
+    store.close()
+    file = tmp_path / "ritocco.sqlite"
+    whole = file.read_bytes()
+    for start in (0, 4096):  # nothing of SQLite's; a page of it
+        file.write_bytes(whole[:start] + bytes(len(whole) - start))
+        with pytest.raises(BackendError, match=r"--data is .*, which can't be used"):
+            Store(tmp_path)
+    file.write_bytes(whole)
+    store = Store(tmp_path)
+    assert len(store.queued()) == 1
+    store.close()

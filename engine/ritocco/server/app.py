@@ -145,6 +145,7 @@ def create_app(engine: Engine | Sequence[Engine] | Dispatch, settings: Settings 
         most=settings.max_body_bytes,
         most_upload=settings.max_upload_bytes,
         seconds=settings.body_timeout_s,
+        metrics=shared.metrics,
     )
     app.add_middleware(
         Gate,
@@ -213,8 +214,12 @@ class _Parts:
         return Store(folder, waiting=settings.waiting)
 
     def begin(self) -> None:
-        """Take up what an earlier process left, and what other servers do."""
-        self.shared.jobs.resume()
+        """Take up what an earlier process left, and what other servers do. Raises BackendError."""
+        try:
+            self.shared.jobs.resume()
+        except StorageError as error:
+            self.close()
+            raise BackendError(f"what an earlier process left can't be read: {error}") from error
         if self._tending is not None:
             self._tending.start()
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import sqlite3
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -131,14 +131,16 @@ class Database:
 
     def __init__(self, folder: Path) -> None:
         """Opens or makes a folder. Raises BackendError where another process or a later version has it."""
-        try:
-            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-            self._held = hold(folder, "--data")
-            self._writer = _connect(folder / "ritocco.sqlite")
-            self._prepare(folder)
-            self._reader = _connect(folder / "ritocco.sqlite")
-        except (OSError, sqlite3.Error) as error:
-            raise BackendError(f"--data is {str(folder)!r}, which can't be used: {error}") from error
+        with ExitStack() as opened:
+            try:
+                folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+                self._held = opened.enter_context(closing(hold(folder, "--data")))
+                self._writer = opened.enter_context(closing(_connect(folder / "ritocco.sqlite")))
+                self._prepare(folder)
+                self._reader = opened.enter_context(closing(_connect(folder / "ritocco.sqlite")))
+            except (OSError, sqlite3.Error) as error:
+                raise BackendError(f"--data is {str(folder)!r}, which can't be used: {error}") from error
+            self._opened = opened.pop_all()
         self._writing, self._reading = threading.Lock(), threading.Lock()
         self._closed = False
         self.refused = False
@@ -182,8 +184,7 @@ class Database:
         with self._writing, self._reading:
             if not self._closed:
                 self._closed = True
-                for connection in (self._reader, self._writer, self._held):
-                    connection.close()
+                self._opened.close()
 
     def _refuse_closed(self) -> None:
         if self._closed:

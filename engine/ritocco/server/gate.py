@@ -17,7 +17,7 @@ from starlette.responses import RedirectResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ritocco.server.metrics import Metrics
-from ritocco.server.problems import ProblemError, StalledError, unauthenticated
+from ritocco.server.problems import ProblemError, StalledError, throttled, unauthenticated
 from ritocco.server.sessions import COOKIE, LOGIN, LOGOUT, PAGE, Sessions, is_page
 from ritocco.shown import plain
 
@@ -29,6 +29,7 @@ _BY_NAME = re.compile(_PREFIX + r"/(?:outputs/[0-9a-z]{26}/[^/]+|stream/[0-9a-z]
 _UPLOAD = re.compile(rf"{_PREFIX}/files/?|{PAGE}/gradio_api/upload")
 _SAFE = ("GET", "HEAD", "OPTIONS")
 _FORM_BYTES = 1 << 20  # of an upload's other parts
+_LARGEST_AT_A_TIME = 16
 SEND_TIMEOUT_S = 60.0
 _PIECE_BYTES = 1 << 16
 
@@ -64,7 +65,7 @@ class Gate:
         """ASGI."""
         if scope["type"] == "http" and (refused := self._refusal(scope)) is not None:
             self._metrics.refused.labels(str(refused.status)).inc()
-            await _refused(scope, refused)(scope, receive, send)
+            await self._answer(scope, refused)(scope, receive, send)
         elif scope["type"] == "websocket":  # there are none
             await send({"type": "websocket.close", "code": 1008})
         else:
@@ -87,6 +88,14 @@ class Gate:
         if not safe and origin is not None and origin not in self._origins:
             return _foreign(origin)
         return None
+
+    def _answer(self, scope: Scope, problem: ProblemError) -> Response:
+        """A person who opens the page is shown the way in."""
+        path, opened = local_path(scope), problem.status == 401 and scope["method"] == "GET"
+        if opened and self._sessions.has_page and path in (PAGE, f"{PAGE}/"):
+            way = LOGIN.removeprefix("/") if path == PAGE else LOGIN.removeprefix(f"{PAGE}/")
+            return RedirectResponse(way, 303, {"Cache-Control": "no-store"})
+        return problem.response()
 
     def _own(self, origin: str, headers: Headers) -> bool:
         """Whether it is the page's own: the host is the one that the browser asks, or the public one."""
@@ -119,21 +128,17 @@ def _cookies(headers: Headers) -> str:
     return "; ".join(headers.getlist("cookie"))
 
 
-def _refused(scope: Scope, problem: ProblemError) -> Response:
-    """A person who opens the page is shown the way in."""
-    path = local_path(scope)
-    if problem.status == 401 and scope["method"] == "GET" and path in (PAGE, f"{PAGE}/"):
-        way = LOGIN.removeprefix("/") if path == PAGE else LOGIN.removeprefix(f"{PAGE}/")
-        return RedirectResponse(way, 303, {"Cache-Control": "no-store"})
-    return problem.response()
-
-
 class BodyLimits:
-    """Counts a body as it comes: 413 beyond the limit, 408 where it takes too long."""
+    """Counts a body as it comes: 413 beyond the limit, 408 where it takes too long, and 429 where the bodies
+    of all requests that are being answered come to more than sixteen of the largest.
+    """
 
-    def __init__(self, app: ASGIApp, *, most: int, most_upload: int, seconds: float) -> None:
-        self._app, self._most, self._seconds = app, most, seconds
+    def __init__(
+        self, app: ASGIApp, *, most: int, most_upload: int, seconds: float, metrics: Metrics
+    ) -> None:
+        self._app, self._most, self._seconds, self._metrics = app, most, seconds, metrics
         self._most_upload = most_upload + _FORM_BYTES
+        self._held, self._most_held = 0, _LARGEST_AT_A_TIME * max(most, self._most_upload)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI."""
@@ -142,8 +147,11 @@ class BodyLimits:
             return
         most = self._most_upload if _UPLOAD.fullmatch(local_path(scope)) else self._most
         announced = Headers(scope=scope).get("content-length", "")
-        if announced.isascii() and announced.isdigit() and int(announced[:20]) > most:
-            await _too_large(most).response()(scope, receive, send)
+        size = int(announced[:20]) if announced.isascii() and announced.isdigit() else 0
+        if size > most or self._held + size > self._most_held:
+            problem = _too_large(most) if size > most else _too_many()
+            self._metrics.refused.labels(str(problem.status)).inc()
+            await problem.response()(scope, receive, send)
             return
         deadline = time.monotonic() + self._seconds
         seen, whole = 0, False
@@ -160,12 +168,18 @@ class BodyLimits:
                 closing = {"Connection": "close"}
                 raise ProblemError(408, "Request timeout", detail, headers=closing) from None
             seen += len(message.get("body", b""))
+            self._held += len(message.get("body", b""))
             whole = not message.get("more_body", False)
             if seen > most:
                 raise _too_large(most)
+            if self._held > self._most_held:
+                raise _too_many()
             return message
 
-        await self._app(scope, counted, send)
+        try:
+            await self._app(scope, counted, send)
+        finally:
+            self._held -= seen
 
 
 class SendLimits:
@@ -209,6 +223,12 @@ def _pieces(message: Message) -> Iterator[Message]:
         end = start + _PIECE_BYTES
         more = end < len(body) or message.get("more_body", False)
         yield {**message, "body": body[start:end], "more_body": more}
+
+
+def _too_many() -> ProblemError:
+    made = throttled(1.0)
+    made.headers["Connection"] = "close"
+    return made
 
 
 def _too_large(most: int) -> ProblemError:

@@ -17,6 +17,7 @@ from dataclasses import replace
 from typing import Any
 
 from ritocco.errors import BusyError, DeviceLostError, RequestError, RitoccoError
+from ritocco.fetch import without_paths
 from ritocco.server.answers import answer
 from ritocco.server.database import AwayError, StorageError
 from ritocco.server.dispatch import Dispatch
@@ -37,6 +38,7 @@ _PREPARING = 4
 _RETRY_STORING_S = 5.0
 _AFTER_GRACE_S = 10.0
 # No path of the data folder's reaches a client.
+_DAMAGED = "What was asked for can't be read any more; please retry"
 _NOT_STORED = "The result could not be stored; the server's log has more"
 
 _log = logging.getLogger(__name__)
@@ -99,8 +101,7 @@ class Jobs:
 
     def accept(self, new: Record) -> tuple[Record, bool]:
         """Store a prediction and run it; raises as `Store.accept`, StoppingError and BrokenError."""
-        if self._stopping:
-            raise StoppingError("the server is about to stop")
+        self.refuse_stopping()
         if self._lives and not self._batcher.healthy:
             raise BrokenError("the engine fails at everything")
         with self._accepting:
@@ -109,6 +110,11 @@ class Jobs:
                 self._metrics.accepted.inc()
                 self._start([self._known(record)])
         return record, fresh
+
+    def refuse_stopping(self) -> None:
+        """Raises StoppingError where nothing more is accepted."""
+        if self._stopping:
+            raise StoppingError("the server is about to stop")
 
     @property
     def healthy(self) -> bool:
@@ -244,6 +250,8 @@ class Jobs:
             record = self._store.get(live.record.id)
             if record is None or live.canceled or live.dropped or self._stopping:
                 return True
+            if record.damaged:
+                raise RequestError(_DAMAGED)
             given = with_own_files(self._store.files, record.input)
             if not fetch and is_elsewhere(given):
                 return False
@@ -416,7 +424,8 @@ class Jobs:
         """To the figures, the log and the client that wants to hear of it."""
         if (record := self._store.get(id)) is not None:
             self._metrics.ended(record)
-            _log.info("prediction", extra={"prediction": id, "status": record.status, "error": record.error})
+            error = None if record.error is None else without_paths(record.error)
+            _log.info("prediction", extra={"prediction": id, "status": record.status, "error": error})
             if record.status == "succeeded":
                 self._send(record, "output")
             self._send(record, "completed")

@@ -103,13 +103,14 @@ def routes(shared: Shared, prefix: str) -> APIRouter:
     async def cog_created(
         request: Request, asked: CogRequest, key: str | None, id: str | None = None
     ) -> Response:
-        """Synchronous, unless the client prefers otherwise."""
+        """Synchronous, unless the client prefers otherwise: 202 with what has not ended."""
         given = id or asked.id
         record, base = await accepted(request, asked, key, None if given is None else prediction_id(given))
-        at_once, _ = preferences(request)
+        at_once, seconds = preferences(request)
         if not at_once:
-            await shared.wait(record.id, None)
-        return _json(await shared.answer(record, base), 202 if at_once else 200)
+            await shared.wait(record.id, seconds)
+        made = await shared.answer(record, base)
+        return _json(made, 202 if at_once or (seconds is not None and made.status not in ENDED) else 200)
 
     if not prefix:
 

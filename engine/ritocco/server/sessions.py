@@ -48,6 +48,8 @@ class Sessions:
         self, tokens: Tokens, *, seconds: float = SESSION_S, clock: Callable[[], float] = time.monotonic
     ) -> None:
         self.tokens, self.seconds, self._clock = tokens, seconds, clock
+        self.has_page = False
+        """Whether there is a page to enter."""
         self._ends: OrderedDict[bytes, float] = OrderedDict()
         self._lock = threading.Lock()
 

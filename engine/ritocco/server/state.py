@@ -9,6 +9,7 @@ import re
 import time
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 from fastapi import Request
 from starlette.concurrency import run_in_threadpool
@@ -73,7 +74,8 @@ class Shared:
         raise ProblemError(422, "Invalid version or not permitted", detail)
 
     async def refuse_if_full(self, *, key: str | None = None, id: str | None = None) -> None:
-        """Before a body is read, so that refusing costs little. Raises BusyError."""
+        """Before a body is read, so that refusing costs little. Raises BusyError and StoppingError."""
+        self.jobs.refuse_stopping()
 
         def full() -> bool:
             held = self.store.unfinished() >= self.settings.waiting
@@ -91,7 +93,7 @@ class Shared:
         self._refuse_too_much(fields)
         unknown = set(ignored)
         held = echo({name: value for name, value in asked.input.items() if name not in unknown})
-        told = [version, held, asked.webhook, asked.webhook_events_filter]
+        told = [version, _with_whole_numbers(held), asked.webhook, asked.webhook_events_filter]
         return Record(
             id=id or new_id(),
             key=key if id is None else None,
@@ -159,13 +161,28 @@ class Shared:
             return False  # when it is back, there will be more to say
 
 
+def _with_whole_numbers(held: Any) -> Any:
+    """JSON has one kind of number: 7.0 asks for what 7 does."""
+    match held:
+        case float() if held.is_integer():
+            return int(held)
+        case dict():
+            return {name: _with_whole_numbers(value) for name, value in held.items()}
+        case list():
+            return [_with_whole_numbers(value) for value in held]
+    return held
+
+
 def _is_over(live: Live) -> bool:
     return live.ended or live.set_aside
 
 
-def preferences(request: Request) -> tuple[bool, float]:
-    """Whether the client wants its answer at once, and the seconds that it waits at most. [RFC 7240]"""
-    at_once, seconds = False, 0.0
+def preferences(request: Request) -> tuple[bool, float | None]:
+    """Whether the client wants its answer at once, and the seconds that it waits at most, where it says so.
+
+    [RFC 7240]
+    """
+    at_once, seconds = False, None
     for line in request.headers.getlist("prefer"):
         for part in line.split(","):
             name, _, value = part.partition(";")[0].strip().partition("=")

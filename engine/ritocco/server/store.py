@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from ritocco.errors import BusyError, RequestError
+from ritocco.errors import BackendError, BusyError, RequestError
 from ritocco.fetch import MAX_URL_CHARS
 from ritocco.prediction import Status, timestamp
 from ritocco.server.contents import Folder
@@ -39,7 +39,8 @@ class Record:
     under which its API was reached, without a slash at the end. stream: random, names its event stream.
     webhook_events: of `start`, `output`, `logs` and `completed`. webhook_due: the last event is still to be
     delivered. digest: of what was asked. key: the client's, of a creation that may be repeated. attempts:
-    processes that opened its pictures and did not come to an end with it.
+    processes that opened its pictures and did not come to an end with it. damaged: what it asked for can't be
+    read any more.
     """
 
     id: str
@@ -62,6 +63,7 @@ class Record:
     metrics: Mapping[str, Any] = field(default_factory=dict)
     data_removed: bool = False
     attempts: int = 0
+    damaged: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -108,11 +110,17 @@ class Store:
         """Opens or makes the folder and puts right what an interrupted process left.
 
         waiting: the most predictions that may be unfinished at a time.
-        Raises BackendError where another process has the folder.
+        Raises BackendError where another process has the folder, or it is damaged.
         """
         database = Database(folder)
-        self._hold(database, Files(database, Folder(folder / "files")), waiting)
-        self._recover()
+        try:
+            self._hold(database, Files(database, Folder(folder / "files")), waiting)
+            self._recover()
+        except BaseException as error:
+            database.close()
+            if isinstance(error, StorageError):
+                raise BackendError(f"--data is {str(folder)!r}, which can't be used: {error}") from error
+            raise
 
     def _hold(self, database: AnyDatabase, files: Files, waiting: int, owner: str | None = None) -> None:
         self.database, self.files, self._waiting, self._owner = database, files, waiting, owner
@@ -390,14 +398,27 @@ def _row(db: Connection, column: str, value: str | None, input: str = _WHOLE) ->
 
 def _record(row: Any, *, brief: bool = False) -> Record:
     held: dict[str, Any] = dict(row)
-    for name in ("input", "metrics"):
-        held[name] = json.loads(held[name] or "{}")
+    for name, kind in (("input", dict), ("metrics", dict), ("webhook_events", list)):
+        text = held[name] or ""
+        held[name] = _parsed(text, kind)
+        if name == "input":
+            held["damaged"] = bool(text) and held[name] is None
+        held[name] = held[name] or kind()
     if brief:  # those that an earlier version stored are not
         held["input"] = _cut(held["input"])
-    held["webhook_events"] = tuple(json.loads(held["webhook_events"] or "[]"))
+    held["webhook_events"] = tuple(held["webhook_events"])
     for name in ("webhook_due", "data_removed"):
         held[name] = bool(held[name])
     return Record(**held)
+
+
+def _parsed(text: str | bytes, kind: type) -> Any:
+    """What a stored text of JSON holds; None where it is damaged."""
+    try:
+        held = json.loads(text)
+    except ValueError:
+        return None
+    return held if isinstance(held, kind) else None
 
 
 def _cut(input: Mapping[str, Any]) -> dict[str, Any]:

@@ -73,6 +73,7 @@ def mount(app: App, *, hosts: Sequence[str] = ()) -> None:
     if not closed:
         names = [*hosts, urlsplit(settings.public_url or "").hostname or "localhost"]
         front = KnownHosts(front, names=names)
+    shared.sessions.has_page = True
     login = Login(shared.sessions, public_url=settings.public_url)
     app.router.routes += [
         Route(LOGIN, login.login, methods=["GET", "POST"], include_in_schema=False),
