@@ -107,6 +107,8 @@ found["read"] = pictures[0].read()[:4].hex()
 found["by model"] = [type(one).__name__ for one in client.run(MODEL, input=given())]
 pictures = client.run(MODEL, wait=1, input=given(num_inference_steps=LONG))
 found["outlasts the wait"] = [type(one).__name__ for one in pictures]
+paint = replicate.use(MODEL)
+found["use"] = [one.partition(",")[0] for one in paint(prompt="a cat", **given(num_outputs=2))]
 made = client.predictions.create(version=VERSION, input=given(num_inference_steps=LONG))
 found["canceled"] = client.predictions.cancel(prediction_id=made.id).status
 found["still canceled"] = client.predictions.get(prediction_id=made.id).status
@@ -272,6 +274,7 @@ def test_python_2(server: Served, receiver: Receiver, tmp_path: Path) -> None:
     python = python_with(tmp_path / "env", "replicate==2.0.0b4")
     found = run([python, "-c", PYTHON_2], server, receiver, f"{server.url}/v1", tmp_path)
     check(found, "FileOutput")
+    assert found["use"] == ["data:image/png;base64"] * 2
 
 
 @pytest.mark.skipif(shutil.which("npm") is None, reason="needs Node")
