@@ -7,15 +7,20 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from PIL import Image
 
 from ritocco import cli
-from ritocco.folders.manifest import NAME
+from ritocco.folders.manifest import NAME, Manifest
 
 QUICK = ("--width=64", "--height=64", "--num-inference-steps=1", "--guidance-scale=1", "--prompt=a cat")
+
+
+# Ray's own modules use what others call old.
+pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 def picture(file: Path, shade: int) -> None:
@@ -64,6 +69,62 @@ def test_a_folder_is_painted_once(tmp_path: Path) -> None:
     assert again.stdout.startswith("1 painted, 17 done before, 2 failed"), again
     other = run("--seed=4")
     assert other.stdout.startswith("18 painted, 0 done before, 2 failed"), other
+
+
+@pytest.mark.parametrize("engines", [1, 2, 3, 8])
+@pytest.mark.parametrize("pictures", [1, 2, 5, 16, 17, 20, 64, 65, 1000])
+def test_every_engine_has_some_of_few_pictures(pictures: int, engines: int) -> None:
+    from ritocco.folders.run import THREADS
+    from ritocco.scale.folders import BLOCKS_EACH, block_count
+
+    blocks = block_count(pictures, engines)
+    assert 1 <= blocks <= pictures, "none is empty"
+    assert -(-pictures // blocks) <= THREADS, "what an engine has in hand, and what a lost one costs"
+    assert blocks >= min(pictures, BLOCKS_EACH * engines)
+    if pictures >= engines * BLOCKS_EACH * THREADS:
+        assert blocks == -(-pictures // THREADS), "no smaller ones than needed"
+
+
+def test_ray_is_given_those_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray itself stands aside: what it is asked for is looked at."""
+    from ritocco.folders.pairs import Pair
+    from ritocco.scale import folders
+
+    asked: dict[str, Any] = {}
+
+    class Data:
+        ActorPoolStrategy: Any = staticmethod(dict)
+
+        def from_items(self, items: list[Any], **options: Any) -> Data:
+            asked.update(options, items=items)
+            return self
+
+        def map_batches(self, painter: Any, **options: Any) -> Data:
+            asked.update(options)
+            return self
+
+        def iter_rows(self) -> list[Any]:
+            return []
+
+    double = SimpleNamespace(
+        init=lambda **_: None, data=Data(), cluster_resources=lambda: {"GPU": 2.0, "CPU": 8.0}
+    )
+    monkeypatch.setattr(folders, "ray", double)
+
+    def run(count: int) -> dict[str, Any]:
+        pairs = [
+            Pair(name=str(i), image=tmp_path / f"{i}.png", mask=tmp_path / "m.png") for i in range(count)
+        ]
+        with Manifest(tmp_path) as manifest:
+            folders.run(
+                "auto", pairs, (), load={}, out=tmp_path, manifest=manifest, options={}, told=lambda _: None
+            )
+        return asked
+
+    assert run(12)["override_num_blocks"] == 8
+    assert asked["batch_size"] is None, "or Ray puts small blocks together"
+    assert (asked["num_gpus"], asked["compute"]) == (1, {"size": 2, "max_tasks_in_flight_per_actor": 1})
+    assert run(1)["compute"]["size"] == 1, "no engine is loaded for nothing"
 
 
 def test_a_device_is_the_clusters_to_choose(

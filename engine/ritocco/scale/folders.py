@@ -22,6 +22,9 @@ from ritocco.loading import load as load_engine
 
 Block = dict[str, Any]
 
+BLOCKS_EACH = 4
+"""Of an engine, where there are few pictures: what the slowest has left is small when the others are done."""
+
 
 class _Slip:
     """Stands for the manifest over there: what it said before, and what is to be entered."""
@@ -70,7 +73,8 @@ def run(
     """Paint them with an engine on each GPU of a cluster, or on each machine where it has none.
 
     address: of the cluster, as `ray.init` takes it; `local` starts one here. The other arguments are as of
-    `FolderRun`. A machine that is lost costs the sixteen pictures that it had, which others paint.
+    `FolderRun`. A machine that is lost costs the block that it had, sixteen pictures at most, which others
+    paint.
     Raises OSError where the manifest can't be written, and what Ray raises.
     """
     ray.init(address=address, ignore_reinit_error=True, log_to_driver=False)
@@ -85,14 +89,18 @@ def run(
     tasks = [{"task": json.dumps(_task(pair, manifest))} for pair in pairs]
     model = load.get("model")
     elsewhere = {**load, "model": None if model is None else Path(model).resolve()}
+    asks, engines = _places()
+    engines = min(engines, len(tasks))
     lines = (
-        ray.data.from_items(tasks, override_num_blocks=-(-len(tasks) // THREADS))
+        ray.data.from_items(tasks, override_num_blocks=block_count(len(tasks), engines))
         .map_batches(
             FolderPainter,
             fn_constructor_args=(elsewhere, out.resolve(), dict(options)),
-            batch_size=THREADS,
+            batch_size=None,  # a block as it is: Ray would put small ones together
             batch_format="numpy",
-            **_places(),
+            # One block at a time: the engine that is ready first would take what others are to have.
+            compute=ray.data.ActorPoolStrategy(size=engines, max_tasks_in_flight_per_actor=1),
+            **asks,
         )
         .iter_rows()
     )
@@ -101,6 +109,13 @@ def run(
         _enter(line, manifest, counts, by_name)
         told(counts)
     return counts
+
+
+def block_count(pictures: int, engines: int) -> int:
+    """Into how many blocks Ray Data divides so many pictures, over 0: BLOCKS_EACH for each engine, or more,
+    so that none has over THREADS pictures, which is what an engine has in hand; and none has no picture.
+    """
+    return min(pictures, max(BLOCKS_EACH * engines, -(-pictures // THREADS)))
 
 
 def _enter(line: dict[str, Any], manifest: Manifest, counts: Counts, pairs: Mapping[str, Pair]) -> None:
@@ -114,14 +129,14 @@ def _enter(line: dict[str, Any], manifest: Manifest, counts: Counts, pairs: Mapp
         counts.bad.append(Bad.of(pairs[line["name"]], line["error"]))
 
 
-def _places() -> dict[str, Any]:
-    """How many engines, and what each asks of the cluster."""
+def _places() -> tuple[dict[str, Any], int]:
+    """What each engine asks of the cluster, and how many there are."""
     found = ray.cluster_resources()
     if gpus := int(found.get("GPU", 0)):
-        return {"num_gpus": 1, "compute": ray.data.ActorPoolStrategy(size=gpus)}
+        return {"num_gpus": 1}, gpus
     nodes = [node for node in ray.nodes() if node["Alive"]]
     cpus = max(1, int(min(node["Resources"].get("CPU", 1) for node in nodes)) - 1)
-    return {"num_cpus": cpus, "compute": ray.data.ActorPoolStrategy(size=len(nodes))}
+    return {"num_cpus": cpus}, len(nodes)
 
 
 def _task(pair: Pair, manifest: Manifest) -> dict[str, Any]:
