@@ -24,6 +24,7 @@ from ritocco.pool import INTERRUPTED, Pool
 from ritocco.prediction import Prediction
 from ritocco.schema import PredictionInput
 from ritocco.shown import shown
+from ritocco.stages import Job
 from ritocco.tickets import Entry, Ticket
 
 if TYPE_CHECKING:
@@ -147,7 +148,7 @@ class Batcher:
             if created_at is not None:
                 job.prediction.created_at = created_at
             job.prediction.logs = job.request.log.text()
-            ticket = _HeldTicket(job.prediction, self._core.is_own_thread, pool.wake, self)
+            ticket = _HeldTicket(job, self._core.is_own_thread, pool.wake, self)
             with pool.changed:
                 self._refuse_closed()
                 key = next(self._keys)
@@ -315,10 +316,9 @@ class _Core:
 class _HeldTicket(Ticket):
     """Keeps its batcher at work until it has ended."""
 
-    def __init__(
-        self, prediction: Prediction, own: Callable[[], bool], wake: Callable[[], None], batcher: Batcher
-    ) -> None:
-        super().__init__(prediction, own, wake)
+    def __init__(self, job: Job, own: Callable[[], bool], wake: Callable[[], None], batcher: Batcher) -> None:
+        request = job.request
+        super().__init__(job.prediction, own, wake, steps=len(request.table), seconds=request.seconds)
         self._batcher: Batcher | None = batcher
 
     def end(self, error: BaseException | None) -> None:

@@ -7,7 +7,7 @@ What does not depend on the noisy latents is computed by `lanes`, once for all o
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -136,11 +136,16 @@ def conclude(job: Job, status: Status) -> None:
     prediction, seconds = job.prediction, job.request.seconds
     prediction.completed_at = timestamp()
     seconds["predict_time"] = time.perf_counter() - job.begun
-    prediction.metrics = {name: round(spent, 4) for name, spent in seconds.items()}
+    prediction.metrics = measured(seconds)
     prediction.logs = job.request.log.text()
     prediction.before = Image.fromarray(job.request.inputs.pixels)
     prediction.mask = Image.fromarray(job.request.inputs.mask)
     prediction.status = status
+
+
+def measured(seconds: Mapping[str, float]) -> dict[str, float]:
+    """Phases' seconds as a prediction's metrics have them."""
+    return {name: round(spent, 4) for name, spent in seconds.items()}
 
 
 def _refuse_non_finite(network: str, *outputs: Floats | None) -> None:

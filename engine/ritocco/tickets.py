@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
 from ritocco import stages
 from ritocco.backends.runtime import Lane
@@ -23,11 +24,22 @@ class Ticket:
     id: of the prediction. prediction: live; its status goes from `starting` to `processing` to `succeeded`,
     `failed` or `canceled`, and its logs grow with every step. The status changes last: who sees it ended
     sees all of it.
+    steps: in all; 0 where another process counts them. seconds: spent so far, by phase; they are the
+    prediction's metrics at its end.
     """
 
-    def __init__(self, prediction: Prediction, own: Callable[[], bool], wake: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        prediction: Prediction,
+        own: Callable[[], bool],
+        wake: Callable[[], None],
+        *,
+        steps: int = 0,
+        seconds: Mapping[str, float] = MappingProxyType({}),
+    ) -> None:
         """own: whether this thread is one of the batcher's. wake: tells the batcher to look."""
         self.id, self.prediction = prediction.id, prediction
+        self.steps, self.seconds = steps, seconds
         self.cancelled = False
         self.looked_at = False
         self._preview: Preview | None = None

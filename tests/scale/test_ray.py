@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import random
+import re
 import signal
 import threading
 import time
@@ -98,7 +99,10 @@ def test_errors_and_cancels_cross_over(http: httpx.Client) -> None:
     while http.get(f"/v1/predictions/{long['id']}").json()["status"] == "starting":
         time.sleep(0.1)
     http.post(f"/v1/predictions/{long['id']}/cancel").raise_for_status()
-    assert ended(http, long["id"])["status"] == "canceled"
+    left = ended(http, long["id"])
+    assert left["status"] == "canceled"
+    assert re.search(r"^Canceled after \d+ of 50[01] steps$", left["logs"], re.MULTILINE), left["logs"]
+    assert left["metrics"]["predict_time"] > 0
 
 
 def test_without_a_token_nobody_is_answered(run: Fleet) -> None:

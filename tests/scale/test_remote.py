@@ -16,6 +16,7 @@ from local_painters import LocalPainters
 from ritocco import Batcher, DeviceLostError, Engine, RequestError, TimeLimitError
 from ritocco.checkpoint import load_tokenizer, open_checkpoint
 from ritocco.loading import pocket_model
+from ritocco.prediction import Prediction
 from ritocco.scale.painter import refusal
 from ritocco.scale.remote import ATTEMPTS, BROKEN, RemoteBatcher, error_of
 from ritocco.schema import parse_input
@@ -160,18 +161,48 @@ def test_what_had_begun_has_failed(
 
 
 def test_cancelled_while_it_runs(
-    remote: RemoteBatcher, painters: LocalPainters, runtime: VirtualRuntime
+    remote: RemoteBatcher,
+    painters: LocalPainters,
+    runtime: VirtualRuntime,
+    engine_on: Callable[[VirtualRuntime], Engine],
+) -> None:
+    here = VirtualRuntime()
+    with Batcher(engine_on(here)) as batcher:
+        local = canceled_after_a_step(batcher, here)
+    prediction = canceled_after_a_step(remote, runtime)
+    assert (prediction.status, local.status) == ("canceled", "canceled")
+    assert prediction.logs.splitlines()[-1] == f"Canceled after 1 of {STEPS} steps"
+    assert prediction.logs.splitlines()[-1] == local.logs.splitlines()[-1]
+    assert prediction.logs.count("it/s") == 1
+    assert len(prediction.logs.splitlines()) == len(local.logs.splitlines())
+    assert prediction.metrics.keys() == local.metrics.keys()
+    assert prediction.metrics["predict_time"] > 0
+    second = remote.submit(ASKED | {"seed": 8}, allow_local=False)
+    assert second.result(PATIENCE).status == "succeeded"
+    assert painters.batcher.snapshot().outcomes["canceled"] == 1
+
+
+def canceled_after_a_step(batcher: Batcher | RemoteBatcher, runtime: VirtualRuntime) -> Prediction:
+    """A device that is held after the first step."""
+    runtime.hold()
+    ticket = batcher.submit(ASKED, on_step=lambda done, total: False, allow_local=False)
+    runtime.let(2)  # the start, and a step
+    prediction = ticket.result(PATIENCE)
+    runtime.let_all()
+    return prediction
+
+
+def test_cancelled_before_the_first_step_it_leaves_as_much(
+    remote: RemoteBatcher, runtime: VirtualRuntime
 ) -> None:
     runtime.hold()
     begun = threading.Event()
     ticket = remote.submit(ASKED, on_start=begun.set, allow_local=False)
     assert begun.wait(PATIENCE)
     ticket.cancel()
-    assert ticket.result(PATIENCE).status == "canceled"
-    runtime.let_all()
-    second = remote.submit(ASKED | {"seed": 8}, allow_local=False)
-    assert second.result(PATIENCE).status == "succeeded"
-    assert painters.batcher.snapshot().outcomes["canceled"] == 1
+    prediction = ticket.result(PATIENCE)
+    assert prediction.logs.splitlines()[-1] == f"Canceled after 0 of {STEPS} steps"
+    assert prediction.metrics.keys() >= {"inputs", "predict_time"}
 
 
 def test_cancelled_before_anybody_was_asked(remote: RemoteBatcher, painters: LocalPainters) -> None:
@@ -188,7 +219,9 @@ def test_cancelled_before_anybody_was_asked(remote: RemoteBatcher, painters: Loc
     canceling = threading.Thread(target=ticket.cancel)
     canceling.start()
     held.set()
-    assert ticket.result(PATIENCE).status == "canceled"
+    prediction = ticket.result(PATIENCE)
+    assert (prediction.status, prediction.logs) == ("canceled", "Canceled after 0 steps\n")
+    assert prediction.metrics.keys() == {"predict_time"}
     canceling.join(PATIENCE)
 
 

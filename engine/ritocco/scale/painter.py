@@ -1,7 +1,7 @@
 """The side with a device: a Batcher whose predictions are asked for, and told of, as plain events.
 
-    start                                     a device works on it
-    step     done, total, logs                not each: those that came in a tenth of a second are one
+    start    total, logs, metrics             a device works on it
+    step     done, total, logs, metrics       not each: those that came in a tenth of a second are one
     end      status, output, error, logs, metrics, started_at
     refused  kind, text, field, step          what `submit` or `result` raised
 
@@ -19,6 +19,7 @@ from typing import Any
 from ritocco.batcher import Batcher
 from ritocco.errors import DeviceLostError, RitoccoError
 from ritocco.shown import said
+from ritocco.stages import measured
 from ritocco.tickets import Ticket
 
 Event = dict[str, Any]
@@ -74,7 +75,9 @@ class Painter:
             teller.follow(ticket)
             ticket.add_done_callback(lambda _: teller.tell(None))
             while (event := await events.get()) is not None:
-                yield event
+                yield (
+                    event | {"total": ticket.steps} | _so_far(ticket) if event["event"] == "start" else event
+                )
             yield _end(ticket)
         finally:
             if ticket is not None:
@@ -106,8 +109,7 @@ class _Teller:
         now = time.monotonic()
         if now - self._told >= STEP_EVERY_S or done == total:
             self._told = now
-            logs = "" if self._ticket is None else self._ticket.prediction.logs
-            self.tell({"event": "step", "done": done, "total": total, "logs": logs})
+            self.tell({"event": "step", "done": done, "total": total, **_so_far(self._ticket)})
         return True
 
 
@@ -120,6 +122,13 @@ def refusal(error: Exception) -> Event:
         if hasattr(error, name):
             event[name] = getattr(error, name)
     return event
+
+
+def _so_far(ticket: Ticket | None) -> Event:
+    """What a canceled prediction leaves, since who cancels it hears no more of it."""
+    if ticket is None:
+        return {"logs": "", "metrics": {}}
+    return {"logs": ticket.prediction.logs, "metrics": measured(ticket.seconds)}
 
 
 def _end(ticket: Ticket) -> Event:

@@ -21,6 +21,7 @@ from ritocco.prediction import Prediction, timestamp
 from ritocco.scale.painter import Event
 from ritocco.schema import parse_input
 from ritocco.shown import said
+from ritocco.stages import measured
 from ritocco.tickets import Ticket
 
 ATTEMPTS = 3
@@ -146,6 +147,9 @@ class _RemoteTicket(Ticket):
     ) -> None:
         super().__init__(prediction, lambda: False, self._cancel_stream)
         self.begun = False
+        self._taken: tuple[int, int] | None = None
+        self._seconds: Mapping[str, float] = {}
+        self._since = time.monotonic()
         self._ask, self._on_start, self._on_step, self._heard = ask, on_start, on_step, heard
         self._stream: Stream | None = None
         self._streaming = threading.Lock()
@@ -161,7 +165,7 @@ class _RemoteTicket(Ticket):
                 return
             except Exception as error:
                 if self.cancelled:
-                    self._conclude("canceled")
+                    self._conclude_canceled()
                     return
                 self._heard(asked_at, gone=True)
                 _log.warning("a painter is gone", extra={"prediction": self.id, "error": said(error)})
@@ -176,16 +180,16 @@ class _RemoteTicket(Ticket):
         """To its end. Raises what the stream raises, ConnectionError where another painter is to be asked."""
         with self._streaming:
             if self.cancelled:
-                self._conclude("canceled")
+                self._conclude_canceled()
                 return
             stream = self._stream = self._ask()
         try:
             for event in stream:
                 match event["event"]:
                     case "start":
-                        self._start()
+                        self._start(event)
                     case "step":
-                        self.prediction.logs = event["logs"] or self.prediction.logs
+                        self._hear(event["done"], event)
                         self._call_on_step(event["done"], event["total"])
                     case "end":
                         self._take_over(event)
@@ -199,10 +203,16 @@ class _RemoteTicket(Ticket):
                 with suppress(Exception):  # it may be gone
                     stream.cancel()
 
-    def _start(self) -> None:
+    def _hear(self, done: int, event: Event) -> None:
+        self._taken = (done, event["total"])
+        self._seconds = event["metrics"] or self._seconds
+        self.prediction.logs = event["logs"] or self.prediction.logs
+
+    def _start(self, event: Event) -> None:
         if self.begun:
             return
-        self.begun = True
+        self.begun, self._since = True, time.monotonic()
+        self._hear(0, event)
         self.prediction.started_at = timestamp()
         self.prediction.status = "processing"
         if self._on_start is not None and self._on_start() is False:
@@ -225,6 +235,14 @@ class _RemoteTicket(Ticket):
             raise ConnectionError(said(error))
         self.prediction.logs = event.get("logs", self.prediction.logs)
         self._conclude("failed", error)
+
+    def _conclude_canceled(self) -> None:
+        """As the painter does, which nobody hears any more; as of the last event."""
+        steps = "0 steps" if self._taken is None else "{} of {} steps".format(*self._taken)
+        self.prediction.logs += f"Canceled after {steps}\n"
+        spent = {**self._seconds, "predict_time": time.monotonic() - self._since}
+        self.prediction.metrics = measured(spent)
+        self._conclude("canceled")
 
     def _conclude(self, status: Any, error: Exception | None = None) -> None:
         if error is not None:
