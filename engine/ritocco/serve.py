@@ -171,7 +171,7 @@ def with_page() -> Callable[..., None]:
     def page(**options: Any) -> None:
         serve(**options, ui=True)
 
-    asked = inspect.signature(serve)
+    asked = inspect.signature(serve, eval_str=True)  # of texts Typer sees the types, and no option
     kept = [one for one in asked.parameters.values() if one.name != "ui"]
     page.__signature__ = asked.replace(parameters=kept)  # type: ignore[attr-defined]
     page.__doc__ = "Serve the playground, a page to paint masks on, under /ui/ beside Replicate's API."
