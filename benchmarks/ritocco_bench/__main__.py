@@ -261,8 +261,8 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog=prog, description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     made = commands.add_parser("make-folder", help="write a model folder of seeded random weights")
-    made.add_argument("--out", type=Path, required=True)
-    made.add_argument("--size", choices=tuple(SIZES), default="full")
+    made.add_argument("--out", type=Path, required=True, help="the folder")
+    made.add_argument("--size", choices=tuple(SIZES), default="full", help="of the networks")
     told = commands.add_parser("report", help="Markdown, and plots, of rows that were measured")
     told.add_argument("files", type=Path, nargs="+", help="JSONL files, as in benchmarks/results/")
     told.add_argument("--plots", type=Path, help="a folder for a PNG of each run")
@@ -279,7 +279,9 @@ def _parser(prog: str) -> argparse.ArgumentParser:
         case.add_argument("--model", help="diffusers folder; default: the embedded model, else a tiny one")
         case.add_argument("--full", action="store_true", help="a full-size random folder, made once (2.6 GB)")
         case.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-        case.add_argument("--dtype", default="auto", choices=("auto", *DTYPES))
+        case.add_argument(
+            "--dtype", default="auto", choices=("auto", *DTYPES), help="of weights and arithmetic"
+        )
         case.add_argument("--pairs", type=int, help="processes of each variant, or turns; default 5, quick 3")
         case.add_argument("--size", type=int, help="pixels per side; default 512, quick steps 128")
         case.add_argument("--steps", type=int, help="default 4; on graphs 25")

@@ -287,9 +287,9 @@ def _parser() -> argparse.ArgumentParser:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("command", choices=tuple(_COMMANDS))
+    parser.add_argument("command", choices=tuple(_COMMANDS), help="see above")
     parser.add_argument("--model", type=Path, help="default: the embedded model")
-    parser.add_argument("--device", default="auto")
+    parser.add_argument("--device", default="auto", help="times, real: auto, cpu, cuda or cuda:N")
     parser.add_argument("--sizes", default="256,512", help="times: pixels per side of the two sizes")
     parser.add_argument("--repeats", type=int, default=5, help="times: how often each is measured")
     parser.add_argument(
@@ -300,8 +300,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--traces", type=int, default=50, help="how many of them")
     parser.add_argument("--requests", type=int, default=traces.REQUESTS, help="real: of each trace")
     parser.add_argument("--load", type=float, help="real: of capacity, 0 for a burst; default: both")
-    parser.add_argument("--capacity", type=int, default=CAPACITY)
-    parser.add_argument("--ageing", type=float, default=AGEING)
+    parser.add_argument("--capacity", type=int, default=CAPACITY, help="pictures that share a step")
+    parser.add_argument("--ageing", type=float, default=AGEING, help="weight of age in the policy")
     parser.add_argument("--plots", type=Path, help="simulate: a folder for a PNG")
     parser.add_argument("--out", type=Path, default=OUT, help="JSONL file that rows are added to")
     return parser

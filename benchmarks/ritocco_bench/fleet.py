@@ -344,12 +344,22 @@ def _parser() -> argparse.ArgumentParser:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("command", choices=tuple(_COMMANDS))
-    parser.add_argument("--mix", choices=tuple(MIXES), default="mix")
-    parser.add_argument("--route", choices=tuple(ROUTES), default="two choices")
+    parser.add_argument("command", choices=tuple(_COMMANDS), help="see above")
+    parser.add_argument(
+        "--mix",
+        choices=tuple(MIXES),
+        default="mix",
+        help="rates, day, check: what is asked for: sizes, steps and pictures; default: %(default)s",
+    )
+    parser.add_argument(
+        "--route",
+        choices=tuple(ROUTES),
+        default="two choices",
+        help="rates, day, check: which painter a request goes to; default: %(default)s",
+    )
     parser.add_argument("--fleets", default=",".join(map(str, FLEETS)), help="rates: numbers of GPUs")
     parser.add_argument("--requests", type=int, default=LEAST_REQUESTS, help="of each run, at least")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="of the requests that are drawn")
     parser.add_argument("--step", type=float, default=1.0, help="day: seconds of the fluid's step")
     parser.add_argument("--seconds", type=float, default=10.0, help="store: of each measurement")
     parser.add_argument(

@@ -101,10 +101,10 @@ def _parser() -> argparse.ArgumentParser:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--pictures", type=int, default=20)
+    parser.add_argument("--pictures", type=int, default=20, help="of the folder")
     parser.add_argument("--pairs", type=int, default=3, help="how often each is measured")
     parser.add_argument("--size", type=int, default=256, help="pixels per side")
-    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--steps", type=int, default=10, help="of each picture")
     parser.add_argument("--out", type=Path, default=OUT, help="JSONL file that rows are added to")
     return parser
 

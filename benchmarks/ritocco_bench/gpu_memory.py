@@ -42,13 +42,7 @@ REQUESTS = ("first", "second", "third")
 
 def main() -> int:
     """Measure, append rows, print the table."""
-    parser = argparse.ArgumentParser(prog="python -m ritocco_bench.gpu_memory", description=__doc__)
-    parser.add_argument("--model", type=Path, help="default: the full-size random folder")
-    parser.add_argument("--cases", default=CASES, help="WIDTHxHEIGHT@PICTURES, separated by commas")
-    parser.add_argument("--paths", default=",".join(PATHS))
-    parser.add_argument("--dtype", default="float16")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/gpu-memory.jsonl"))
-    arguments = parser.parse_args()
+    arguments = _parser().parse_args()
     device = choose("cuda").device
     checkpoint = open_checkpoint(arguments.model or make_folder(Path(".cache/bench/full")))
     env = asdict(environment(str(device)))
@@ -123,6 +117,25 @@ def _shown(request: str, phases: dict[str, dict[str, int]]) -> str:
     each = (f"{phase} {one['allocated'] / 2**20:.0f}" for phase, one in phases.items())
     reserved = max(one["reserved"] for one in phases.values()) / 2**20
     return f"| {request}: {', '.join(each)}, reserved {reserved:.0f} MiB"
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m ritocco_bench.gpu_memory", description=__doc__)
+    parser.add_argument("--model", type=Path, help="default: the full-size random folder")
+    parser.add_argument("--cases", default=CASES, help="WIDTHxHEIGHT@PICTURES, separated by commas")
+    parser.add_argument(
+        "--paths",
+        default=",".join(PATHS),
+        help="of torch's runtime, separated by commas; default: %(default)s",
+    )
+    parser.add_argument("--dtype", default="float16", help="of weights and arithmetic; default: %(default)s")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("benchmarks/results/gpu-memory.jsonl"),
+        help="JSONL file that rows are added to",
+    )
+    return parser
 
 
 if __name__ == "__main__":

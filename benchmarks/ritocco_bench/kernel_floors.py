@@ -161,9 +161,7 @@ def distance(name: str, tensors: tuple[Tensor, ...]) -> float:
 
 def main() -> int:
     """Measure, append rows, print the table."""
-    parser = argparse.ArgumentParser(prog="python -m ritocco_bench.kernel_floors", description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/kernels.jsonl"))
-    arguments = parser.parse_args()
+    arguments = _parser().parse_args()
     from ritocco_kernels.fused.table import FUSED
 
     device = choose("cuda").device
@@ -202,6 +200,17 @@ def main() -> int:
                 flush=True,
             )
     return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m ritocco_bench.kernel_floors", description=__doc__)
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("benchmarks/results/kernels.jsonl"),
+        help="JSONL file that rows are added to",
+    )
+    return parser
 
 
 if __name__ == "__main__":

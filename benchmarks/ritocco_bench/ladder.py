@@ -131,16 +131,7 @@ def profile(runtime: TorchRuntime, size: LatentSize, lanes: list[Lane]) -> str:
 
 def main() -> int:
     """Measure, append rows, print the table."""
-    parser = argparse.ArgumentParser(prog="python -m ritocco_bench.ladder", description=__doc__)
-    parser.add_argument("--model", type=Path, help="default: the full-size random folder")
-    parser.add_argument("--size", type=int, default=512)
-    parser.add_argument("--lanes", default="1,2,4,8")
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--rungs", default=",".join(UNASKED))
-    parser.add_argument("--dtype", default="float16")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/ladder.jsonl"))
-    parser.add_argument("--profile", type=Path, help="file for the kernels of one step on the last rung")
-    arguments = parser.parse_args()
+    arguments = _parser().parse_args()
     device = choose("cuda").device
     checkpoint = open_checkpoint(arguments.model or make_folder(Path(".cache/bench/full")))
     size = LatentSize(height=arguments.size // 8, width=arguments.size // 8)
@@ -211,6 +202,26 @@ def _runtime(
 def _rms(runtime: TorchRuntime, size: LatentSize, lanes: list[Lane], truth: np.ndarray[Any, Any]) -> float:
     found = final_latents(runtime, size, lanes)
     return float(np.sqrt(np.mean((found - truth[: len(lanes)]) ** 2)))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m ritocco_bench.ladder", description=__doc__)
+    parser.add_argument("--model", type=Path, help="default: the full-size random folder")
+    parser.add_argument("--size", type=int, default=512, help="pixels per side")
+    parser.add_argument("--lanes", default="1,2,4,8", help="pictures at a time, one measurement each")
+    parser.add_argument("--repeats", type=int, default=5, help="how often each is measured")
+    parser.add_argument(
+        "--rungs", default=",".join(UNASKED), help="separated by commas; default: %(default)s"
+    )
+    parser.add_argument("--dtype", default="float16", help="of weights and arithmetic; default: %(default)s")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("benchmarks/results/ladder.jsonl"),
+        help="JSONL file that rows are added to",
+    )
+    parser.add_argument("--profile", type=Path, help="file for the kernels of one step on the last rung")
+    return parser
 
 
 if __name__ == "__main__":

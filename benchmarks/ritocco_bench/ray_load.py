@@ -71,13 +71,13 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--painters", default="1,2", help="how many, one measurement each")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--clients", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=3, help="how often each is measured")
+    parser.add_argument("--clients", type=int, default=8, help="how many at a time")
     parser.add_argument("--seconds", type=float, default=30.0, help="that clients begin anew")
     parser.add_argument("--cpus", type=int, default=1, help="of each painter")
     parser.add_argument("--size", type=int, default=128, help="pixels per side")
-    parser.add_argument("--steps", type=int, default=8)
-    parser.add_argument("--database", help="postgresql://...")
+    parser.add_argument("--steps", type=int, default=8, help="of each prediction")
+    parser.add_argument("--database", help="of the fronts: postgresql://...; default: SQLite")
     parser.add_argument("--out", type=Path, default=OUT, help="JSONL file that rows are added to")
     return parser
 

@@ -165,7 +165,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--clients", default="1,4,16,64", help="how many at a time, one round each")
     parser.add_argument("--seconds", type=float, default=60.0, help="that clients begin anew")
     parser.add_argument("--size", type=int, default=128, help="pixels per side")
-    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--steps", type=int, default=4, help="of each prediction")
     parser.add_argument("--out", type=Path, default=OUT, help="JSONL file that rows are added to")
     return parser
 
