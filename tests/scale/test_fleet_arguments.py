@@ -90,6 +90,17 @@ def test_fronts_with_a_database_are_built(where: str, monkeypatch: pytest.Monkey
     assert (made._bound_deployment.name, made._bound_deployment.num_replicas) == ("fronts", 3)
 
 
+@pytest.mark.parametrize(("grace", "painters", "fronts"), [("0", 75, 30), ("30", 75, 60), ("600", 615, 630)])
+def test_ray_waits_for_the_grace(grace: str, painters: float, fronts: float) -> None:
+    """Of a painter's prediction no less than of the front that waits for it."""
+    from ritocco.scale.serve import app
+
+    front = app({"grace": grace})._bound_deployment
+    (painter, _) = front.init_args
+    configs = [one._deployment_config for one in (painter._bound_deployment, front)]
+    assert [one.graceful_shutdown_timeout_s for one in configs] == [painters, fronts]
+
+
 def test_the_public_name_is_one_of_a_fleets(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """And those of `allow_host`, and no other."""
     from ritocco.scale.serve import Fleet, FrontReplica

@@ -208,7 +208,7 @@ def app(args: Mapping[str, Any]) -> Any:
         name="painters",
         ray_actor_options={"num_gpus": gpus, "num_cpus": fleet.cpus},
         max_ongoing_requests=_in_hand(fleet),
-        graceful_shutdown_timeout_s=CLOSE_S + _MARGIN_S,
+        graceful_shutdown_timeout_s=max(CLOSE_S, fleet.grace) + _MARGIN_S,
         **_scaled(fleet),
     )
     fronts = serve.deployment(
