@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import pytest
 from google.protobuf import text_format
@@ -150,11 +151,30 @@ def test_bad_requests_are_errors_in_words(repository: Path, serve: Any, ask: Ask
         ({"image": "/etc/passwd"}, "input.image is '/etc/passwd'"),
         ({"num_outputs": 9}, "input.num_outputs is 9. Must be less than or equal to 4"),
         ({"options": "{"}, "options is '{'; it must be JSON"),
+        ({"options": "[" * 100_000}, "; it must be JSON that is nested less deeply"),
+        ({"options": '{"mask_feather": ' + "9" * 5000 + "}"}, "; it must be JSON"),
         ({"options": '{"output_format": "tiff"}'}, "output_format"),
         ({"image": "http://127.0.0.1/x.png"}, "127.0.0.1"),
     ):
         (answer,) = model.execute([triton.request("ritocco", **{**asked, **change})])
         assert words in answer.error().message()
+
+
+@pytest.mark.parametrize(
+    ("name", "field"), [("image", "input.image"), ("seed", "input.seed"), ("options",) * 2]
+)
+@pytest.mark.parametrize("shape", [(0,), (2,), (2, 0)])
+def test_a_tensor_has_one_element(
+    repository: Path, serve: Any, ask: Ask, name: str, field: str, shape: tuple[int, ...]
+) -> None:
+    triton, model = serve(repository)
+    asked = given(ask(num_inference_steps=1))
+    tensors = [one for one in triton.request("ritocco", **asked) if one.name() != name]
+    kind = np.int64 if name == "seed" else np.object_
+    tensors.append(triton.Tensor(name, np.full(shape, 5 if name == "seed" else b"{}", kind)))
+    (answer,) = model.execute([tensors])
+    words = f"{field} is a tensor of shape {list(shape)}; it must have one element"
+    assert answer.error().message() == words
 
 
 def test_a_networks_error_is_told(repository: Path, serve: Any, ask: Ask) -> None:

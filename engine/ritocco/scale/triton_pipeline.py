@@ -121,13 +121,23 @@ class TritonPythonModel:
             tensor = self._utils.get_input_tensor_by_name(request, name)
             if tensor is None:
                 continue
-            value = tensor.as_numpy().reshape(-1)[0]
+            array = tensor.as_numpy()
+            if array.size != 1:
+                field = name if name == OPTIONS else f"input.{name}"
+                rule = "it must have one element"
+                raise RequestError(f"{field} is a tensor of shape {list(array.shape)}; {rule}", field=field)
+            value = array.reshape(-1)[0]
             given[name] = value.decode("utf-8", "replace") if isinstance(value, bytes) else value.item()
         if (options := given.pop(OPTIONS, None)) is not None:
-            try:
-                given["ritocco"] = json.loads(options)
-            except ValueError as error:
-                raise RequestError(
-                    f"{OPTIONS} is {shown(options)}; it must be JSON", field=OPTIONS
-                ) from error
+            given["ritocco"] = _parsed(options)
         return given
+
+
+def _parsed(options: str) -> Any:
+    try:
+        return json.loads(options)
+    except ValueError as error:  # a number of thousands of digits too
+        raise RequestError(f"{OPTIONS} is {shown(options)}; it must be JSON", field=OPTIONS) from error
+    except RecursionError as error:
+        rule = "it must be JSON that is nested less deeply"
+        raise RequestError(f"{OPTIONS} is {shown(options)}; {rule}", field=OPTIONS) from error
