@@ -38,9 +38,10 @@ def write_repository(
     """Write the repository to the folder `out`, which must not be there, or be empty; all of it or nothing.
 
     Graphs are linked where the disk can, else copied. instances: predictions at a time. accelerator: of
-    ACCELERATORS. Raises RequestError for a folder that holds something, BackendError for graphs that Triton's
-    Python backend can't feed, OSError.
+    ACCELERATORS. Raises RequestError for a folder that holds something, or lies in that of the graphs,
+    BackendError for graphs that Triton's Python backend can't feed, OSError.
     """
+    _refuse_within(out, artefacts.path)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise RequestError(
             f"--triton is {str(out)!r}, which holds something; name a new folder", field="--triton"
@@ -111,6 +112,15 @@ def pipeline_config(instances: int) -> str:
         blocks.append(f'output [ {{ name: "{name}" data_type: TYPE_STRING dims: [ {dims} ] }} ]')
     blocks.append(f"instance_group [ {{ count: {instances} kind: KIND_CPU }} ]")
     return "\n".join(blocks) + "\n"
+
+
+def _refuse_within(out: Path, graphs: Path) -> None:
+    """It would be copied into itself; and what follows a link is a folder of another name."""
+    there, here = out.resolve(), graphs.resolve()
+    if there.is_relative_to(here) or here.is_relative_to(there):
+        how = "lies in" if there.is_relative_to(here) else "holds"
+        rule = f"which {how} --graphs, {str(graphs)!r}; name a folder beside it"
+        raise RequestError(f"--triton is {str(out)!r}, {rule}", field="--triton")
 
 
 def _refuse(artefacts: Artefacts) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import pytest
 from google.protobuf import text_format
 from tritonclient.grpc.model_config_pb2 import DataType, ModelConfig, ModelInstanceGroup
 
-from ritocco import BackendError, cli, load
+from ritocco import BackendError, RequestError, cli, load
 from ritocco.artefacts import open_artefacts
 from ritocco.images import data_uri
 from ritocco.scale.triton_pipeline import TritonPythonModel
@@ -201,6 +202,28 @@ def test_what_it_can_not_be_made_of(
         with pytest.raises(BackendError, match=words):
             write_repository(open_artefacts(graphs), tmp_path / "models")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_it_is_not_written_into_its_graphs_nor_around_them(tiny_graphs: Path, tmp_path: Path) -> None:
+    """A link is the folder that it leads to."""
+    graphs = tmp_path / "graphs"
+    shutil.copytree(tiny_graphs, graphs)
+    before = sorted(graphs.rglob("*"))
+    (tmp_path / "link").symlink_to(graphs, target_is_directory=True)
+    for out, how in (
+        (graphs, "lies in"),
+        (graphs / "models", "lies in"),
+        (tmp_path / "link" / "a" / "models", "lies in"),
+        (tmp_path / "graphs" / ".." / "graphs" / "models", "lies in"),
+        (tmp_path, "holds"),
+    ):
+        with pytest.raises(RequestError) as caught:
+            write_repository(open_artefacts(graphs), out)
+        assert caught.value.field == "--triton"
+        rule = f"which {how} --graphs, {str(graphs)!r}; name a folder beside it"
+        assert str(caught.value) == f"--triton is {str(out)!r}, {rule}"
+    assert sorted(graphs.rglob("*")) == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["graphs", "link"]
 
 
 def test_nothing_is_left_of_one_that_failed(
