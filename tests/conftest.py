@@ -367,6 +367,12 @@ def tiny_graphs(tiny_checkpoint: Path, export: Export) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny_static_graphs(tiny_checkpoint: Path, export: Export) -> Path:
+    """float32, our layout, of 128 x 64 pixels and one guided picture alone."""
+    return export(tiny_checkpoint, "static", "128x64@1", static=True)
+
+
+@pytest.fixture(scope="session")
 def tiny_optimum_graphs(tiny_checkpoint: Path, export: Export) -> Path:
     """float32, Optimum's layout."""
     return export(tiny_checkpoint, "optimum", SIZES, layout="optimum")

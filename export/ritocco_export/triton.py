@@ -16,7 +16,7 @@ from pathlib import Path
 from ritocco.artefacts import Artefacts, is_graph_file
 from ritocco.errors import BackendError, RequestError
 from ritocco.nets.io import GraphName, NetworkIO, Port, Ranges
-from ritocco.scale.triton_pipeline import GRAPHS, OPTIONS, OUTPUTS, PREFIX
+from ritocco.scale.triton_pipeline import GRAPHS, OPTIONS, OUTPUTS, PREFIX, batch_symbol, whole_ranges
 from ritocco.schema import PredictionInput
 
 PIPELINE = "ritocco"
@@ -56,7 +56,7 @@ def write_repository(
             for file in sorted(artefacts.graph(graph).parent.iterdir()):
                 if is_graph_file(file.name):
                     _linked(file, model / "1" / file.name)
-            ranges = _whole(artefacts, graph, io)
+            ranges = whole_ranges(artefacts, graph)
             text = network_config(graph, io, ranges, accelerator=accelerator)
             (model / "config.pbtxt").write_text(text, encoding="utf-8")
         pipeline = part / PIPELINE / "1"
@@ -81,7 +81,7 @@ def network_config(graph: GraphName, io: NetworkIO, ranges: Ranges, *, accelerat
     Inputs of one first axis that moves are batches to Triton: it puts those of several requests together. A
     fixed one, as of `--static`, it would refuse: to it such graphs know no batches.
     """
-    batch = _batch_symbol(io, ranges)
+    batch = batch_symbol(io, ranges)
     best, most = ranges[batch][1:] if batch else (0, 0)
     blocks = [
         f'name: "{PREFIX}{graph}"',
@@ -134,28 +134,6 @@ def _refuse(artefacts: Artefacts) -> None:
     if artefacts.manifest.dtype not in _PRECISION:
         held = artefacts.manifest.dtype
         raise BackendError(f"{artefacts.path}: {held} graphs, which NumPy does not have; export fp16 or fp32")
-
-
-def _whole(artefacts: Artefacts, graph: GraphName, io: NetworkIO) -> dict[str, tuple[int, int, int]]:
-    """Smallest and largest of all profiles, and the best of the first."""
-    profiles = artefacts.profiles(graph)
-    return {
-        symbol: (
-            min(one[symbol][0] for one in profiles),
-            profiles[0][symbol][1],
-            max(one[symbol][2] for one in profiles),
-        )
-        for symbol in io.ranges
-    }
-
-
-def _batch_symbol(io: NetworkIO, ranges: Ranges) -> str | None:
-    firsts = {port.shape[0] if port.shape else None for port in (*io.inputs, *io.outputs)}
-    first = next(iter(firsts))
-    if len(firsts) != 1 or not isinstance(first, str) or first not in ranges:
-        return None
-    least, _, most = ranges[first]
-    return first if least < most else None
 
 
 def _port(kind: str, port: Port, ranges: Ranges, *, batched: bool) -> str:

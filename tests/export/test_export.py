@@ -116,12 +116,10 @@ def test_half_graphs_are_half(tiny_half_graphs: Path) -> None:
     assert set(weights.values()) == {half}
 
 
-def test_static_graphs_have_one_size(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    checkpoint = open_checkpoint(tiny_checkpoint)
-    export_checkpoint(checkpoint, tmp_path / "one", profiles=[Profile.parse("128x64@1")], static=True)
-    unet = graph_of(tmp_path / "one", "unet")
+def test_static_graphs_have_one_size(tiny_static_graphs: Path) -> None:
+    unet = graph_of(tiny_static_graphs, "unet")
     assert ports(unet.graph.input)["sample"][1] == [2, 9, 8, 16]
-    opened = open_artefacts(tmp_path / "one")
+    opened = open_artefacts(tiny_static_graphs)
     assert opened.contract["unet"].ranges["W"] == (16, 16, 16)
     assert opened.profiles("unet") == ({"M": (2, 2, 2), "W": (16, 16, 16), "H": (8, 8, 8)},)
     assert opened.contract["unet"].shapes(opened.profiles("unet")[0]) == {}

@@ -118,6 +118,39 @@ def test_graphs_of_fixed_sizes_know_no_batches(graphs: Path) -> None:
         }
 
 
+def test_a_static_export_is_a_repository_that_paints(
+    tiny_static_graphs: Path, tmp_path: Path, serve: Any, ask: Ask
+) -> None:
+    """Each config says its graph's own shapes, the first axis too, and calls keep to them."""
+    write_repository(open_artefacts(tiny_static_graphs), tmp_path / "models")
+    found = configs(tmp_path / "models")
+    assert sorted(found) == ["ritocco", *NETWORKS]
+    for name in NETWORKS:
+        config = found[name]
+        graph = onnx.load(tmp_path / "models" / name / "1" / "model.onnx", load_external_data=False).graph
+        assert (config.max_batch_size, config.HasField("dynamic_batching")) == (0, False)
+        for told, values in ((config.input, graph.input), (config.output, graph.output)):
+            held = {
+                value.name: [dim.dim_value for dim in value.type.tensor_type.shape.dim] for value in values
+            }
+            assert {port.name: list(port.dims) for port in told} == held
+            assert not any(port.HasField("reshape") for port in told)
+        (warm,) = config.model_warmup
+        assert warm.batch_size == 1
+        (accelerator,) = config.optimization.execution_accelerators.gpu_execution_accelerator
+        assert set(accelerator.parameters) == {"precision_mode", "trt_engine_cache_enable"}, "no profile"
+    triton, model = serve(tmp_path / "models")
+    asked = given(ask(size=(128, 64), num_inference_steps=2, prompt="a cat", seed=5))
+    (answer,) = model.execute([triton.request("ritocco", **asked)])
+    assert not answer.has_error(), answer.error().message()
+    with load(tiny_static_graphs, backend="onnxruntime", device="cpu") as engine:
+        wanted = engine.predict(asked)
+    assert [one.decode() for one in answer.tensors[0].as_numpy()] == wanted.output
+    (answer,) = model.execute([triton.request("ritocco", **given(ask(size=(64, 64))))])
+    assert answer.has_error(), "of another size"
+    assert "64" in answer.error().message()
+
+
 def test_the_pipeline_takes_the_schema(repository: Path) -> None:
     config = configs(repository)["ritocco"]
     inputs = {one.name: one for one in config.input}

@@ -15,12 +15,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ritocco.artefacts import open_artefacts
+from ritocco.artefacts import Artefacts, open_artefacts
 from ritocco.backends.sessions import SessionRuntime
 from ritocco.engine import Engine
 from ritocco.errors import BackendError, RequestError, RitoccoError
 from ritocco.fetch import Fetcher
-from ritocco.nets.io import NetworkIO
+from ritocco.nets.io import GraphName, NetworkIO, Ranges
 from ritocco.scheduler_config import from_pipeline
 from ritocco.schema import PredictionInput
 from ritocco.shown import shown
@@ -37,8 +37,9 @@ OUTPUTS = ("output", "prediction")
 class TritonSession:
     """See `Session`. Calls a model beside this one; arrays go through the host's memory."""
 
-    def __init__(self, utils: Any, name: str, io: NetworkIO) -> None:
-        self._utils, self._name = utils, PREFIX + name
+    def __init__(self, utils: Any, name: str, io: NetworkIO, *, batched: bool) -> None:
+        """batched: whether Triton puts rows of several calls together; see `batch_symbol`."""
+        self._utils, self._name, self._batched = utils, PREFIX + name, batched
         self.dtypes: Mapping[str, str] = {port.name: port.dtype for port in io.inputs}
         self.ranks: Mapping[str, int] = {port.name: len(port.shape) for port in io.inputs}
         self.outputs: Sequence[Collection[str]] = [{port.name} for port in io.outputs]
@@ -54,7 +55,7 @@ class TritonSession:
         asked = utils.InferenceRequest(
             model_name=self._name,
             requested_output_names=self._names,
-            inputs=[utils.Tensor(name, _rows(array)) for name, array in feeds.items()],
+            inputs=[utils.Tensor(name, self._laid(array)) for name, array in feeds.items()],
             preferred_memory=utils.PreferredMemory(utils.TRITONSERVER_MEMORY_CPU),
         )
         answer = asked.exec()
@@ -62,10 +63,32 @@ class TritonSession:
             raise BackendError(f"{self._name}: {answer.error().message()}")
         return {name: utils.get_output_tensor_by_name(answer, name).as_numpy() for name in self._names}
 
+    def _laid(self, array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """Numbers, one a row, have an axis of one in Triton's batches, which takes it away (`reshape`)."""
+        return np.ascontiguousarray(array[:, None] if self._batched and array.ndim == 1 else array)
 
-def _rows(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """Numbers, one a row, have an axis of one in Triton, which takes it away again (`reshape`)."""
-    return np.ascontiguousarray(array[:, None] if array.ndim == 1 else array)
+
+def batch_symbol(io: NetworkIO, ranges: Ranges) -> str | None:
+    """The first axis of every input and output where it is one that moves: what Triton takes for a batch."""
+    firsts = {port.shape[0] if port.shape else None for port in (*io.inputs, *io.outputs)}
+    first = next(iter(firsts))
+    if len(firsts) != 1 or not isinstance(first, str) or first not in ranges:
+        return None
+    least, _, most = ranges[first]
+    return first if least < most else None
+
+
+def whole_ranges(artefacts: Artefacts, graph: GraphName) -> dict[str, tuple[int, int, int]]:
+    """Smallest and largest size of each symbol of all profiles, and the best of the first."""
+    profiles = artefacts.profiles(graph)
+    return {
+        symbol: (
+            min(one[symbol][0] for one in profiles),
+            profiles[0][symbol][1],
+            max(one[symbol][2] for one in profiles),
+        )
+        for symbol in artefacts.contract[graph].ranges
+    }
 
 
 class TritonPythonModel:
@@ -81,7 +104,12 @@ class TritonPythonModel:
         self._utils = utils
         folder = Path(args["model_repository"]) / args["model_version"] / GRAPHS
         artefacts = open_artefacts(folder, graphs=False)
-        sessions = {name: TritonSession(utils, name, io) for name, io in artefacts.contract.items()}
+        sessions = {
+            name: TritonSession(
+                utils, name, io, batched=batch_symbol(io, whole_ranges(artefacts, name)) is not None
+            )
+            for name, io in artefacts.contract.items()
+        }
         dtype = artefacts.contract["vae_decoder"].inputs[0].dtype
         self._engine = Engine(
             SessionRuntime(artefacts, sessions, device="triton", dtype=dtype),
