@@ -31,8 +31,11 @@ def prediction_html(prediction: Prediction) -> str:
     ]
     told = {"status": prediction.status, "error": prediction.error}
     told |= {name: prediction.input.get(name) for name in _TOLD}
-    if "predict_time" in prediction.metrics:
-        told["predict_time"] = f"{prediction.metrics['predict_time']:.2f} s"
+    match prediction.metrics.get("predict_time"):
+        case int() | float() as seconds:
+            told["predict_time"] = f"{seconds:.2f} s"
+        case other:  # of an answer of someone else's
+            told["predict_time"] = other
     return f"<div>{''.join(figures)}{_table(told)}</div>"
 
 

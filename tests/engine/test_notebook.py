@@ -63,6 +63,21 @@ def test_a_prediction_that_failed_says_so() -> None:
     assert prediction._repr_png_() is None
 
 
+@pytest.mark.parametrize(
+    ("metrics", "shown"),
+    [
+        ({"predict_time": 2}, "2.00 s"),
+        ({"predict_time": 0.126}, "0.13 s"),
+        ({"predict_time": "soon"}, "soon"),
+        ({"predict_time": None}, None),
+        ({}, None),
+    ],
+)
+def test_the_time_is_shown_where_there_is_one(metrics: dict[str, Any], shown: str | None) -> None:
+    html = Prediction(status="succeeded", metrics=metrics)._repr_html_()
+    assert re.findall(r"predict_time</th><td[^>]*>([^<]*)", html) == ([] if shown is None else [shown])
+
+
 def test_what_is_shown_is_no_part_of_the_answer(engine: Engine, ask: Ask) -> None:
     prediction = engine.predict(ask(num_inference_steps=1))
     assert prediction.before is not None
