@@ -50,6 +50,8 @@ _FORMATS: tuple[tuple[str, Callable[[bytes], bool], Callable[[io.BytesIO], Image
     ("GIF", lambda data: data.startswith((b"GIF87a", b"GIF89a")), GifImageFile),
     ("BMP", lambda data: data.startswith(b"BM"), BmpImageFile),
 )
+FORMATS = tuple(name for name, _, _ in _FORMATS)
+"""Of encoded pictures that are read."""
 # Of all threads together: a pixel takes up to 10 bytes while it is open, 16 as WebP.
 _OPEN = PixelBudget(MAX_PIXELS)
 _LARGE_PIXELS = 1 << 22
@@ -129,8 +131,7 @@ class Loader:
             raise _Unusable(f"has {len(data)} bytes; at most {self.max_bytes} are read")
         found = next(((name, opener) for name, accepts, opener in _FORMATS if accepts(data)), None)
         if found is None:
-            names = ", ".join(name for name, _, _ in _FORMATS)
-            raise _Unusable(f"is none of the formats that are read: {names}")
+            raise _Unusable(f"is none of the formats that are read: {', '.join(FORMATS)}")
         name, opener = found
         announced = _announced_size(data)
         self._check_size(announced)

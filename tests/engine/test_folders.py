@@ -17,7 +17,7 @@ from PIL import Image
 
 from ritocco import Batcher, RequestError, cli, load
 from ritocco.folders.manifest import NAME, Manifest
-from ritocco.folders.pairs import Bad, Pair, pairs, read_table
+from ritocco.folders.pairs import SUFFIXES, Bad, Pair, pairs, read_table
 from ritocco.folders.run import Counts, FolderRun
 from ritocco.folders.sizes import own_size
 
@@ -214,6 +214,34 @@ def test_a_folder_is_painted_and_not_again(
     assert (out / "a.png").read_bytes() == painted
     assert run("--num-outputs", 2)[0] == 0
     assert sorted(path.name for path in out.glob("c*.png")) == ["c-0.png", "c-1.png", "c.png"]
+
+
+@pytest.mark.parametrize("own_sizes", [False, True])
+def test_every_suffix_is_painted_or_named(
+    own_sizes: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As pictures and as masks, written by Pillow in the format of that suffix, and in capitals too."""
+    images, masks, out = (tmp_path / name for name in ("images", "masks", "out"))
+    for suffix in SUFFIXES:
+        picture(images / f"{suffix[1:]}{suffix}")
+        picture(masks / f"{suffix[1:]}{suffix}", shade=255)
+    (images / "png.png").rename(images / "png.PNG")
+    size = ["--own-sizes"] if own_sizes else ["--width=64", "--height=64"]
+    quick = [*size, "--num-inference-steps=1", "--guidance-scale=1", "--prompt=a cat"]
+    words = ["--images", images, "--masks", masks, "--out", out, *quick]
+    monkeypatch.setattr("sys.argv", ["ritocco", "batch", *map(str, words)])
+    with pytest.raises(SystemExit):
+        cli.main()
+    said = capsys.readouterr()
+    assert said.out == f"6 painted, 0 done before, 2 failed; see {out / NAME}\n"
+    named = {one["name"]: one["error"] for one in lines(out) if one["status"] == "failed"}
+    assert named.keys() == {"tif", "tiff"}
+    assert all("the formats that are read: PNG, JPEG, WebP, GIF, BMP" in error for error in named.values())
+    for suffix in SUFFIXES - {".tif", ".tiff"}:
+        with Image.open(out / f"{suffix[1:]}.png") as painted:
+            assert painted.size == (64, 64)
+    docs = (Path(__file__).parents[2] / "docs" / "folders.md").read_text(encoding="utf-8")
+    assert all(f"`{suffix}`" in docs for suffix in SUFFIXES)
 
 
 def test_requests_that_make_no_sense(

@@ -15,7 +15,9 @@ from ritocco.schema import PredictionInput
 from ritocco.shown import shown
 
 SUFFIXES = frozenset((".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"))
-"""Of the files that are taken for pictures; what they are is seen when they are opened."""
+"""Of the files that are taken for pictures; what they are is seen when they are opened. TIFF is not read
+(`ritocco.sources`), and so it is among those that failed, not passed over.
+"""
 NAME = "name"
 """The column of a table that tells which picture a row is about: a file's name, or its stem."""
 COLUMNS = tuple(name for name in PredictionInput.model_fields if name not in ("image", "mask"))

@@ -8,10 +8,11 @@ from PIL import Image
 
 from ritocco.errors import RequestError
 from ritocco.shown import said
+from ritocco.sources import FORMATS
 
 MULTIPLE = 64
 MOST = 1024
-_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
+_FORMATS = tuple(map(str.upper, FORMATS))
 _ORIENTATION = 0x0112
 _ON_ITS_SIDE = (5, 6, 7, 8)
 
@@ -27,8 +28,9 @@ def own_size(file: Path) -> tuple[int, int]:
             width, height = picture.size
             turned = picture.getexif().get(_ORIENTATION, 1) in _ON_ITS_SIDE
     except Exception as error:  # decoders raise nearly every class on hostile bytes
+        why = f"{str(file)!r} has no size that can be read: {said(error)}"
         raise RequestError(
-            f"{str(file)!r} has no size that can be read: {said(error)}", field="image"
+            f"{why} (the formats that are read: {', '.join(FORMATS)})", field="image"
         ) from None
     scale = min(1.0, MOST / max(width, height))
     sides = (max(MULTIPLE, round(side * scale / MULTIPLE) * MULTIPLE) for side in (width, height))
