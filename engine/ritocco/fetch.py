@@ -48,7 +48,7 @@ CONNECT_TIMEOUT_S = 5.0
 
 
 _HOST = re.compile(r"(?=.{1,254}\Z)[a-z0-9_-]{1,63}(\.[a-z0-9_-]{1,63})*\.?\Z")
-_PATH = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*://[^/\s]*)/\S*?(?=[:,']?(?:\s|\Z))")
+_PATH = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*://[^/\\\s]*)[/\\]\S*?(?=[:,']?(?:\s|\Z))")
 _NUMERIC_LABEL = re.compile(r"(0x[0-9a-f]*|[0-9]+)\Z")
 
 

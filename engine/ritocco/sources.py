@@ -189,8 +189,8 @@ def describe(source: Any) -> str:
     """A source in a few words, for messages: never its content, never a URL's query."""
     if isinstance(source, str):
         if source[:5].lower() == "data:":
-            head, comma, _ = source.partition(",")
-            return f"the data URI {head[: 30 if comma else 5]!a}..."
+            head = source.partition(",")[0].partition(";")[0]
+            return f"the data URI {head[: 30 if ',' in source else 5]!a}..."
         return repr(redacted(source)) if "://" in source else ascii(source[:100])
     if isinstance(source, os.PathLike):
         return ascii(os.fspath(source))

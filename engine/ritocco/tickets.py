@@ -111,7 +111,7 @@ class Ticket:
     def _call(self, fn: Callable[[Ticket], None]) -> None:
         try:
             fn(self)
-        except Exception:
+        except BaseException:  # the batcher's thread goes on
             _log.exception("a done callback of prediction %s failed", self.id)
 
 

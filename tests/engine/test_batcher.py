@@ -379,13 +379,14 @@ def test_on_start_comes_before_the_device_and_may_cancel(
     assert batcher.healthy
 
 
+@pytest.mark.parametrize("error", [ZeroDivisionError, SystemExit])
 def test_callbacks_that_raise_and_callbacks_that_come_late(
-    make: Make, asked: Ask, caplog: pytest.LogCaptureFixture
+    make: Make, asked: Ask, caplog: pytest.LogCaptureFixture, error: type[BaseException]
 ) -> None:
     batcher, seen, waits = make(), list[Ticket](), threading.Event()
 
     def fails(ticket: Ticket) -> None:
-        raise ZeroDivisionError("mine")
+        raise error("mine")
 
     ticket = batcher.submit(asked(1, 1), on_step=lambda *_: waits.wait(PATIENCE))
     ticket.add_done_callback(fails)

@@ -445,6 +445,7 @@ def test_redacted(url: str, shown: str) -> None:
         ),
         ("image: 'ftp://h/secret' has a scheme", "image: 'ftp://h/...' has a scheme"),
         ("https://h/secret", "https://h/..."),
+        (redacted("http://h\\secret/x"), "http://h/..."),
         ("https://h is not there; 3/4 and a: b", "https://h is not there; 3/4 and a: b"),
     ],
 )

@@ -282,6 +282,7 @@ def plan_for(model: Path, budget: int) -> tuple[PredictionInput, MemoryPlan]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_budgets_on_both_sides_of_each_switch_are_kept(tiny: Path, switching: dict[Strategy, int]) -> None:
     assert len(set(switching.values())) > 2
     for budget in sorted({size + change for size in switching.values() for change in (0, -1)}):

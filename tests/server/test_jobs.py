@@ -14,7 +14,7 @@ from starlette.testclient import TestClient
 
 from hand_batcher import HandBatcher, Make
 from real_postgres import both_stores
-from ritocco.errors import BackendError, DeviceLostError
+from ritocco.errors import BackendError, DeviceLostError, RequestError
 from ritocco.server import Settings, create_app
 from ritocco.server.database import StorageError
 from ritocco.server.store import INTERRUPTED, Store
@@ -51,6 +51,34 @@ def test_a_full_queue_that_stops_says_so(make: Make, asked: dict[str, Any]) -> N
     assert client.post("/v1/predictions", json={"input": asked}).status_code == 429
     client.app.state.shared.jobs.begin_stop()  # type: ignore[attr-defined]
     assert client.post("/v1/predictions", json={"input": asked}).status_code == 503
+
+
+def test_who_waits_in_cogs_way_is_told_of_a_stop(
+    make: Make, asked: dict[str, Any], batcher: HandBatcher
+) -> None:
+    client = make(by_itself=False)
+    answers: list[Any] = []
+    asking = threading.Thread(
+        target=lambda: answers.append(client.post("/predictions", json={"input": asked}))
+    )
+    asking.start()
+    batcher.next()
+    client.app.state.shared.jobs.begin_stop()  # type: ignore[attr-defined]
+    asking.join()
+    assert (answers[0].status_code, answers[0].json()["status"]) == (202, "starting")
+
+
+def test_an_app_that_cannot_be_lets_go_of_its_folder(make: Make, tmp_path: Path) -> None:
+    settings = Settings(data=tmp_path / "data")
+    with pytest.raises(RequestError, match="engines"):
+        create_app([], settings)
+    client = make()
+    client.app.close()  # type: ignore[attr-defined]
+    with closing(sqlite3.connect(tmp_path / "data" / "ritocco.sqlite")) as file, file:
+        file.execute("DROP TABLE settings")
+    for _ in range(2):
+        with pytest.raises(BackendError, match="no such table: settings"):
+            make()
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "null"])

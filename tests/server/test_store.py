@@ -485,3 +485,15 @@ def test_a_damaged_folder_is_let_go_of(tmp_path: Path) -> None:
     store = Store(tmp_path)
     assert len(store.queued()) == 1
     store.close()
+
+
+def test_what_is_not_ours_stays(tmp_path: Path) -> None:
+    """A folder that somebody uses for something else may be named, or the database be taken away."""
+    folder = tmp_path / "files"
+    folder.mkdir()
+    strangers = [folder / name for name in ("thesis.docx", "a" * 25, ".hidden", "A" * 26)]
+    ours = [folder / new_id(), folder / f".{new_id()}.0123456789abcdef.part"]
+    for file in (*strangers, *ours):
+        file.write_text("words")
+    Store(tmp_path).close()
+    assert sorted(folder.iterdir()) == sorted(strangers)

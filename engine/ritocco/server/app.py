@@ -172,17 +172,31 @@ class _Parts:
         self._temporary: tempfile.TemporaryDirectory[str] | None = None
         store = self._store(settings)
         self._owned: Batcher | None = None
+        try:
+            self._put_together(engine, settings, store)
+        except BaseException as error:
+            if self._owned is not None:
+                self._owned.close(drain=False)
+            store.close()
+            if self._temporary is not None:
+                self._temporary.cleanup()
+            if isinstance(error, StorageError):
+                raise BackendError(f"what an earlier process left can't be read: {error}") from error
+            raise
+
+    def _put_together(
+        self, engine: Engine | Sequence[Engine] | Dispatch, settings: Settings, store: Store
+    ) -> None:
         batcher: Dispatch
         if isinstance(engine, Engine | Sequence):
             engines = [engine] if isinstance(engine, Engine) else list(engine)
-            served = engines[0].version
             batcher = self._owned = Batcher(
                 engines,
                 waiting=settings.waiting + FETCHING,  # canceled ones may still be fetching
                 time_limit=settings.time_limit_s,
             )
         else:
-            batcher, served = engine, engine.version
+            batcher = engine
         metrics = Metrics()
         webhooks = Webhooks(store, settings.fetcher or Fetcher.from_environment())
         self.shared = Shared(
@@ -192,7 +206,7 @@ class _Parts:
             webhooks=webhooks,
             metrics=metrics,
             sessions=Sessions(Tokens(settings.tokens)),
-            version=served or VERSION,
+            version=batcher.version or VERSION,
             began=setting(store.database, "began", timestamp()),
         )
         self._tending = _tending(self.shared)
@@ -217,9 +231,11 @@ class _Parts:
         """Take up what an earlier process left, and what other servers do. Raises BackendError."""
         try:
             self.shared.jobs.resume()
-        except StorageError as error:
+        except BaseException as error:
             self.close()
-            raise BackendError(f"what an earlier process left can't be read: {error}") from error
+            if isinstance(error, StorageError):
+                raise BackendError(f"what an earlier process left can't be read: {error}") from error
+            raise
         if self._tending is not None:
             self._tending.start()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import time
 from collections.abc import Collection, Sequence
 from contextlib import suppress
@@ -13,6 +14,7 @@ from ritocco.disk import write_whole
 from ritocco.server.database import AnyDatabase, StorageError
 
 _ORPHAN_S = 60 * 60
+_OURS = re.compile(r"[0-9a-z]{26}|\.[0-9a-z]{26}\.[0-9a-f]{16}\.part")  # of `new_id` and `write_whole`
 
 
 class Contents(Protocol):
@@ -77,10 +79,10 @@ class Folder:
                 self.path(name).unlink(missing_ok=True)
 
     def sweep(self, known: Collection[str]) -> None:
-        """See Contents. Only while nothing is written."""
+        """See Contents. Only while nothing is written. Files of other names are somebody else's, and stay."""
         with suppress(OSError):
             for path in self._folder.iterdir():
-                if path.name not in known:
+                if _OURS.fullmatch(path.name) and path.name not in known:
                     with suppress(OSError):
                         path.unlink()
 

@@ -227,7 +227,8 @@ class Jobs:
         return len(lives) - len(running), len(running), sum(one.pictures for one in running)
 
     def _known(self, record: Record) -> Live:
-        live = Live(replace(record, input={}), int(record.input.get("num_outputs") or 1))
+        asked = record.input.get("num_outputs")
+        live = Live(replace(record, input={}), int(asked) if isinstance(asked, int | float) else 1)
         with self._lock:
             self._lives[record.id] = live
         live.set_aside = self._stopping

@@ -110,7 +110,7 @@ def routes(shared: Shared, prefix: str) -> APIRouter:
         if not at_once:
             await shared.wait(record.id, seconds)
         made = await shared.answer(record, base)
-        return _json(made, 202 if at_once or (seconds is not None and made.status not in ENDED) else 200)
+        return _json(made, 200 if made.status in ENDED and not at_once else 202)
 
     if not prefix:
 
