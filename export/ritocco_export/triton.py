@@ -7,7 +7,6 @@ parameters of the accelerator: onnxruntime_backend's README, "Parameter mapping"
 
 from __future__ import annotations
 
-import os
 import secrets
 import shutil
 from collections.abc import Mapping
@@ -37,8 +36,8 @@ def write_repository(
 ) -> None:
     """Write the repository to the folder `out`, which must not be there, or be empty; all of it or nothing.
 
-    Graphs are linked where the disk can, else copied. instances: predictions at a time. accelerator: of
-    ACCELERATORS. Raises RequestError for a folder that holds something, or lies in that of the graphs,
+    Graphs are copied, as onnx takes hard links for an attack. instances: predictions at a time. accelerator:
+    of ACCELERATORS. Raises RequestError for a folder that holds something, or lies in that of the graphs,
     BackendError for graphs that Triton's Python backend can't feed, OSError.
     """
     _refuse_within(out, artefacts.path)
@@ -55,7 +54,7 @@ def write_repository(
             (model / "1").mkdir(parents=True)
             for file in sorted(artefacts.graph(graph).parent.iterdir()):
                 if is_graph_file(file.name):
-                    _linked(file, model / "1" / file.name)
+                    shutil.copyfile(file, model / "1" / file.name)
             ranges = whole_ranges(artefacts, graph)
             text = network_config(graph, io, ranges, accelerator=accelerator)
             (model / "config.pbtxt").write_text(text, encoding="utf-8")
@@ -193,10 +192,3 @@ def _kind(held: Mapping[str, object]) -> str:
     assert isinstance(options, list)  # noqa: S101 - of our own schema
     kinds = [one["type"] for one in options if one.get("type") not in (None, "null")]
     return kinds[0] if kinds else "string"
-
-
-def _linked(file: Path, to: Path) -> None:
-    try:
-        os.link(file.resolve(), to)
-    except OSError:
-        shutil.copyfile(file, to)

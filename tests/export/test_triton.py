@@ -80,6 +80,14 @@ def test_triton_reads_it_and_the_graphs_fit(repository: Path) -> None:
         assert config.instance_group[0].kind == ModelInstanceGroup.Kind.KIND_AUTO
 
 
+def test_onnx_reads_the_weights_here_and_there(graphs: Path, repository: Path) -> None:
+    """It takes hard links for an attack."""
+    artefacts = open_artefacts(graphs)
+    for graph in artefacts.contract:
+        copied = onnx.load(repository / f"ritocco_{graph}" / "1" / "model.onnx")
+        assert copied == onnx.load(artefacts.graph(graph))
+
+
 def test_profiles_and_warm_up_are_those_of_the_contract(graphs: Path, repository: Path) -> None:
     artefacts = open_artefacts(graphs)
     config = configs(repository)["ritocco_unet"]

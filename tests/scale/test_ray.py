@@ -71,12 +71,16 @@ def ended(http: httpx.Client, id: str) -> dict[str, Any]:
     raise AssertionError(f"{id} has not ended")
 
 
-def settled(run: Fleet, deployment: str, before: list[int]) -> None:
-    """Wait until as many replicas are there as before, and answer."""
+def settled(run: Fleet, deployment: str, count: int, killed: int) -> None:
+    """Wait until `count` replicas are there, and that of process `killed` is none of them."""
     until = time.monotonic() + PATIENCE_S
-    while time.monotonic() < until and len(run.replicas(deployment)) < len(before):
+    found: list[int] = []
+    while time.monotonic() < until:
+        found = run.replicas(deployment)
+        if killed not in found and len(found) >= count:
+            return
         time.sleep(0.5)
-    assert len(run.replicas(deployment)) >= len(before)
+    raise AssertionError(f"{count} replicas of {deployment} wanted, without {killed}: {found}")
 
 
 def test_the_answer_is_the_librarys(http: httpx.Client) -> None:
@@ -114,7 +118,7 @@ def test_killed_under_load_nothing_is_lost_and_nothing_done_twice(
     run: Fleet, http: httpx.Client, deployment: str
 ) -> None:
     """Clients that come again where an answer is lost, as Replicate's do, under a key of their own."""
-    before, random_ = run.replicas(deployment), random.Random(deployment)  # noqa: S311
+    replicas, random_ = len(run.replicas(deployment)), random.Random(deployment)  # noqa: S311
     accepted: dict[str, str] = {}
     lock, stop = threading.Lock(), threading.Event()
 
@@ -144,13 +148,16 @@ def test_killed_under_load_nothing_is_lost_and_nothing_done_twice(
     threads = [threading.Thread(target=client, args=(number,)) for number in range(4)]
     for thread in threads:
         thread.start()
-    for _ in range(2):
-        time.sleep(3.0 + random_.random())
-        os.kill(random_.choice(run.replicas(deployment)), signal.SIGKILL)
-        settled(run, deployment, before)
-    stop.set()
-    for thread in threads:
-        thread.join(PATIENCE_S)
+    try:
+        for _ in range(2):
+            time.sleep(3.0 + random_.random())
+            killed = random_.choice(run.replicas(deployment))
+            os.kill(killed, signal.SIGKILL)
+            settled(run, deployment, replicas, killed)
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join(PATIENCE_S)
     assert len(accepted) > 8
     assert len(set(accepted.values())) == len(accepted)
     statuses = {id: ended(http, id) for id in accepted.values()}
