@@ -19,6 +19,7 @@ from ritocco.pool import INTERRUPTED, Pool
 from ritocco.prediction import timestamp
 from ritocco.preview import Preview
 from ritocco.seats import Seats
+from ritocco.step_bounds import StepBounds
 from ritocco.step_times import StepTimes
 from ritocco.tickets import Entry
 
@@ -58,7 +59,9 @@ class DeviceLoop:
         self._capacity, self._ageing = capacity, ageing
         self._settles = not self._budgeted and not shared
         self._seats = Seats(max(capacity, LEAST_SEATS))
-        self._bounds: dict[Entry, int] = {}  # lanes that may share a step with each, under a budget
+        self._bounds: StepBounds | None = None
+        if self._budgeted:
+            self._bounds = StepBounds(lambda fields: engine.together(fields, capacity))
         self._held: list[Entry] = []  # whose turn it is
         self._paused_until = 0.0  # of `time.monotonic`
 
@@ -86,6 +89,8 @@ class DeviceLoop:
                 _log.error("a batcher's thread has ended: %s", error, exc_info=caught)
             ended = self._leave_to_others(error)
         self._held = []
+        if self._bounds is not None:
+            self._bounds.close()
         self._seats.forget()
         self._pool.stopped(error)
         for entry in ended:
@@ -115,7 +120,6 @@ class DeviceLoop:
     def _turn(self) -> bool:
         """The next thing that is to be done. False at the end."""
         pool = self._pool
-        self._look_at_bounds()
         with pool.changed:
             while not pool.entries and not self._seats.entries:
                 if pool.closing:
@@ -132,6 +136,8 @@ class DeviceLoop:
                 pool.changed.wait(pause)
                 return True
             else:
+                if self._bounds is not None:
+                    self._bounds.look_at(everybody)
                 works = [one.work(now, self._bound(one)) for one in everybody]
                 turn = decide(works, self.times, capacity=self._capacity, ageing=self._ageing)
                 by_key = {one.key: one for one in everybody}
@@ -149,29 +155,9 @@ class DeviceLoop:
         pool.put(one for one in {*seated, *held} if one not in here and not one.left_the_device)
         return True
 
-    def _look_at_bounds(self) -> None:
-        """Under a budget, learn how many lanes may share a step with each request. Without the pool's lock:
-        the first request of a size takes seconds.
-        """
-        if not self._budgeted:
-            return
-        with self._pool.changed:
-            entries = [*self._pool.entries, *self._seats.entries]
-        known = self._bounds
-        self._bounds = {one: known.get(one) or self._learned(one) for one in entries}
-
-    def _learned(self, entry: Entry) -> int:
-        try:
-            return self._engine.together(entry.job.request.fields, self._capacity)
-        except Exception:
-            _log.warning(
-                "no plan of company for prediction %s: it moves alone", entry.ticket.id, exc_info=True
-            )
-            return 1
-
     def _bound(self, entry: Entry) -> int | None:
-        """See `Work.most`. Who came a moment ago moves alone."""
-        return self._bounds.get(entry, 1) if self._budgeted else None
+        """See `Work.most`."""
+        return None if self._bounds is None else self._bounds.of(entry)
 
     def _others(self) -> bool:
         with self._pool.changed:

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import threading
-from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from ritocco.byte_sizes import mib_down, mib_up
 from ritocco.errors import BackendError, RequestError
+from ritocco.kept import Kept
 from ritocco.policy import buckets
 
 if TYPE_CHECKING:
-    from ritocco.memory import Usage
+    from ritocco.memory import Phase, Usage
     from ritocco.schema import PredictionInput
 
 _KEPT_USAGES = 8192  # every size and number of pictures of the schema, in every strategy
 _KEPT_COURSES = 32  # of some thousand operations each
+_KEPT_PLANS = 8192  # whose usages are kept too
 _STEP_COUNTS = (2, 3, 5, 10, 20, 30, 50, 75, 100, 150, 200, 300, 500)
 _CAPACITY = 8  # of a Batcher that is not told another
 _TABLE_ROWS = (51, 501)  # of lanes that share a step; PNDM has one more than steps
@@ -133,25 +134,24 @@ class Planner:
         self._rehearse, self._follow, self._came_in = rehearse, follow, came_in
         self._device, self._dtype = device, dtype
         self._rehearsal: Any = None
-        self._usages: OrderedDict[tuple[Any, ...], Usage] = OrderedDict()
-        self._courses: OrderedDict[tuple[Any, ...], Usage] = OrderedDict()
-        self._crowds: dict[tuple[Any, ...], int] = {}  # as many as there are sizes, at most a dozen each
-        self._lock = threading.Lock()
+        rehearsing = threading.Lock()  # for one at a time
+        self._plans: Kept[MemoryPlan] = Kept(_KEPT_PLANS)
+        self._usages: Kept[Usage] = Kept(_KEPT_USAGES, rehearsing)
+        self._courses: Kept[Usage] = Kept(_KEPT_COURSES, rehearsing)
+        self._crowds: Kept[int] = Kept(_KEPT_USAGES, rehearsing)
 
     def plan(self, fields: PredictionInput) -> MemoryPlan:
         """For a request. Raises RequestError where no strategy keeps to the budget."""
-        with self._lock:
-            return self._made(_asked(fields))
+        return self._made(_asked(fields))
 
     def explained(self, fields: PredictionInput) -> MemoryPlan:
         """The same, with the strategy of the next smaller budget, and what every operation reaches."""
         asked = _asked(fields)
-        with self._lock:
-            plan = self._made(asked)
-            usage = self._usage(asked, None if self.budget is None else plan.strategy, course=True)
-            if self.budget is None:
-                return replace(plan, usage=usage)
-            less, together = self._less(asked, plan), self._together(asked, _CAPACITY)
+        plan = self._made(asked)
+        usage = self._usage(asked, None if self.budget is None else plan.strategy, course=True)
+        if self.budget is None:
+            return replace(plan, usage=usage)
+        less, together = self._less(asked, plan), self._together(asked, _CAPACITY)
         return replace(plan, usage=usage, less=less, together=together)
 
     def most(self) -> int:
@@ -159,13 +159,11 @@ class Planner:
 
         Of networks that come and go, as `least`.
         """
-        with self._lock:
-            return self._most(_largest(), Strategy(at_once=_MOST_PICTURES))
+        return self._most(_largest(), Strategy(at_once=_MOST_PICTURES))
 
     def least(self) -> int:
         """Bytes of the smallest request of the schema, in the strategy that takes least."""
-        with self._lock:
-            return self._most(_smallest(), _smallest_way())
+        return self._most(_smallest(), _smallest_way())
 
     def together(self, fields: PredictionInput, capacity: int) -> int:
         """How many lanes may share a step with those of a request: the most of `buckets(capacity)` that fit
@@ -176,8 +174,7 @@ class Planner:
         """
         if self.budget is None:
             return capacity
-        with self._lock:
-            return self._together(_asked(fields), capacity)
+        return self._together(_asked(fields), capacity)
 
     def follow(self, *requests: PredictionInput) -> None:
         """Where there is a budget, make the runtime ready for a request, or for a step that several of one
@@ -198,6 +195,10 @@ class Planner:
             raise BackendError(f"{self._name} is {mib_down(self.budget)}; {smallest_takes(least)}")
 
     def _made(self, asked: Mapping[str, Any]) -> MemoryPlan:
+        plan = self._plans.get((*asked.values(), self.budget, _threads()), lambda: self._chosen(asked))
+        return replace(plan, read_again_seconds=self._seconds(plan.strategy.leaving))
+
+    def _chosen(self, asked: Mapping[str, Any]) -> MemoryPlan:
         if self.budget is None:
             usage = self._usage(asked, None)
             return self._plan(asked, Strategy(at_once=asked["num_outputs"]), usage, None)
@@ -235,7 +236,7 @@ class Planner:
             strategy=strategy,
             usage=usage,
             read_again=sum(_COMES[one] * usage.weights[one] for one in strategy.leaving),
-            read_again_seconds=self._seconds(strategy.leaving),
+            read_again_seconds=None,
             more=more,
             less=None,
         )
@@ -252,19 +253,13 @@ class Planner:
         return self._usage(asked, strategy).peak[1].most
 
     def _usage(self, asked: Mapping[str, Any], strategy: Strategy | None, *, course: bool = False) -> Usage:
-        import torch  # late: plans of exported graphs need none
+        given = {} if strategy is None else {"at_once": strategy.at_once, "leaving": strategy.leaving}
 
-        # Each thread has blocks of its own in attention.
-        key = (*asked.values(), strategy, torch.get_num_threads())
-        kept, most = (self._courses, _KEPT_COURSES) if course else (self._usages, _KEPT_USAGES)
-        usage = kept.pop(key, None)
-        if usage is None:
-            given = {} if strategy is None else {"at_once": strategy.at_once, "leaving": strategy.leaving}
-            usage = self._rehearsed().usage(**asked, **given, **({"course": True} if course else {}))
-        kept[key] = usage
-        while len(kept) > most:
-            kept.popitem(last=False)
-        return usage
+        def usage() -> Usage:
+            made: Usage = self._rehearsed().usage(**asked, **given, **({"course": True} if course else {}))
+            return made
+
+        return (self._courses if course else self._usages).get((*asked.values(), strategy, _threads()), usage)
 
     def _together(self, asked: Mapping[str, Any], capacity: int) -> int:
         own, most = asked["num_outputs"], 1
@@ -280,15 +275,14 @@ class Planner:
 
     def _crowd(self, asked: Mapping[str, Any], leaving: tuple[str, ...], lanes: int) -> int:
         """Bytes of a step that so many lanes of several requests share."""
-        import torch
-
         rows = next(one for one in _TABLE_ROWS if one > asked["num_inference_steps"])
-        key = (asked["height"], asked["width"], lanes, rows, leaving, torch.get_num_threads())
-        if key not in self._crowds:
-            size = {"height": asked["height"], "width": asked["width"]}
-            phase = self._rehearsed().together(**size, lanes=lanes, rows=rows, leaving=leaving)
-            self._crowds[key] = phase.most
-        return self._crowds[key]
+        size = {"height": asked["height"], "width": asked["width"]}
+
+        def most() -> int:
+            phase: Phase = self._rehearsed().together(**size, lanes=lanes, rows=rows, leaving=leaving)
+            return phase.most
+
+        return self._crowds.get((*size.values(), lanes, rows, leaving, _threads()), most)
 
     def _rehearsed(self) -> Any:
         if self._rehearsal is None:
@@ -316,6 +310,13 @@ class Planner:
         side = fits * _STEP
         held = f"One picture of {side} x {side}" if fits else "No picture"
         return f"{held} is the largest square that it holds" if fits else f"{held} fits"
+
+
+def _threads() -> int:
+    """Each has blocks of its own in attention."""
+    import torch  # late: plans of exported graphs need none
+
+    return torch.get_num_threads()
 
 
 def _smallest_way() -> Strategy:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -231,6 +232,26 @@ def test_who_has_no_plan_of_company_moves_alone(
         found = run(batcher, [ask(num_inference_steps=2)] * 2)
         assert set(batcher.snapshot().steps) == {1}
     assert [one.status for one in found] == ["succeeded"] * 2
+
+
+def test_a_cancel_waits_for_nobodys_plan(
+    tiny_checkpoint: Path, ask: Ask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor does the device: who comes while others are planned is painted."""
+    go = threading.Event()
+    monkeypatch.setattr(Engine, "together", lambda *_: go.wait(60) and 1)
+    with (
+        load(tiny_checkpoint, device="cpu", dtype="float32", memory_budget="64MiB") as engine,
+        Batcher(engine) as batcher,
+    ):
+        try:
+            long = batcher.submit(ask(num_inference_steps=500))
+            assert batcher.submit(ask(num_inference_steps=2)).result(60).status == "succeeded"
+            long.cancel()
+            assert long.result(60).status == "canceled"
+            assert not go.is_set()
+        finally:
+            go.set()
 
 
 def test_under_a_budget_only_those_who_move_are_on_the_device(

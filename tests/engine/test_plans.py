@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -202,6 +203,36 @@ def test_as_many_lanes_share_a_step_as_the_budget_bears(
         assert f"in a Batcher it shares {alone} with others of its size" in as_text(told)
     planner.budget = None
     assert planner.together(fields, 8) == 8
+
+
+def test_who_is_planned_already_is_followed_while_another_is_planned() -> None:
+    followed: list[int] = []
+    begun, go = threading.Event(), threading.Event()
+    made = Made()
+    planner = Planner(
+        lambda: made,
+        device="cpu",
+        dtype="float32",
+        budget=204,
+        follow=lambda height, width, way: followed.append(height),
+    )
+    planner.plan(asked_for(height=64))
+
+    def slow(**_: Any) -> Phase:
+        begun.set()
+        assert go.wait(60)
+        return Phase(most=1, moment="cat")
+
+    made.together = slow  # type: ignore[method-assign]
+    company = threading.Thread(target=planner.together, args=(asked_for(height=64), 8))
+    company.start()
+    try:
+        assert begun.wait(60)
+        planner.follow(asked_for(height=64))
+        assert followed == [64]
+    finally:
+        go.set()
+        company.join(60)
 
 
 def test_requests_that_share_a_step_are_followed_as_one() -> None:
