@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -46,6 +47,8 @@ CONFIGS = {
 }
 _WHOLE_BYTES = 64 << 20
 _BLOCKS, _BLOCK_BYTES = 64, 4096
+_VERSION = re.compile("[0-9a-f]{64}")
+_LAST_OPSET = 99  # ONNX has 20-odd
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -226,7 +229,10 @@ def read_manifest(path: Path) -> Manifest:
             pass
         case _:
             raise CheckpointError(f"{file}: no manifest of an export; export the checkpoint again")
-    if isinstance(held["opset"], bool) or held["opset"] < 1:
+    if not _VERSION.fullmatch(held["version"]):
+        rule = "a version is 64 hex digits; export the checkpoint again"
+        raise CheckpointError(f"{file}: version is {shown(held['version'])}; {rule}")
+    if isinstance(held["opset"], bool) or not 1 <= held["opset"] <= _LAST_OPSET:
         raise CheckpointError(f"{file}: opset is {shown(held['opset'])}; export the checkpoint again")
     if not files or not all(isinstance(digest, str) for digest in files.values()):
         raise CheckpointError(f"{file}: names no files; export the checkpoint again")

@@ -106,6 +106,8 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "true": (lambda f: edit(f, format=True), "format is True"),
     "opset": (lambda f: edit(f, opset=True), "opset is True"),
     "no opset": (lambda f: edit(f, opset=-1), "opset is -1"),
+    "endless opset": (lambda f: edit(f, opset=10**30), "opset is 10000"),
+    "no version": (lambda f: edit(f, version=""), "version is ''; a version is 64 hex digits"),
     "sizes from true on": (lambda f: all_ranges(f, [True, 8, 8]), r"are \[True, 8, 8\]"),
     "the index": (lambda f: (f / "model_index.json").write_bytes(b"{}"), "model_index.json changed"),
     "no index": (lambda f: (f / "model_index.json").unlink(), "model_index.json is missing"),
