@@ -94,6 +94,7 @@ def test_what_was_promised_holds_on_the_virtual_clock(
         assert found["throughput"][0] >= 0.999
 
 
+@pytest.mark.slow
 def test_a_small_run_for_real_and_the_commands(
     tiny_engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

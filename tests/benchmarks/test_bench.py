@@ -118,6 +118,7 @@ def test_quantiles_of_a_row(tiny: Path) -> None:
     assert (ours.parity_error, ours.parity_psnr_db) == (PASSED.error, PASSED.psnr_db)
 
 
+@pytest.mark.slow
 def test_startup_in_fresh_processes(tiny: Path) -> None:
     rows = cases.startup(bench(tiny), PASSED, environment.environment("cpu"), say=quiet)
     taken = {(one.variant, one.phase): one.each_ms[0] for one in rows}
@@ -413,6 +414,7 @@ def test_make_folder_command(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert (out / "model_index.json").is_file()
 
 
+@pytest.mark.slow
 def test_backends_are_compared_with_torch_and_with_diffusers(tiny: Path) -> None:
     """Without graphs: every backend is torch here, and one of them is wrong."""
     wanted: list[tuple[str, str]] = []
@@ -448,6 +450,7 @@ def test_backends_are_compared_with_torch_and_with_diffusers(tiny: Path) -> None
         cases.backends(held, ["openvino"], env, peer_dtype=None, run=run, say=quiet)
 
 
+@pytest.mark.slow
 def test_plain_graphs_are_compared_with_hoisted_ones(tiny: Path) -> None:
     """Without graphs: both folders are the checkpoint, every backend is torch, and one folder is wrong."""
     asked: list[tuple[str, str]] = []
