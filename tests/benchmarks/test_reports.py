@@ -54,6 +54,7 @@ def test_ritocco_bench_is_the_harness() -> None:
     assert done.exit_code == 1
 
 
+@pytest.mark.slow
 def test_every_scheduler_is_held_beside_diffusers(tmp_path: Path) -> None:
     model = folder.make_folder(tmp_path / "tiny", "tiny")
     found = parity.compare(job(model), in_process)
