@@ -138,7 +138,7 @@ def test_steps_prints_a_table_behind_a_green_gate(
     monkeypatch.setattr(command, "execute", in_process)
     monkeypatch.setattr(ceilings, "ON_CPU", (32, 4096))
     out = tmp_path / "rows.jsonl"
-    words = ["--model", str(tiny), "--dtype", "bfloat16", "--pairs", "2", "--size", "64", "--steps", "2"]
+    words = ["--model", str(tiny), "--dtype", "float32", "--pairs", "2", "--size", "64", "--steps", "2"]
     assert command.main(["steps", *words, "--outputs", "2", "--out", str(out)]) == 0
     rows = [report.Row.from_json(line) for line in out.read_text(encoding="utf-8").splitlines()]
     phases = ("load", "first_picture", *asked.PHASES, "png", "whole", "step", "total")

@@ -37,7 +37,7 @@ def job(model: Path, **changes: Any) -> worker.Job:
         variant="ritocco",
         model=str(model),
         device="cpu",
-        dtype="bfloat16",
+        dtype="float32",
         size=64,
         steps=4,
         schedulers=tuple(asked.DIFFUSERS_CLASSES),
@@ -54,7 +54,6 @@ def test_ritocco_bench_is_the_harness() -> None:
     assert done.exit_code == 1
 
 
-@pytest.mark.slow
 def test_every_scheduler_is_held_beside_diffusers(tmp_path: Path) -> None:
     model = folder.make_folder(tmp_path / "tiny", "tiny")
     found = parity.compare(job(model), in_process)
