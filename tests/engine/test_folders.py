@@ -320,7 +320,14 @@ def test_killed_in_the_middle_of_two_hundred(folders: Callable[..., Made], tmp_p
     command += ["--out", out, "--prompt", "a cat", *QUICK_ARGUMENTS]
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     for number, until in ((signal.SIGKILL, 40), (signal.SIGTERM, 80), (signal.SIGINT, 120)):
-        process = subprocess.Popen(list(map(str, command)), env=env, stderr=subprocess.PIPE, text=True)
+        process = subprocess.Popen(
+            list(map(str, command)),
+            env=env,
+            stderr=subprocess.PIPE,
+            text=True,
+            # Where this run is a shell's background job it ignores interrupts, as its children would.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        )
         while not (out / NAME).exists() or len((out / NAME).read_bytes().splitlines()) < until:
             assert process.poll() is None, process.communicate()[1]
             time.sleep(0.05)
