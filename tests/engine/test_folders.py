@@ -293,7 +293,7 @@ def test_a_disk_that_is_full_ends_it(
 
 
 def test_a_stop_leaves_the_rest_for_the_next_time(folders: Callable[..., Made], tmp_path: Path) -> None:
-    stems = [f"p{number}" for number in range(40)]
+    stems = [f"p{number}" for number in range(16)]
     made, _, _ = pairs(*folders(*stems), QUICK, None)
     runs: list[FolderRun] = []
 
@@ -304,9 +304,9 @@ def test_a_stop_leaves_the_rest_for_the_next_time(folders: Callable[..., Made], 
     with load(backend="torch") as engine, Batcher(engine) as batcher, Manifest(tmp_path) as manifest:
         runs.append(FolderRun(batcher, tmp_path, manifest, options={}, told=told))
         first = runs[0].run(made)
-        assert 3 <= first.painted < 40
+        assert 3 <= first.painted < 16
         second = FolderRun(batcher, tmp_path, manifest, options={}).run(made)
-    assert (second.painted, second.skipped, second.bad) == (40 - first.painted, first.painted, [])
+    assert (second.painted, second.skipped, second.bad) == (16 - first.painted, first.painted, [])
     assert sorted(one["name"] for one in lines(tmp_path)) == sorted(stems), "each once"
 
 
