@@ -112,6 +112,22 @@ def test_put_is_idempotent(make: Make, asked: dict[str, Any], batcher: HandBatch
     assert (bad.status_code, bad.json()["invalid_fields"][0]["field"]) == (422, "id")
 
 
+def test_what_has_ended_is_no_202(make: Make, asked: dict[str, Any], batcher: HandBatcher) -> None:
+    client, at_once = make(by_itself=False), {"Prefer": "respond-async"}
+
+    def put() -> tuple[int, str]:
+        made = client.put("/predictions/mine", json={"input": asked}, headers=at_once)
+        return made.status_code, made.json()["status"]
+
+    assert put() == (202, "starting")
+    run = batcher.next()
+    run.step(1, 2)
+    assert put() == (202, "processing")
+    run.succeed()
+    ended(client, "mine")
+    assert put() == (200, "succeeded")
+
+
 def test_a_key_makes_creation_idempotent(make: Make, asked: dict[str, Any], batcher: HandBatcher) -> None:
     client = make()
     ids = {

@@ -11,7 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from fastapi import FastAPI
+from fastapi import FastAPI, Request
 from starlette.concurrency import run_in_threadpool
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp
@@ -21,10 +21,10 @@ from ritocco.engine import Engine
 from ritocco.errors import BackendError
 from ritocco.fetch import Fetcher
 from ritocco.prediction import VERSION, timestamp
-from ritocco.server import health, models, predictions, uploads
+from ritocco.server import cog, health, models, predictions, uploads
 from ritocco.server.database import StorageError, setting
 from ritocco.server.dispatch import Dispatch
-from ritocco.server.document import document
+from ritocco.server.document import Document
 from ritocco.server.gate import PREFIXES, SEND_TIMEOUT_S, BodyLimits, Gate, SendLimits
 from ritocco.server.jobs import FETCHING, Jobs
 from ritocco.server.logs import AccessLog
@@ -114,29 +114,22 @@ def create_app(engine: Engine | Sequence[Engine] | Dispatch, settings: Settings 
         lifespan=lifespan,
     )
     app.state.shared, app._parts = shared, parts
-    made: dict[str, Any] = {}
-
-    def described() -> dict[str, Any]:
-        if not made:
-            made.update(document(app, protected=bool(settings.tokens)))
-        return made
-
-    app.openapi = described  # type: ignore[method-assign]
-    routers = [(health.routes(shared), True)]
-    for prefix in PREFIXES:  # the document shows one of them
-        for router in (
-            predictions.routes(shared, prefix),
-            uploads.routes(shared, prefix),
-            models.routes(shared, prefix, described),
-        ):
-            routers.append((router, prefix == "/v1"))
+    document = Document(app, protected=bool(settings.tokens))
+    app.openapi = document  # type: ignore[method-assign]
+    routers = [(health.routes(shared), True), (cog.routes(shared), True)]
+    for prefix in PREFIXES:  # the document shows one of them, and what is Cog's
+        routers += [
+            (predictions.routes(shared, prefix), prefix in ("", "/v1")),
+            (uploads.routes(shared, prefix), prefix == "/v1"),
+            (models.routes(shared, prefix, document), prefix == "/v1"),
+        ]
     for router, shown in routers:
         app.include_router(router, include_in_schema=shown)
 
     @app.get("/openapi.json", include_in_schema=False)
-    def openapi() -> dict[str, Any]:
+    def openapi(request: Request) -> dict[str, Any]:
         """The OpenAPI document."""
-        return described()
+        return document(shared.base(request, ""))
 
     install(app, [route for router, _ in routers for route in router.routes], shared.metrics)
     # Outermost last.

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from fastapi import APIRouter
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import JSONResponse, PlainTextResponse, Response
 
 from ritocco.server.database import StorageError
-from ritocco.server.document import problems
+from ritocco.server.document import CogHealth, Health, health
 from ritocco.server.state import Shared
 
 _OPEN: dict[str, Any] = {"security": []}
@@ -35,7 +35,8 @@ def routes(shared: Shared) -> APIRouter:
     @router.get(
         "/livez",
         openapi_extra=_OPEN,
-        responses={503: {"description": "The device is lost to this process: start another"}},
+        response_model=Health,
+        responses=health(503, "The device is lost to this process: start another"),
     )
     async def livez() -> JSONResponse:
         """The process answers, and can compute."""
@@ -46,7 +47,8 @@ def routes(shared: Shared) -> APIRouter:
     @router.get(
         "/readyz",
         openapi_extra=_OPEN,
-        responses={503: {"description": "Stopping, no engine that works, or a disk that refuses"}},
+        response_model=Health,
+        responses=health(503, "Stopping, no engine that works, or a disk that refuses"),
     )
     def readyz() -> JSONResponse:
         """Predictions are accepted, if perhaps not this moment: a full queue is no reason to be replaced."""
@@ -55,7 +57,7 @@ def routes(shared: Shared) -> APIRouter:
         return JSONResponse({"status": "ok" if ready else why}, 200 if ready else 503)
 
     @router.head("/health-check", include_in_schema=False)
-    @router.get("/health-check", openapi_extra=_OPEN)
+    @router.get("/health-check", response_model=CogHealth, openapi_extra=_OPEN)
     def health_check() -> dict[str, Any]:
         """Cog's words for it."""
         why = unready()
@@ -63,7 +65,7 @@ def routes(shared: Shared) -> APIRouter:
         setup = {"started_at": shared.began, "completed_at": shared.began, "logs": "", "status": "succeeded"}
         return {"status": status, "setup": setup}
 
-    @router.get("/metrics", responses={200: {"content": {"text/plain": {}}}, **problems(401)})
+    @router.get("/metrics", response_class=PlainTextResponse)
     def metrics() -> Response:
         """Figures for Prometheus."""
         return Response(shared.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")

@@ -18,11 +18,12 @@ from starlette.concurrency import run_in_threadpool
 from ritocco.prediction import MODEL, Prediction
 from ritocco.schema import validated
 from ritocco.server.answers import answer
-from ritocco.server.bodies import CogRequest, PredictionRequest, read_json
+from ritocco.server.bodies import PredictionRequest, read_json
+from ritocco.server.creation import Accepted, Key, Preferences, Preferred, accepted
 from ritocco.server.database import AwayError
-from ritocco.server.document import PageOfPredictions, body_of, problems
+from ritocco.server.document import BODY, STORED, PageOfPredictions, body_of, problems
 from ritocco.server.problems import ProblemError, not_found
-from ritocco.server.state import POLL_S, Shared, idempotency_key, prediction_id, preferences
+from ritocco.server.state import POLL_S, Shared
 from ritocco.server.store import ENDED, Record
 
 PAGE = 100
@@ -51,86 +52,44 @@ Streamed = Annotated[Record, Depends(_streamed)]
 
 
 def routes(shared: Shared, prefix: str) -> APIRouter:
-    """Under one prefix. At the root, a creation without `version` is Cog's."""
+    """Under one prefix. At the root, creations are Cog's; see `cog.py`."""
     router = APIRouter(prefix=prefix, tags=["predictions"])
 
-    @router.post(
-        "/predictions",
-        status_code=201,
-        response_model=Prediction,
-        responses=problems(400, 401, 408, 413, 415, 422, 429, 503),
-        openapi_extra=body_of(PredictionRequest),
-    )
-    async def create(request: Request) -> Response:
-        """Create a prediction. `Prefer: wait` or `wait=n` holds the answer for at most 60 or n seconds."""
-        key = idempotency_key(request)
-        await shared.refuse_if_full(key=key)
-        body = await read_json(request)
-        if prefix or "version" in body:
-            return await created(request, validated(PredictionRequest, body, prefix=""), key)
-        return await cog_created(request, validated(CogRequest, body, prefix=""), key)
+    if prefix:
+
+        @router.post(
+            "/predictions",
+            status_code=201,
+            response_model=Prediction,
+            responses=problems(409, *BODY, *STORED),
+            openapi_extra=body_of(PredictionRequest),
+        )
+        async def create(request: Request, key: Key, preferred: Preferred) -> Response:
+            """Create a prediction. `Prefer: wait=n` holds the answer for at most n seconds."""
+            await shared.refuse_if_full(key=key)
+            asked = validated(PredictionRequest, await read_json(request), prefix="")
+            held = await accepted(shared, request, asked, prefix=prefix, key=key)
+            return await created(shared, held, preferred)
 
     @router.post(
         "/models/{owner}/{name}/predictions",
         status_code=201,
         response_model=Prediction,
-        responses=problems(400, 401, 404, 408, 413, 415, 422, 429, 503),
+        responses=problems(404, 409, *BODY, *STORED),
         openapi_extra=body_of(PredictionRequest),
     )
-    async def create_by_model(owner: str, name: str, request: Request) -> Response:
+    async def create_by_model(
+        owner: str, name: str, request: Request, key: Key, preferred: Preferred
+    ) -> Response:
         """Create a prediction of a model's latest version."""
         if f"{owner}/{name}" != MODEL:
             raise not_found()
-        key = idempotency_key(request)
         await shared.refuse_if_full(key=key)
-        return await created(request, validated(PredictionRequest, await read_json(request), prefix=""), key)
+        asked = validated(PredictionRequest, await read_json(request), prefix="")
+        held = await accepted(shared, request, asked, prefix=prefix, key=key)
+        return await created(shared, held, preferred)
 
-    async def accepted(
-        request: Request, asked: PredictionRequest, key: str | None, id: str | None = None
-    ) -> tuple[Record, str]:
-        base = shared.base(request, prefix)
-        new = await run_in_threadpool(lambda: shared.record(asked, base=base, key=key, id=id))
-        record, _ = await run_in_threadpool(shared.jobs.accept, new)
-        return record, base
-
-    async def created(request: Request, asked: PredictionRequest, key: str | None) -> Response:
-        record, base = await accepted(request, asked, key)
-        at_once, seconds = preferences(request)
-        if seconds and not at_once:
-            await shared.wait(record.id, seconds)
-        return _json(await shared.answer(record, base, patient=False), 201)
-
-    async def cog_created(
-        request: Request, asked: CogRequest, key: str | None, id: str | None = None
-    ) -> Response:
-        """Synchronous, unless the client prefers otherwise: 202 with what has not ended."""
-        given = id or asked.id
-        record, base = await accepted(request, asked, key, None if given is None else prediction_id(given))
-        at_once, seconds = preferences(request)
-        if not at_once:
-            await shared.wait(record.id, seconds)
-        made = await shared.answer(record, base)
-        return _json(made, 200 if made.status in ENDED and not at_once else 202)
-
-    if not prefix:
-
-        @router.put(
-            "/predictions/{id}",
-            response_model=Prediction,
-            responses=problems(400, 401, 408, 409, 413, 415, 422, 429, 503),
-            openapi_extra=body_of(CogRequest),
-        )
-        async def put(id: str, request: Request) -> Response:
-            """Create a prediction of this id, or wait for the one that there is."""
-            prediction_id(id)
-            key = idempotency_key(request)
-            await shared.refuse_if_full(key=key, id=id)
-            asked = validated(CogRequest, await read_json(request), prefix="")
-            if asked.id not in (None, id):
-                raise ProblemError(422, "Input validation failed", "- id: Must be the one in the path\n")
-            return await cog_created(request, asked, key, id)
-
-    @router.get("/predictions", response_model=PageOfPredictions, responses=problems(401, 422))
+    @router.get("/predictions", response_model=PageOfPredictions, responses=problems(422, *STORED))
     async def list_predictions(
         request: Request, cursor: Annotated[str | None, Query(description="Of a page's URLs.")] = None
     ) -> Response:
@@ -149,24 +108,24 @@ def routes(shared: Shared, prefix: str) -> APIRouter:
         held = PageOfPredictions(
             previous=link(page.newer, ">", seqs[0]), next=link(page.older, "<", seqs[-1]), results=made
         )
-        return _json(held)
+        return shown(held)
 
-    @router.get("/predictions/{id}", response_model=Prediction, responses=problems(401, 404))
+    @router.get("/predictions/{id}", response_model=Prediction, responses=problems(404, *STORED))
     async def get(request: Request, record: Found) -> Response:
         """A prediction as it stands."""
-        return _json(await shared.answer(record, shared.base(request, prefix)))
+        return shown(await shared.answer(record, shared.base(request, prefix)))
 
-    @router.post("/predictions/{id}/cancel", response_model=Prediction, responses=problems(401, 404))
+    @router.post("/predictions/{id}/cancel", response_model=Prediction, responses=problems(404, *STORED))
     async def cancel(request: Request, record: Found) -> Response:
         """End a prediction between two steps. One that has ended stays as it is."""
         await run_in_threadpool(shared.jobs.cancel, record.id)
         await shared.wait(record.id, _CANCEL_WAIT_S)
-        return _json(await shared.answer(record, shared.base(request, prefix)))
+        return shown(await shared.answer(record, shared.base(request, prefix)))
 
     @router.get(
         "/stream/{name}",
         response_class=EventSourceResponse,
-        responses=problems(404),
+        responses=problems(404, *STORED),
         openapi_extra={"security": []},
     )
     async def stream(
@@ -178,6 +137,13 @@ def routes(shared: Shared, prefix: str) -> APIRouter:
             yield event
 
     return router
+
+
+async def created(shared: Shared, held: Accepted, preferred: Preferences) -> Response:
+    """The answer to a creation in Replicate's way, once the client does not want to wait any more."""
+    if preferred.seconds and not preferred.at_once:
+        await shared.wait(held.record.id, preferred.seconds)
+    return shown(await shared.answer(held.record, held.base, patient=False), 201)
 
 
 async def _events(shared: Shared, record: Record, last: str | None) -> AsyncIterator[ServerSentEvent]:
@@ -242,5 +208,6 @@ def _cursor(text: str | None) -> dict[str, int]:
     return {"before" if found[1] == "<" else "after": int(found[2])}
 
 
-def _json(model: Prediction | PageOfPredictions, status: int = 200) -> Response:
+def shown(model: Prediction | PageOfPredictions, status: int = 200) -> Response:
+    """As JSON."""
     return Response(model.model_dump_json(), status, media_type="application/json")

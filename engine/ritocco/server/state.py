@@ -25,7 +25,7 @@ from ritocco.server.live import Live
 from ritocco.server.metrics import Metrics
 from ritocco.server.problems import ProblemError
 from ritocco.server.sessions import Sessions
-from ritocco.server.settings import MAX_WAIT_S, Settings
+from ritocco.server.settings import Settings
 from ritocco.server.store import ENDED, Record, Store
 from ritocco.server.webhooks import Webhooks
 from ritocco.shown import plain
@@ -34,8 +34,6 @@ POLL_S = 0.5
 """Between two looks at a prediction that another server runs."""
 _HOST = re.compile(r"[A-Za-z0-9._-]+(:[0-9]{1,5})?|\[[0-9a-fA-F:.]+\](:[0-9]{1,5})?")
 _HEX = re.compile(r"[0-9a-f]{64}")
-_ID = re.compile(r"[A-Za-z0-9_-]{1,128}")
-_KEY = re.compile(r"[\x21-\x7e]{1,255}")
 _NAMED = 20  # of the unknown inputs, whose names the prediction's logs tell
 
 
@@ -175,41 +173,3 @@ def _with_whole_numbers(held: Any) -> Any:
 
 def _is_over(live: Live) -> bool:
     return live.ended or live.set_aside
-
-
-def preferences(request: Request) -> tuple[bool, float | None]:
-    """Whether the client wants its answer at once, and the seconds that it waits at most, where it says so.
-
-    [RFC 7240]
-    """
-    at_once, seconds = False, None
-    for line in request.headers.getlist("prefer"):
-        for part in line.split(","):
-            name, _, value = part.partition(";")[0].strip().partition("=")
-            value = value.strip().strip('"')
-            if name.strip().lower() == "respond-async":
-                at_once = True
-            elif name.strip().lower() == "wait":
-                if not value:
-                    seconds = MAX_WAIT_S
-                elif value.isascii() and value.isdigit():
-                    seconds = min(float(value[:9]), MAX_WAIT_S)
-    return at_once, seconds
-
-
-def idempotency_key(request: Request) -> str | None:
-    """The header Idempotency-Key, or None. Raises ProblemError for one that is none."""
-    given = request.headers.get("idempotency-key")
-    if given is not None and not _KEY.fullmatch(given):
-        rule = "must be 1 to 255 printable ASCII characters without spaces"
-        raise ProblemError(422, "Invalid header", f"Idempotency-Key {rule}")
-    return given
-
-
-def prediction_id(given: str) -> str:
-    """An id of the client's own. Raises ProblemError for one that is none."""
-    if not _ID.fullmatch(given):
-        rule = "Must be 1 to 128 letters, digits, hyphens and underscores"
-        violation = Violation(type="invalid_type", field="id", description=rule)
-        raise ProblemError(422, "Input validation failed", f"- id: {rule}\n", fields=[violation])
-    return given

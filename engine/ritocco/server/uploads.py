@@ -16,7 +16,7 @@ from starlette.datastructures import FormData, UploadFile
 from ritocco.schema import Violation, echo
 from ritocco.server.bodies import strict_object
 from ritocco.server.database import StorageError
-from ritocco.server.document import FileAnswer, PageOfFiles, form_of_file, problems
+from ritocco.server.document import BODY, STORED, FileAnswer, PageOfFiles, form_of_file, problems
 from ritocco.server.files import StoredFile
 from ritocco.server.problems import ProblemError, not_found
 from ritocco.server.state import Shared
@@ -60,7 +60,7 @@ def routes(shared: Shared, prefix: str) -> APIRouter:
         "/files",
         status_code=201,
         response_model=FileAnswer,
-        responses=problems(400, 401, 408, 413, 415, 422),
+        responses=problems(*BODY, *STORED),
         openapi_extra=form_of_file(),
     )
     async def upload(request: Request) -> FileAnswer:
@@ -88,19 +88,19 @@ def routes(shared: Shared, prefix: str) -> APIRouter:
 
         return shown(await run_in_threadpool(keep), shared.base(request, prefix))
 
-    @router.get("/files", response_model=PageOfFiles, responses=problems(401))
+    @router.get("/files", response_model=PageOfFiles, responses=problems(*STORED))
     async def list_files(request: Request) -> PageOfFiles:
         """The latest hundred uploads."""
         held = await run_in_threadpool(shared.store.files.uploads, 100)
         base = shared.base(request, prefix)
         return PageOfFiles(previous=None, next=None, results=[shown(one, base) for one in held])
 
-    @router.get("/files/{id}", response_model=FileAnswer, responses=problems(401, 404))
+    @router.get("/files/{id}", response_model=FileAnswer, responses=problems(404, *STORED))
     async def get(request: Request, file: Found) -> FileAnswer:
         """What is known of an upload."""
         return shown(file, shared.base(request, prefix))
 
-    @router.delete("/files/{id}", status_code=204, responses=problems(401, 404))
+    @router.delete("/files/{id}", status_code=204, responses=problems(404, *STORED))
     def delete(file: Found) -> Response:
         """Delete an upload."""
         if not shared.store.files.delete(file.id):
@@ -130,7 +130,7 @@ def routes(shared: Shared, prefix: str) -> APIRouter:
     router.get(
         "/outputs/{id}/{name}",
         response_class=FileResponse,
-        responses=pictures | problems(404),
+        responses=pictures | problems(404, *STORED),
         openapi_extra={"security": []},
     )(output)
     router.head("/outputs/{id}/{name}", include_in_schema=False)(output)
