@@ -71,4 +71,5 @@ def output_url(base: str, file: StoredFile) -> str:
 
 
 def _content(store: Store, file: StoredFile) -> str:
-    return data_uri(store.files.read(file), _FORMATS[file.content_type])
+    # A type that is damaged is none of ours; whoever opens a picture looks at its bytes.
+    return data_uri(store.files.read(file), _FORMATS.get(file.content_type, "png"))

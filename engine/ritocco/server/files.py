@@ -6,16 +6,20 @@ But on a full disk, which has no room for the change of a row, old files go firs
 from __future__ import annotations
 
 import hashlib
+import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ritocco.prediction import new_id, timestamp
 from ritocco.server.contents import Contents
+from ritocco.server.damage import columns, moment, parsed
 from ritocco.server.database import AnyDatabase, Connection, StorageError
 
 _PROBE_BYTES = 1 << 20
+_TYPE = re.compile(r"[ -~]+")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -98,19 +102,19 @@ class Files:
         """The file of an id, or None."""
         with self._database.read() as db:
             row = db.execute(f"SELECT {_COLUMNS} FROM files WHERE id = ?", (id,)).fetchone()
-        return None if row is None else StoredFile(**dict(row))
+        return None if row is None else _stored(row)
 
     def uploads(self, most: int) -> list[StoredFile]:
         """Clients' files, the latest first."""
         asked = f"SELECT {_COLUMNS} FROM files WHERE prediction IS NULL ORDER BY created DESC LIMIT ?"
         with self._database.read() as db:
-            return [StoredFile(**dict(row)) for row in db.execute(asked, (most,))]
+            return [_stored(row) for row in db.execute(asked, (most,))]
 
     def outputs(self, prediction: str) -> list[StoredFile]:
         """A prediction's pictures, in their order."""
         asked = f"SELECT {_COLUMNS} FROM files WHERE prediction = ? ORDER BY place"
         with self._database.read() as db:
-            return [StoredFile(**dict(row)) for row in db.execute(asked, (prediction,))]
+            return [_stored(row) for row in db.execute(asked, (prediction,))]
 
     def path(self, file: StoredFile) -> Path | None:
         """Where its bytes are; None where in no file."""
@@ -152,6 +156,18 @@ class Files:
 
 _NAMES = ("id", "name", "content_type", "size", "sha256", "created_at", "metadata", "prediction", "place")
 _COLUMNS = ", ".join(_NAMES)
+
+
+def _stored(row: Any) -> StoredFile:
+    held = columns(row)
+    held["created_at"] = moment(held["created_at"])
+    if parsed(held["metadata"], dict) is None:
+        held["metadata"] = "{}"
+    if not isinstance(held["size"], int):
+        held["size"] = 0
+    if not _TYPE.fullmatch(held["content_type"]):
+        held["content_type"] = "application/octet-stream"
+    return StoredFile(**held)
 
 
 def insert_files(db: Connection, files: Sequence[StoredFile]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 from fastapi import APIRouter
@@ -10,7 +11,9 @@ from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from ritocco.server.database import StorageError
 from ritocco.server.document import CogHealth, Health, health
 from ritocco.server.state import Shared
+from ritocco.shown import said
 
+_log = logging.getLogger(__name__)
 _OPEN: dict[str, Any] = {"security": []}
 
 
@@ -28,7 +31,8 @@ def routes(shared: Shared) -> APIRouter:
             if not shared.store.writable():
                 return "storage"
             return "full" if shared.store.unfinished() >= shared.settings.waiting else ""
-        except StorageError:
+        except StorageError as error:
+            _log.error("not ready", extra={"error": said(error)})
             return "storage"
 
     @router.head("/livez", include_in_schema=False)
@@ -48,7 +52,7 @@ def routes(shared: Shared) -> APIRouter:
         "/readyz",
         openapi_extra=_OPEN,
         response_model=Health,
-        responses=health(503, "Stopping, no engine that works, or a disk that refuses"),
+        responses=health(503, "Stopping, no engine that works, or a disk that refuses or is damaged"),
     )
     def readyz() -> JSONResponse:
         """Predictions are accepted, if perhaps not this moment: a full queue is no reason to be replaced."""

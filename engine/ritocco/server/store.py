@@ -10,25 +10,31 @@ when two processes ended, since it may be what ended them.
 from __future__ import annotations
 
 import json
+import logging
 import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from ritocco.errors import BackendError, BusyError, RequestError
 from ritocco.fetch import MAX_URL_CHARS
 from ritocco.prediction import Status, timestamp
+from ritocco.schema import echo
 from ritocco.server.contents import Folder
+from ritocco.server.damage import columns, parsed
 from ritocco.server.database import AnyDatabase, Connection, Database, StorageError
 from ritocco.server.files import Files, StoredFile, insert_files
 
 INTERRUPTED = "Prediction interrupted; please retry (code: PA)"
+_DAMAGED = "What was kept of it can't be read any more; please retry"
 ENDED: tuple[Status, ...] = ("succeeded", "failed", "canceled")
 _ATTEMPTS = 2  # of opening its pictures, in as many processes
 _DAY_S = 24 * 60 * 60
 _KEPT_WITHOUT_DATA_S = 30 * _DAY_S
 _BRIEF_CHARS = 256
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -344,7 +350,14 @@ class Store:
         return True
 
     def writable(self) -> bool:
-        """Whether the disk takes predictions and files: where it refused the last one, this tries again."""
+        """Whether the disk takes predictions and files: where it refused the last one, this tries again.
+
+        Raises StorageError where what is kept can't be read.
+        """
+        self.page(size=1)
+        self.files.find("")
+        with self.database.read() as db:
+            db.execute("SELECT value FROM settings LIMIT 1").fetchone()
         if not (self.database.refused or self.files.refused):
             return True
         try:
@@ -361,7 +374,7 @@ class Store:
         self.database.close()
 
     def _recover(self) -> None:
-        ended = f"UPDATE predictions SET {END} WHERE {CAN_ONLY_FAIL}"
+        ended = f"UPDATE predictions SET {END} WHERE {CAN_ONLY_FAIL} OR {_UNKNOWN}"
         with self.database.write() as db:
             db.execute(ended, end("failed", INTERRUPTED, timestamp()))
         self.files.sweep()
@@ -370,6 +383,7 @@ class Store:
 UNFINISHED = "status IN ('starting', 'processing')"
 DUE = "webhook_due = 1 AND ended IS NOT NULL"
 FROM_THE_BEGINNING = "status = 'starting', started_at = NULL, attempts = 0, logs = ''"
+_UNKNOWN = f"status NOT IN {get_args(Status)}"
 # Of what nobody runs any more.
 CAN_ONLY_FAIL = f"(status = 'processing' OR status = 'starting' AND attempts >= {_ATTEMPTS})"
 # No filter is the original's default, which has it.
@@ -397,10 +411,10 @@ def _row(db: Connection, column: str, value: str | None, input: str = _WHOLE) ->
 
 
 def _record(row: Any, *, brief: bool = False) -> Record:
-    held: dict[str, Any] = dict(row)
+    held = columns(row)
     for name, kind in (("input", dict), ("metrics", dict), ("webhook_events", list)):
         text = held[name] or ""
-        held[name] = _parsed(text, kind)
+        held[name] = parsed(text, kind)
         if name == "input":
             held["damaged"] = bool(text) and held[name] is None
         held[name] = held[name] or kind()
@@ -409,16 +423,11 @@ def _record(row: Any, *, brief: bool = False) -> Record:
     held["webhook_events"] = tuple(held["webhook_events"])
     for name in ("webhook_due", "data_removed"):
         held[name] = bool(held[name])
+    held["metrics"] = echo(held["metrics"])
+    if held["status"] not in get_args(Status):
+        _log.error("damaged", extra={"prediction": held["id"]})
+        held |= {"status": "failed", "error": _DAMAGED}
     return Record(**held)
-
-
-def _parsed(text: str | bytes, kind: type) -> Any:
-    """What a stored text of JSON holds; None where it is damaged."""
-    try:
-        held = json.loads(text)
-    except ValueError:
-        return None
-    return held if isinstance(held, kind) else None
 
 
 def _cut(input: Mapping[str, Any]) -> dict[str, Any]:
