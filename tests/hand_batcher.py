@@ -37,7 +37,7 @@ class Run:
         self.canceled = False
         self.preview: Any = None
         self._done = threading.Event()
-        self._error: Exception | None = None
+        self._error: BaseException | None = None
         self._callbacks: list[Callable[[Any], object]] = []
         self._lock = threading.Lock()
 
@@ -65,9 +65,9 @@ class Run:
         self.prediction.metrics = {"predict_time": 0.5}
         self._end("succeeded")
 
-    def fail(self, error: Exception | str) -> None:
+    def fail(self, error: BaseException | str) -> None:
         """A prediction that failed, or an exception from `result`."""
-        if isinstance(error, Exception):
+        if isinstance(error, BaseException):
             self._error = error
         else:
             self.prediction.error = error

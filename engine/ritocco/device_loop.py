@@ -231,7 +231,7 @@ class DeviceLoop:
             kept = stages.allowed(request, pixels)
         self.times.took("finish", entry.job.size, (self._clock() - began) / len(pixels))
         entry.left_the_device = True
-        self._pool.outputs.put(partial(self._publish, entry, pixels, kept))
+        self._pool.outputs.put((entry, partial(self._publish, entry, pixels, kept)))
 
     def _publish(self, entry: Entry, pixels: Pixels, kept: list[int]) -> None:
         """In the thread that makes files."""

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 import queue
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable
 
+from ritocco.errors import BackendError
 from ritocco.prediction import Status
 from ritocco.tickets import Entry
+
+_log = logging.getLogger(__name__)
 
 INTERRUPTED = "Prediction interrupted; please retry (code: PA)"
 """Of the original's API; applications look for it, and ask again."""
@@ -30,7 +34,7 @@ class Pool:
         self.loops = loops
         self.error: BaseException | None = None
         self.outcomes: Counter[str] = Counter()
-        self.outputs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self.outputs: queue.SimpleQueue[tuple[Entry, Callable[[], None]] | None] = queue.SimpleQueue()
 
     def put(self, entries: Iterable[Entry]) -> None:
         """Anybody may have these."""
@@ -73,6 +77,21 @@ class Pool:
         self.outputs.put(None)
 
     def write_outputs(self) -> None:
-        """For the thread that makes files of pictures: until it is told None."""
-        while (work := self.outputs.get()) is not None:
-            work()
+        """For the thread that makes files of pictures: until None. What raises ends its entry alone."""
+        while (given := self.outputs.get()) is not None:
+            entry, work = given
+            try:
+                work()
+            except Exception as error:
+                self._abandon(entry, error)
+            except BaseException as error:  # a ticket raises it in somebody's thread, which is not to exit
+                self._abandon(entry, BackendError(f"{type(error).__name__}: {error}"))
+
+    def _abandon(self, entry: Entry, error: Exception) -> None:
+        """End it, if need be without the last of its answer."""
+        _log.error("making files of prediction %s failed", entry.ticket.id, exc_info=error)
+        try:
+            self.end(entry, "failed", error)
+        except BaseException:
+            _log.exception("prediction %s has no last answer", entry.ticket.id)
+            entry.ticket.end(error)

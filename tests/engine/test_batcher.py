@@ -425,6 +425,25 @@ def test_an_error_ends_its_own_request_alone(
     assert batcher.snapshot().outcomes == {"failed": 1, "succeeded": 2}
 
 
+@pytest.mark.parametrize("stage", ["publish", "conclude"])
+@pytest.mark.parametrize("error", [MemoryError, SystemExit])
+def test_making_files_fails_for_its_own_request_alone(
+    make: Make, asked: Ask, monkeypatch: pytest.MonkeyPatch, stage: str, error: type[BaseException]
+) -> None:
+    """Neither what makes files nor what ends a prediction ends the thread of both."""
+
+    def fails(*_: Any) -> None:
+        raise error("none left")
+
+    batcher = make()
+    with monkeypatch.context() as broken:
+        broken.setattr(f"ritocco.stages.{stage}", fails)
+        with pytest.raises((MemoryError, BackendError), match="none left"):
+            batcher.submit(asked(1, 1)).result(PATIENCE)
+    assert batcher.submit(asked(1, 2)).result(PATIENCE).status == "succeeded"
+    batcher.close()
+
+
 def test_of_several_whose_step_fails_only_the_guilty_one_fails(
     runtime: VirtualRuntime, make: Make, asked: Ask
 ) -> None:

@@ -409,6 +409,82 @@ def test_an_end_that_cannot_be_written_is_written_later(
     assert refused.is_set()
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [{"output": ["no picture"]}, {"metrics": {"figure": object()}}],
+)
+@both_stores
+def test_an_end_that_can_never_be_written_is_a_failure(
+    make: Make, asked: dict[str, Any], batcher: HandBatcher, changes: dict[str, Any]
+) -> None:
+    client = make(by_itself=False)
+    made = client.post("/v1/predictions", json={"input": asked}).json()
+    run = batcher.next()
+    run.step(1, 2)
+    run.prediction = run.prediction.model_copy(update={"output": [], **changes})
+    run._end("succeeded")
+    held = ended(client, made["id"])
+    assert held["status"] == "failed"
+    assert held["error"] == "The result could not be stored; the server's log has more"
+    assert client.app.state.shared.jobs.lives() == []  # type: ignore[attr-defined]
+
+
+def test_what_ends_the_batchers_thread_ends_the_prediction(
+    make: Make, asked: dict[str, Any], batcher: HandBatcher
+) -> None:
+    client = make(by_itself=False)
+    made = client.post("/v1/predictions", json={"input": asked}).json()
+    batcher.next().fail(SystemExit("away with it"))
+    held = ended(client, made["id"])
+    assert (held["status"], held["error"]) == ("failed", "Internal error; the server's log has more")
+
+
+def test_a_result_that_cannot_be_looked_at_is_a_failure(
+    make: Make, asked: dict[str, Any], batcher: HandBatcher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def breaks(*_: object) -> None:
+        raise ValueError("a mistake")
+
+    client = make(by_itself=False)
+    made = client.post("/v1/predictions", json={"input": asked}).json()
+    run = batcher.next()
+    monkeypatch.setattr("ritocco.server.jobs.failure", breaks)
+    run.fail(RuntimeError("no luck"))
+    assert ended(client, made["id"])["status"] == "failed"
+
+
+def test_what_is_gone_keeps_nobody_waiting(
+    make: Make, asked: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = make()
+    monkeypatch.setattr(Store, "get", lambda *_, **__: None)
+    client.post("/predictions", json={"input": asked})
+    assert client.app.state.shared.jobs.lives() == []  # type: ignore[attr-defined]
+
+
+def test_an_end_is_told_once_it_can_be_read(
+    make: Make, asked: dict[str, Any], batcher: HandBatcher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ritocco.server.jobs._RETRY_STORING_S", 0.01)
+    client, told = make(by_itself=False), threading.Event()
+    client.post("/v1/predictions", json={"input": asked})
+    run = batcher.next()
+    run.step(1, 2)
+    get, refused = Store.get, threading.Event()
+
+    def unwilling(self: Store, *arguments: Any, **more: Any) -> Any:
+        if not refused.is_set():
+            refused.set()
+            raise StorageError("disk is gone")
+        return get(self, *arguments, **more)
+
+    monkeypatch.setattr(Store, "get", unwilling)
+    monkeypatch.setattr("ritocco.server.metrics.Metrics.ended", lambda *_: told.set())
+    run.succeed()
+    assert told.wait(30)
+    assert refused.is_set()
+
+
 @both_stores
 def test_old_data_goes(make: Make, asked: dict[str, Any]) -> None:
     client = make(outputs="url")

@@ -40,6 +40,7 @@ _AFTER_GRACE_S = 10.0
 # No path of the data folder's reaches a client.
 _DAMAGED = "What was asked for can't be read any more; please retry"
 _NOT_STORED = "The result could not be stored; the server's log has more"
+_BARE = Outcome(status="failed", error=_NOT_STORED)
 
 _log = logging.getLogger(__name__)
 
@@ -249,7 +250,10 @@ class Jobs:
         """Hand it to the batcher. False where a picture has to be fetched, and this is not the place."""
         try:
             record = self._store.get(live.record.id)
-            if record is None or live.canceled or live.dropped or self._stopping:
+            if record is None:
+                self._forget(live)
+                return True
+            if live.canceled or live.dropped or self._stopping:
                 return True
             if record.damaged:
                 raise RequestError(_DAMAGED)
@@ -332,6 +336,13 @@ class Jobs:
         live.changed.notify()
 
     def _ended(self, live: Live) -> None:
+        try:
+            self._take_result(live)
+        except Exception:  # whatever it was, it is over
+            _log.exception("not written down", extra={"prediction": live.record.id})
+            self._finish(live, _BARE)
+
+    def _take_result(self, live: Live) -> None:
         ticket = live.ticket
         assert ticket is not None  # noqa: S101 - it was its callback
         if live.dropped:
@@ -341,7 +352,7 @@ class Jobs:
         except DeviceLostError as error:
             self._device_lost(live, error)
             return
-        except Exception as error:
+        except BaseException as error:  # also what ended the batcher's own thread
             self._finish(live, failure(live, error))
             return
         if prediction.status == "canceled" and not live.canceled:
@@ -394,8 +405,8 @@ class Jobs:
             self._forget(live)
 
     def _finish(self, live: Live, outcome: Outcome, output: Any = ()) -> None:
-        """Write an end down. Where the database is away, try again later; where the disk refuses, fail; where
-        it refuses that too, try again later.
+        """Write an end down. Where the database is away, try again later; where the disk refuses, or this is
+        nothing that can be stored, fail; where the disk refuses that too, try again later.
         """
         if live.dropped:
             return
@@ -409,11 +420,15 @@ class Jobs:
             _log.warning("kept", extra={"prediction": id, "error": said(error)})
             _later(self._write, self._finish, live, outcome, output)
             return
-        except StorageError as error:
+        except Exception as error:
             self._store.files.unlink([one.id for one in files])
-            _log.error("not stored", extra={"prediction": id, "error": said(error)})
+            refused = isinstance(error, StorageError)
+            told = {"prediction": id, "error": said(error)}
+            _log.error("not stored", extra=told, exc_info=None if refused else error)
             if output:
                 self._finish(live, Outcome(status="failed", logs=outcome.logs, error=_NOT_STORED))
+            elif not refused and outcome != _BARE:
+                self._finish(live, _BARE)
             elif not self._stopping:
                 _later(self._write, self._finish, live, outcome)
             return
@@ -423,7 +438,14 @@ class Jobs:
 
     def tell_end(self, id: str) -> None:
         """To the figures, the log and the client that wants to hear of it."""
-        if (record := self._store.get(id)) is not None:
+        try:
+            record = self._store.get(id)
+        except StorageError as refused:
+            _log.warning("told later", extra={"prediction": id, "error": said(refused)})
+            if not self._stopping:  # else after the next start
+                _later(self._write, self.tell_end, id)
+            return
+        if record is not None:
             self._metrics.ended(record)
             error = None if record.error is None else without_paths(record.error)
             _log.info("prediction", extra={"prediction": id, "status": record.status, "error": error})

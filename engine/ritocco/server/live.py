@@ -46,7 +46,7 @@ class Live:
         return None if self.ticket is None else self.ticket.prediction
 
 
-def failure(live: Live, error: Exception) -> Outcome:
+def failure(live: Live, error: BaseException) -> Outcome:
     """What went wrong, in words; those of other people's exceptions stay in the log."""
     running = live.prediction
     logs = "" if running is None else running.logs
