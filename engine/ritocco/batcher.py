@@ -91,9 +91,8 @@ class Batcher:
         An engine may be used directly beside it: its `predict` takes the device for a whole prediction.
         Raises RequestError.
         """
-        engines = [engines] if isinstance(engines, Engine) else list(engines)
+        engines = _checked([engines] if isinstance(engines, Engine) else engines)
         for name, value, fits, rule in (
-            ("engines", len(engines), bool(engines), "it must be at least 1"),
             ("capacity", capacity, _counts(capacity), "it must be a whole number of at least 1"),
             ("waiting", waiting, _counts(waiting), "it must be a whole number of at least 1"),
             ("ageing", ageing, _over_0(ageing), "it must be over 0"),
@@ -342,6 +341,18 @@ def _cancel_submitted(submitted: asyncio.Future[Ticket]) -> None:
 
 def _in_pixels(measured: Mapping[tuple[LatentSize, int], float]) -> dict[tuple[int, int, int], float]:
     return {(8 * size.width, 8 * size.height, rows): seconds for (size, rows), seconds in measured.items()}
+
+
+def _checked(engines: object) -> list[Engine]:
+    """Raises RequestError for what is no list of engines, each of which is another one."""
+    held = list(engines) if isinstance(engines, Sequence) else []
+    rule = "it must be an Engine, or a list of at least one"
+    if not held or not all(isinstance(one, Engine) for one in held):
+        raise RequestError(f"engines is {shown(engines)}; {rule}", field="engines")
+    if len({id(one) for one in held}) < len(held):
+        rule = "each engine may stand there once: one thread drives it"
+        raise RequestError(f"engines is {shown(engines)}; {rule}", field="engines")
+    return held
 
 
 def _counts(value: object) -> bool:

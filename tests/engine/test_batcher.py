@@ -232,8 +232,20 @@ def test_options_are_checked(
         Batcher([engine_on(runtime), engine_on(runtime, version="other")])
     with Batcher(engine_on(runtime, version="one")) as batcher:
         assert batcher.version == "one"
-    with pytest.raises(RequestError, match="engines"):
-        Batcher([])
+
+
+@pytest.mark.parametrize("engines", [[], None, 1, [1], "engine", ["engine"], [None], {}])
+def test_engines_that_are_none(engines: Any) -> None:
+    with pytest.raises(RequestError, match=r"engines is .*; it must be an Engine") as caught:
+        Batcher(engines)
+    assert caught.value.field == "engines"
+
+
+def test_an_engine_stands_there_once(runtime: VirtualRuntime, engine_on: Callable[..., Engine]) -> None:
+    engine = engine_on(runtime)
+    with pytest.raises(RequestError, match="may stand there once") as caught:
+        Batcher([engine, engine])
+    assert caught.value.field == "engines"
 
 
 def test_the_live_prediction(runtime: VirtualRuntime, make: Make, asked: Ask) -> None:
