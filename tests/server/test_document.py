@@ -207,6 +207,8 @@ def test_every_answer_is_described_and_every_described_one_is_given(
             give(one, caller.call(one, place=nothing))
             give(one, caller.call(one, headers={"Origin": "http://elsewhere"}))
             give(one, caller.call(one, params={"cursor": "none"}))
+            for part in ("0-3", "99999-", "5-2"):
+                give(one, caller.call(one, headers={"Range": f"bytes={part}"}))
         for one in with_body:
             for kind, content in (
                 ("application/json", b"{"),

@@ -215,3 +215,35 @@ def test_ids_lead_nowhere(open_client: TestClient, id: str) -> None:
         f"/v1/stream/{id}",
     ):
         assert open_client.get(path).status_code in (404, 405)
+
+
+@pytest.mark.parametrize(
+    ("asked_for", "status"),
+    [
+        ("bytes=1-3", 206),
+        ("bytes=-3", 206),
+        ("bytes=0-0, 2-2", 206),
+        ("bytes=99999-", 416),
+        ("bytes=5-2", 200),
+        ("bytes=x-y", 200),
+        ("bytes", 200),
+        ("pages=1-2", 200),
+    ],
+)
+@pytest.mark.parametrize("method", ["GET", "HEAD"])
+def test_parts_of_an_output(
+    make: Make, asked: dict[str, Any], asked_for: str, status: int, method: str
+) -> None:
+    """What is no range is passed over, and what begins beyond the end is our kind of problem."""
+    client = make(outputs="url")
+    (url,) = client.post("/predictions", json={"input": asked}).json()["output"]
+    whole = client.get(url)
+    got = client.request(method, url, headers={"Range": asked_for})
+    assert got.status_code == status
+    if status == 416:
+        assert got.headers["content-range"] == f"bytes */{len(whole.content)}"
+        assert got.headers["content-type"] == "application/json"
+        assert method == "HEAD" or got.json()["title"] == "Range not satisfiable"
+    elif method == "GET" and "," not in asked_for:
+        part = {"bytes=1-3": slice(1, 4), "bytes=-3": slice(-3, None)}.get(asked_for, slice(None))
+        assert got.content == whole.content[part]

@@ -26,6 +26,7 @@ _WORDS = {
     409: "The id or key stands for another request",
     413: "Too large",
     415: "Of another type",
+    416: "Begins beyond the end",
     422: "Breaks a rule, which is named",
     429: "The queue, or the room for bodies, is full",
     503: "Not now: about to stop, or without its engine or its database",

@@ -12,6 +12,7 @@ from fastapi import APIRouter, Depends, Request
 from fastapi.responses import FileResponse, Response
 from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import FormData, UploadFile
+from starlette.responses import MalformedRangeHeader, RangeNotSatisfiable
 
 from ritocco.schema import Violation, echo
 from ritocco.server.bodies import strict_object
@@ -122,19 +123,35 @@ def routes(shared: Shared, prefix: str) -> APIRouter:
         path = shared.store.files.path(file)
         if path is None:
             return Response(shared.store.files.read(file), media_type=file.content_type, headers=headers)
-        return FileResponse(path, media_type=file.content_type, headers=headers)
+        return _Picture(path, media_type=file.content_type, headers=headers)
 
+    kinds: dict[str, Any] = {"image/png": {}, "image/jpeg": {}, "image/webp": {}}
     pictures: dict[int | str, dict[str, Any]] = {
-        200: {"content": {"image/png": {}, "image/jpeg": {}, "image/webp": {}}}
+        200: {"content": kinds},
+        206: {"description": "A part", "content": kinds | {"multipart/byteranges": {}}},
     }
     router.get(
         "/outputs/{id}/{name}",
         response_class=FileResponse,
-        responses=pictures | problems(404, *STORED),
+        responses=pictures | problems(404, 416, *STORED),
         openapi_extra={"security": []},
     )(output)
     router.head("/outputs/{id}/{name}", include_in_schema=False)(output)
     return router
+
+
+class _Picture(FileResponse):
+    @classmethod
+    def _parse_range_header(cls, http_range: str, file_size: int) -> list[tuple[int, int]]:
+        """None where it is no range, which is passed over then. [RFC 9110, 14.2]"""
+        try:
+            return super()._parse_range_header(http_range, file_size)
+        except MalformedRangeHeader:
+            return []
+        except RangeNotSatisfiable:
+            detail = f"The file has {file_size} bytes"
+            beyond = {"Content-Range": f"bytes */{file_size}"}
+            raise ProblemError(416, "Range not satisfiable", detail, headers=beyond) from None
 
 
 @asynccontextmanager
