@@ -27,6 +27,7 @@ from ritocco.fetch import Fetcher, without_paths
 from ritocco.prediction import new_id
 from ritocco.server.database import StorageError, setting
 from ritocco.server.store import Record, Store
+from ritocco.server.turns import Lane, Turns
 
 Event: TypeAlias = Literal["start", "output", "logs", "completed"]
 # Of the original, where a request names none.
@@ -92,7 +93,7 @@ class _Queue:
 
 
 class Webhooks:
-    """Workers that deliver, each receiver's messages one at a time: a slow one holds up nobody else's.
+    """Workers that deliver, each receiver's messages one at a time; see `turns.py`.
 
     A receiver is a host; its predictions' messages go through `_LANES` queues, a prediction's through one.
     """
@@ -101,8 +102,8 @@ class Webhooks:
         self.secret = setting(store.database, "webhook_secret", new_secret())
         self._store, self._fetcher = store, fetcher
         self._hasty = replace(fetcher, timeout_s=min(_HASTY_S, fetcher.timeout_s))
-        self._queues: dict[tuple[str, int], _Queue] = {}
-        self._ready: deque[tuple[str, int]] = deque()  # those with messages that no worker is busy with
+        self._queues: dict[Lane, _Queue] = {}
+        self._ready = Turns(_WORKERS)  # those with messages that no worker is busy with
         self._later: list[tuple[float, int, _Message]] = []  # heap, by monotonic seconds
         self._numbers = itertools.count()
         self._last_logs: dict[str, float] = {}
@@ -152,7 +153,7 @@ class Webhooks:
         queue = self._queues.get(key)
         if queue is None:
             queue = self._queues[key] = _Queue()
-            self._ready.append(key)
+            self._ready.add(key)
         if len(queue) >= (_MOST_LAST if message.event == "completed" else _MOST_WAITING):
             said = {"prediction": message.record.id, "event": message.event}
             _log.warning("webhook dropped", extra=said)  # a last one is still due, after the next start
@@ -170,43 +171,47 @@ class Webhooks:
     def _work(self) -> None:
         while (found := self._next()) is not None:
             key, message = found
+            seconds = 0.0
             try:
-                self._deliver(message)
+                seconds = self._deliver(message)
             except Exception:  # a worker goes on, whatever a message did
                 _log.exception("webhook failed", extra={"prediction": message.record.id})
             with self._changed:
+                self._ready.done(key, seconds)
                 if self._queues[key]:
-                    self._ready.append(key)
-                    self._changed.notify()
+                    self._ready.add(key)
                 else:
                     del self._queues[key]
+                self._changed.notify()
 
-    def _next(self) -> tuple[tuple[str, int], _Message] | None:
+    def _next(self) -> tuple[Lane, _Message] | None:
         """The next message once it is due, and its queue; None where it is time to stop."""
         with self._changed:
             while True:
                 while self._later and self._later[0][0] <= time.monotonic():
                     self._put(heapq.heappop(self._later)[2])
-                if self._ready:
-                    key = self._ready.popleft()
+                if (key := self._ready.take()) is not None:
                     return key, self._queues[key].take()
-                if self._stopping:
+                if self._stopping:  # those who are busy take what may not be taken now
                     return None
                 self._idle += 1
                 self._changed.wait(self._later[0][0] - time.monotonic() if self._later else None)
                 self._idle -= 1
 
-    def _deliver(self, message: _Message) -> None:
-        """One attempt. A last message that fails, for whatever reason, is tried again."""
+    def _deliver(self, message: _Message) -> float:
+        """One attempt. A last message that fails, for whatever reason, is tried again.
+
+        Returns the seconds that the receiver took.
+        """
         if message.event != "completed":
             with suppress(StorageError):
-                self._attempt(message, self._hasty)
-            return
-        id = message.record.id
+                return self._attempt(message, self._hasty)[1]
+            return 0.0
+        id, seconds = message.record.id, 0.0
         try:
             over = message.arrived or not self._store.is_due(id)  # another server may have sent it
             if not over:
-                message.arrived = self._attempt(message, self._fetcher)
+                message.arrived, seconds = self._attempt(message, self._fetcher)
                 over = message.arrived or message.attempts >= _ATTEMPTS
             if over:
                 self._store.delivered(id)
@@ -221,15 +226,17 @@ class Webhooks:
             else:
                 heapq.heappush(self._later, (time.monotonic() + pause_s, next(self._numbers), message))
                 self._changed.notify()
+        return seconds
 
-    def _attempt(self, message: _Message, fetcher: Fetcher) -> bool:
-        """Whether it arrived. Raises StorageError, before it is sent."""
+    def _attempt(self, message: _Message, fetcher: Fetcher) -> tuple[bool, float]:
+        """Whether it arrived, and the seconds that it took. Raises StorageError, before it is sent."""
         url = message.record.webhook or ""
         body = message.body()
         message.attempts += 1
         headers = {"Content-Type": "application/json"}
         headers |= signed(self.secret, message.id, body, at=int(time.time()))
         said: dict[str, object] = {"prediction": message.record.id, "event": message.event}
+        begun = time.monotonic()
         try:
             status = fetcher.post(url, body, headers, field="webhook")
             arrived, why = 200 <= status < 300, f"status {status}"
@@ -237,8 +244,9 @@ class Webhooks:
             # Receivers' paths tend to be secrets.
             arrived, why = False, without_paths(str(error))
         said |= {"attempt": message.attempts, "outcome": "delivered" if arrived else why}
+        seconds = time.monotonic() - begun
         _log.info("webhook", extra=said)
-        return arrived
+        return arrived, seconds
 
 
 def _last_id(record: Record) -> str:
