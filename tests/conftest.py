@@ -373,6 +373,12 @@ def tiny_static_graphs(tiny_checkpoint: Path, export: Export) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny_static_hoisted_graphs(tiny_checkpoint: Path, export: Export) -> Path:
+    """The same, the UNet in two graphs."""
+    return export(tiny_checkpoint, "static-hoisted", "128x64@1", static=True, hoisted=True)
+
+
+@pytest.fixture(scope="session")
 def tiny_optimum_graphs(tiny_checkpoint: Path, export: Export) -> Path:
     """float32, Optimum's layout."""
     return export(tiny_checkpoint, "optimum", SIZES, layout="optimum")

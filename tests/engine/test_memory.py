@@ -79,6 +79,7 @@ def test_the_embedded_models_peak_is_foretold(size: tuple[int, int], count: int,
     assert_foretold(pocket_model(), dtype, size, count)
 
 
+@pytest.mark.slow
 def test_the_same_request_takes_the_same_whatever_was_asked_before(tiny_float16: Path) -> None:
     checkpoint = open_checkpoint(tiny_float16)
     small: dict[str, Any] = {"height": 64, "width": 64}

@@ -17,22 +17,6 @@ from ritocco.backends import onnx_binding, onnxruntime_, open_sessions
 from ritocco.backends.onnx_binding import DeviceBinding
 from ritocco.backends.onnxruntime_ import PROVIDERS
 from ritocco.backends.sessions import SessionRuntime
-from ritocco.checkpoint import open_checkpoint
-from ritocco_export.exporter import export_checkpoint
-from ritocco_export.profiles import Profile
-
-
-@pytest.fixture(scope="module")
-def one_size(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("one-size") / "graphs"
-    export_checkpoint(
-        open_checkpoint(tiny_checkpoint),
-        out,
-        dtype="float32",
-        profiles=[Profile.parse("128x64@1")],
-        static=True,
-    )
-    return out
 
 
 @pytest.fixture
@@ -70,21 +54,21 @@ def agree(found: SessionRuntime, graphs: Path) -> None:
         np.testing.assert_allclose(found.decode(latents), plain.decode(latents), atol=1e-4)
 
 
-def test_graphs_of_one_size_are_captured(one_size: Path, ort: Ort) -> None:
-    runtime = opened(one_size)
+def test_graphs_of_one_size_are_captured(tiny_static_graphs: Path, ort: Ort) -> None:
+    runtime = opened(tiny_static_graphs)
     assert [one["enable_cuda_graph"] for one in told(ort)] == ["1"] * 4
     assert {one["device_id"] for one in told(ort)} == {"1"}
     assert runtime.notes == ()
-    agree(runtime, one_size)
+    agree(runtime, tiny_static_graphs)
 
 
-def test_what_can_not_be_captured_runs_and_is_named(one_size: Path, ort: Ort) -> None:
+def test_what_can_not_be_captured_runs_and_is_named(tiny_static_graphs: Path, ort: Ort) -> None:
     ort.captures = False
-    runtime = opened(one_size)
+    runtime = opened(tiny_static_graphs)
     assert ["enable_cuda_graph" in one for one in told(ort)] == [True, False] * 4
     assert "unet: runs without a CUDA graph" in runtime.notes[1]
     assert "cannot use the graph capture" in runtime.notes[1]
-    agree(runtime, one_size)
+    agree(runtime, tiny_static_graphs)
 
 
 def test_graphs_of_many_sizes_are_not_captured(tiny_graphs: Path, ort: Ort) -> None:
@@ -93,10 +77,10 @@ def test_graphs_of_many_sizes_are_not_captured(tiny_graphs: Path, ort: Ort) -> N
     agree(runtime, tiny_graphs)
 
 
-def test_a_provider_that_falls_back_is_an_error(one_size: Path, ort: Ort) -> None:
+def test_a_provider_that_falls_back_is_an_error(tiny_static_graphs: Path, ort: Ort) -> None:
     ort.fallback = True
     with pytest.raises(BackendError, match="CUDAExecutionProvider is wanted; ONNX Runtime fell back to CPU"):
-        opened(one_size)
+        opened(tiny_static_graphs)
 
 
 class Counting:

@@ -395,6 +395,7 @@ def test_a_budget_that_holds_nothing_is_refused_before_weights_are_read(
         ritocco.load(tiny, device="cpu", dtype="float32", memory_budget=110_000)
 
 
+@pytest.mark.slow
 def test_requests_of_many_sizes_take_no_more_and_more(tiny: Path, switching: dict[Strategy, int]) -> None:
     """The later rounds hold what the first did; networks that came for one request leave for the next."""
     budget = switching[Strategy(at_once=1, leaving=ALL)]

@@ -27,7 +27,6 @@ from ritocco.artefacts import open_artefacts
 from ritocco.backends import SESSION_BACKENDS, open_sessions
 from ritocco.backends.runtime import Floats
 from ritocco.backends.sessions import SessionRuntime
-from ritocco.checkpoint import open_checkpoint
 from ritocco.loading import graph_options
 from ritocco.nets.io import NetworkIO
 from ritocco.schedules import SCHEDULERS
@@ -71,16 +70,9 @@ def own_graphs(request: pytest.FixtureRequest) -> Path:
 
 
 @pytest.fixture(scope="module")
-def static_graphs(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[bool, Path]:
+def static_graphs(tiny_static_graphs: Path, tiny_static_hoisted_graphs: Path) -> dict[bool, Path]:
     """Graphs of 128 x 64 pixels and one picture, the UNet in one (False) or in two (True)."""
-    from ritocco_export.exporter import export_checkpoint
-    from ritocco_export.profiles import Profile
-
-    checkpoint, profile = open_checkpoint(tiny_checkpoint), Profile.parse("128x64@1")
-    folders = {hoisted: tmp_path_factory.mktemp("graphs") / "one" for hoisted in (False, True)}
-    for hoisted, out in folders.items():
-        export_checkpoint(checkpoint, out, profiles=[profile], static=True, hoisted=hoisted)
-    return folders
+    return {False: tiny_static_graphs, True: tiny_static_hoisted_graphs}
 
 
 def load(model: Path, backend: str, dtype: str = "float32") -> Engine:
