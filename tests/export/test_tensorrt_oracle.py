@@ -262,8 +262,11 @@ if sys.stdin.readline():
 """
 
 
-def test_a_process_that_dies_condemns_its_graph_alone(tmp_path: Path) -> None:
+def test_a_process_that_dies_condemns_its_graph_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The child answers the first graph of each process, and dies at the second."""
+    monkeypatch.delenv("PYTHONFAULTHANDLER", raising=False)  # which has last words of its own
     script = tmp_path / "child.py"
     answer = json.dumps({"errors": [], "warnings": [], "layers": 7, "engine_bytes": 8, "seconds": 0})
     script.write_text(DIES_AT_THE_SECOND.format(answer=answer), encoding="utf-8")
