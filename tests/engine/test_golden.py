@@ -64,6 +64,7 @@ def test_golden_pictures_differ_between_schedulers() -> None:
         assert nearest < LEAST_PSNR_DB - 5, name
 
 
+@pytest.mark.slow
 def test_bfloat16_paints_the_same_cat(judge: Judge) -> None:
     with ritocco.load(pocket_model(), device="cpu", dtype="bfloat16") as engine:
         painted = np.asarray(engine.predict(asked("DDIM")).images[0])

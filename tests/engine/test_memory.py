@@ -135,6 +135,7 @@ def test_the_process_holds_that_and_the_reserve(size: tuple[int, int], count: in
     assert_resident(pocket_model(), size, count)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the kernel's count is Linux's")
 def test_the_process_holds_no_more_under_a_budget() -> None:
     assert_resident(pocket_model(), (256, 256), 1, budget=120 << 20)

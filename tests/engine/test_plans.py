@@ -327,6 +327,7 @@ def test_budgets_on_both_sides_of_each_switch_are_kept(tiny: Path, switching: di
         assert max(taken.values()) <= budget
 
 
+@pytest.mark.slow
 def test_the_smallest_budget_is_kept_and_paints_the_same(tiny: Path, switching: dict[Strategy, int]) -> None:
     budget = min(switching.values())
     whole = ritocco.load(tiny, device="cpu", dtype="float32", backend="torch").predict({**ASKED, **LARGER})

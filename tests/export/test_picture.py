@@ -56,6 +56,7 @@ def test_graphs_of_other_weights_paint_another_picture(
         compare_picture(open_checkpoint(tiny_checkpoint), tiny_graphs)
 
 
+@pytest.mark.slow
 def test_an_export_whose_picture_departs_leaves_nothing(
     tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
