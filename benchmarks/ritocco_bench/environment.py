@@ -20,7 +20,7 @@ class Environment:
     machine: name of the processor, or of the GPU and its power limit. cores: logical processors. driver: of
     the GPU, empty on a CPU. versions: of Python and the packages that matter, empty where not installed
     (without accelerate, diffusers fills its networks with random numbers before it loads them).
-    git_sha: of the sources, with `-dirty` where tracked files differ. utc: ISO 8601, seconds.
+    git_sha: of the sources, with `-dirty` where tracked ones, but for results, differ. utc: ISO 8601, seconds.
     """
 
     machine: str
@@ -82,7 +82,8 @@ def _output(*command: str) -> str:
 
 def _git_sha() -> str:
     sha = _output("git", "rev-parse", "HEAD")
-    return sha + "-dirty" if sha and _output("git", "status", "--porcelain", "-uno") else sha
+    changed = ("git", "status", "--porcelain", "-uno", "--", ":/", ":(top,exclude)benchmarks/results")
+    return sha + "-dirty" if sha and _output(*changed) else sha
 
 
 def _nvidia(index: int) -> tuple[str, str]:
