@@ -20,7 +20,7 @@ class Environment:
     machine: name of the processor, or of the GPU and its power limit. cores: logical processors. driver: of
     the GPU, empty on a CPU. versions: of Python and the packages that matter, empty where not installed
     (without accelerate, diffusers fills its networks with random numbers before it loads them).
-    git_sha: of the sources, with `-dirty` where tracked ones, but for results, differ. utc: ISO 8601, seconds.
+    git_sha: of the sources, `-dirty` where tracked ones (but results) differ. utc: ISO 8601, seconds.
     """
 
     machine: str
