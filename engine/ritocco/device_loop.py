@@ -122,6 +122,8 @@ class DeviceLoop:
         pool = self._pool
         with pool.changed:
             while not pool.entries and not self._seats.entries:
+                if self._bounds is not None:
+                    self._bounds.look_at(())  # nobody's pictures are kept while there is nothing to do
                 if pool.closing:
                     return False
                 pool.changed.wait()

@@ -86,6 +86,7 @@ class Pool:
                 self._abandon(entry, error)
             except BaseException as error:  # a ticket raises it in somebody's thread, which is not to exit
                 self._abandon(entry, BackendError(f"{type(error).__name__}: {error}"))
+            del given, entry, work  # nobody's pictures are kept while this waits
 
     def _abandon(self, entry: Entry, error: Exception) -> None:
         """End it, if need be without the last of its answer."""

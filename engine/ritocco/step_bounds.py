@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 
 from ritocco.schema import PredictionInput
 from ritocco.tickets import Entry
@@ -25,8 +26,11 @@ class StepBounds:
         """Plan for those that are new, and forget who is none of these."""
         before, self._planned = self._planned, {}
         for one in entries:
-            known = one in before
-            self._planned[one] = before.pop(one) if known else self._thread.submit(self._learned, one)
+            if one in before:
+                self._planned[one] = before.pop(one)
+                continue
+            with suppress(RuntimeError):  # closed, or the interpreter is about to end
+                self._planned[one] = self._thread.submit(self._learned, one)
         for gone in before.values():
             gone.cancel()
 
