@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import locale
 import shutil
 from collections.abc import Callable
@@ -131,6 +132,35 @@ def test_small_graphs_are_compiled_once_for_all_sizes(tiny_graphs: Path, ask: As
     assert len(held) == 4
     painted(tiny_graphs, ask(size=(128, 64), num_outputs=2))
     assert {blob: blob.stat().st_mtime_ns for blob in blobs()} == held
+
+
+@pytest.mark.parametrize("damage", ["a byte", "no seal", "no seals", "seals that are none"])
+def test_what_was_compiled_and_changed_since_is_compiled_again(
+    damage: str, tiny_graphs: Path, ask: Ask
+) -> None:
+    wanted = painted(tiny_graphs, ask())
+    held = {blob: blob.read_bytes() for blob in blobs()}
+    (seals,) = (cache_root() / "openvino").rglob("seals.json")
+    whole = seals.read_bytes()
+    if damage == "a byte":  # of the weights: OpenVINO itself sees what is wrong with a graph
+        four = (tiny_graphs / "unet" / "model.onnx.data").read_bytes()[4096:4112]
+        ((blob, at),) = ((blob, data.find(four)) for blob, data in held.items() if four in data)
+        with blob.open("r+b") as stream:
+            stream.seek(at + 3)  # sign and exponent of a float32
+            stream.write(bytes([held[blob][at + 3] ^ 0x40]))
+    elif damage == "no seal":
+        (blob, *_) = held
+        seals.write_text(
+            json.dumps({name: one for name, one in json.loads(whole).items() if name != blob.name})
+        )
+        blob.write_bytes(held[blob][: len(held[blob]) // 2])
+    elif damage == "no seals":
+        seals.unlink()
+    else:
+        seals.write_text("[")
+    assert (painted(tiny_graphs, ask()) == wanted).all()
+    assert sorted(json.loads(seals.read_bytes())) == sorted(blob.name for blob in blobs())
+    assert set(blobs()) == set(held)
 
 
 def test_a_size_that_a_graph_does_not_take_is_refused(tiny_graphs: Path, large: None) -> None:

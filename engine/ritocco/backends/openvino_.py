@@ -15,6 +15,7 @@ import openvino
 
 from ritocco.artefacts import Artefacts
 from ritocco.backends.bfloat16 import from_bfloat16, to_bfloat16
+from ritocco.backends.compiled_cache import seal, throw_away_unsealed
 from ritocco.backends.sessions import Arrays, SessionRuntime
 from ritocco.disk import cache_root, sweep
 from ritocco.errors import BackendError, CheckpointError
@@ -160,11 +161,14 @@ def open_openvino(artefacts: Artefacts, *, device: str, dtype: str) -> SessionRu
     if (cache := _cache(artefacts, options["INFERENCE_PRECISION_HINT"])) is not None:
         options["CACHE_DIR"] = str(cache)
     sessions = {graph: OpenVinoSession(core, artefacts.graph(graph), options) for graph in artefacts.contract}
+    if cache is not None:
+        seal(cache)
     return SessionRuntime(artefacts, sessions, device="cpu", dtype=dtype, release=(core,))
 
 
 def _cache(artefacts: Artefacts, precision: str) -> Path | None:
-    """Where these graphs are kept as compiled; None where nothing can be written, and every start compiles.
+    """Where these graphs are kept as compiled, and all of it is as it was written; None where nothing can be
+    written, and every start compiles.
 
     OpenVINO tells models apart by the graph's file and shapes, not by the weights beside it or the precision
     that they were compiled for (seen with 2026.4), and never clears its cache: each set of graphs has a
@@ -178,4 +182,4 @@ def _cache(artefacts: Artefacts, precision: str) -> Path | None:
     except OSError:
         return None
     sweep(root, "*", days=_KEPT_DAYS)
-    return folder if os.access(folder, os.W_OK) else None
+    return folder if os.access(folder, os.W_OK) and throw_away_unsealed(folder) else None

@@ -1,0 +1,45 @@
+"""What OpenVINO keeps of compiled models: sealed when it is written, thrown away where it changed since.
+
+OpenVINO itself sees what is wrong with a compiled graph, and does not look at its weights (2026.4).
+"""
+
+from __future__ import annotations
+
+import json
+from contextlib import suppress
+from pathlib import Path
+
+from ritocco.artefacts import file_digest
+from ritocco.disk import write_whole
+
+_SEALS = "seals.json"
+
+
+def seal(folder: Path) -> None:
+    """Keep the digests of all compiled models in a folder; if that fails, the next start compiles again."""
+    with suppress(OSError):
+        held = {file.name: file_digest(file) for file in folder.glob("*.blob")}
+        if held != _seals(folder):
+            write_whole(folder / _SEALS, json.dumps(held, indent=2, sort_keys=True).encode())
+
+
+def throw_away_unsealed(folder: Path) -> bool:
+    """Delete the compiled models that changed since they were sealed, or never were, as their process ended
+    too early. Returns whether the folder holds none of these any more.
+    """
+    seals = _seals(folder)
+    try:
+        for file in folder.glob("*.blob"):
+            if seals.get(file.name) != file_digest(file):
+                file.unlink(missing_ok=True)
+    except OSError:
+        return False
+    return True
+
+
+def _seals(folder: Path) -> dict[str, str]:
+    with suppress(OSError, ValueError):
+        held = json.loads((folder / _SEALS).read_bytes())
+        if isinstance(held, dict):
+            return held
+    return {}
