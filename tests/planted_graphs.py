@@ -250,6 +250,33 @@ PLANTED: Mapping[str, Planted] = {
         rule="data-dependent",
         said="depends on the data",
     ),
+    "cut": Planted(
+        fault="`Slice` up to an end that is computed from the data",
+        make=lambda: model(
+            node("ReduceMax", output="largest", keepdims=0),
+            cast("largest", "count", TensorProto.INT64),
+            node("Reshape", ("count", "one"), "end"),
+            node("Slice", ("x", "zero", "end", "zero")),
+            out=("found", 4, "h", "w"),
+            constants=(constant("zero", [0], "int64"), constant("one", [1], "int64")),
+        ),
+        rule="data-dependent",
+        said="Slice's shape depends on the data: end",
+    ),
+    "filled": Planted(
+        fault="`ConstantOfShape` of sizes that are computed from the data",
+        make=lambda: model(
+            node("ReduceMax", output="largest", keepdims=0),
+            cast("largest", "count", TensorProto.INT64),
+            node("Reshape", ("count", "one"), "rows"),
+            node("Concat", ("rows", "rest"), "sizes", axis=0),
+            node("ConstantOfShape", ("sizes",)),
+            out=("found", 4, 8, 8),
+            constants=(constant("rest", [4, 8, 8], "int64"), constant("one", [1], "int64")),
+        ),
+        rule="data-dependent",
+        said="ConstantOfShape's shape depends on the data: sizes",
+    ),
     "cubic": Planted(
         fault="`Resize` with mode cubic",
         make=lambda: model(node("Resize", _RESIZE, mode="cubic"), out=_TWICE, constants=(_SCALES,)),

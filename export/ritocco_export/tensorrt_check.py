@@ -40,6 +40,25 @@ _NAMES: Mapping[str, str] = {  # of a contract's dtypes, in ONNX
 }
 # Their outputs' shapes depend on the data, not on the inputs' shapes.
 _DATA_DEPENDENT = {"Compress", "NonMaxSuppression", "NonZero", "Unique"}
+# The inputs that tell an operator how large its output is; their numbers have to follow from shapes.
+_SIZING: Mapping[str, tuple[int, ...]] = {
+    "CenterCropPad": (1,),
+    "ConstantOfShape": (0,),
+    "Expand": (1,),
+    "MaxUnpool": (2,),
+    "OneHot": (1,),
+    "Pad": (1,),
+    "Range": (0, 1, 2),
+    "Reshape": (1,),
+    "Resize": (2, 3),
+    "Slice": (1, 2, 3, 4),
+    "Split": (1,),
+    "Tile": (1,),
+    "TopK": (1,),
+    "Upsample": (1,),
+}
+_OF_SHAPE = {"Shape", "Size"}  # told by a shape, whatever the numbers are
+_RANDOM = {"Bernoulli", "Multinomial", *SEEDED}
 # Their outputs are booleans whatever they compare.
 _COMPARISONS = {"Equal", "Greater", "GreaterOrEqual", "IsInf", "IsNaN", "Less", "LessOrEqual"}
 
@@ -141,6 +160,7 @@ def check_model(model: onnx.ModelProto, io: NetworkIO) -> list[Finding]:
         *_opset(typed),
         *_ports(typed.graph, io),
         *_operators(nodes),
+        *_sizes(graphs, nodes),
         *_types(graphs, nodes),
         *_restrictions(nodes, known_of(typed.graph)),
         *_channels(typed.graph),
@@ -228,6 +248,22 @@ def _operators(nodes: Sequence[onnx.NodeProto]) -> Iterator[Finding]:
             yield _error("operator", _name(node), f"{node.op_type} is not supported")
         elif node.op_type in _DATA_DEPENDENT:
             yield _error("data-dependent", _name(node), f"{node.op_type}'s shape depends on the data")
+
+
+def _sizes(graphs: Sequence[onnx.GraphProto], nodes: Sequence[onnx.NodeProto]) -> Iterator[Finding]:
+    """Shapes that depend on numbers which are computed from the inputs' numbers."""
+    told = {tensor.name for graph in graphs for tensor in graph.initializer} | {""}
+    for node in nodes:  # a graph's nodes stand in an order in which they can run
+        inner = any(one.HasField("g") or one.graphs for one in node.attribute)
+        if node.op_type in _OF_SHAPE or (
+            told.issuperset(node.input) and node.op_type not in _RANDOM and not inner
+        ):
+            told.update(node.output)
+        for place in _SIZING.get(node.op_type, ()):
+            name = node.input[place] if len(node.input) > place else ""
+            if name not in told:
+                message = f"{node.op_type}'s shape depends on the data: {name} does not follow from shapes"
+                yield _error("data-dependent", _name(node), message)
 
 
 def _types(graphs: Sequence[onnx.GraphProto], nodes: Sequence[onnx.NodeProto]) -> Iterator[Finding]:
