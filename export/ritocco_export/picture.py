@@ -47,7 +47,7 @@ def compare_picture(checkpoint: Checkpoint, folder: Path) -> Figures:
     if not psnr >= LEAST_PICTURE_PSNR_DB[dtype]:
         raise CheckpointError(
             f"picture: painted on the {dtype} graphs it departs from torch's by {psnr:.1f} dB, where "
-            f"{LEAST_PICTURE_PSNR_DB[dtype]:.0f} dB are asked; nothing was kept"
+            f"{LEAST_PICTURE_PSNR_DB[dtype]:.0f} dB are asked"
         )
     return Figures(error=error, psnr_db=psnr, arithmetic="float32")
 

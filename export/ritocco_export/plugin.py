@@ -33,7 +33,7 @@ DTYPES |= {name: name for name in DTYPES.values()}
 # What each use of the command takes beside the options that make it that use.
 _TAKES = {
     ("out",): {"model", "dtype", "profile", "static", "layout", "hoisted", "variant", "tokenizer"},
-    ("check",): {"as_json"},
+    ("check",): {"as_json", "model", "variant", "tokenizer"},
     ("trtexec",): set[str](),
     ("triton",): {"graphs", "instances", "accelerator"},
     ("engines",): {"library", "target", "refit", "backend_options"},
@@ -113,7 +113,8 @@ def command(
     model: Annotated[
         str | None,
         typer.Option(
-            help="Diffusers folder or .safetensors file. Default: RITOCCO_MODEL, else the embedded."
+            help="Diffusers folder or .safetensors file. Default: RITOCCO_MODEL, else the embedded. "
+            "With --check: what the graphs were made of; parity is measured again."
         ),
     ] = None,
     dtype: Annotated[str, typer.Option(help="fp32, fp16 or bf16: of weights and arithmetic.")] = "fp32",
@@ -158,7 +159,8 @@ def command(
     if check is not None:
         from ritocco_export.report import report
 
-        passed, text = report(check, as_json=as_json)
+        made_of = _made_of(model, variant=variant, tokenizer=tokenizer)
+        passed, text = report(check, as_json=as_json, checkpoint=made_of)
         typer.echo(text)
         raise typer.Exit(0 if passed else 1)
     assert out is not None  # noqa: S101 - it is what is named where none of the others is
@@ -174,6 +176,22 @@ def command(
         tokenizer=tokenizer,
     )
     typer.echo(out)
+
+
+def _made_of(model: str | None, *, variant: str | None, tokenizer: Path | None) -> Checkpoint | None:
+    """The checkpoint beside which `--check` measures parity again, if one is named."""
+    from ritocco.checkpoint import open_checkpoint
+    from ritocco.loading import model_path
+
+    if model is None:
+        for option, given in (("--variant", variant), ("--tokenizer", tokenizer)):
+            if given is not None:
+                raise RequestError(f"{option} does nothing with --check without --model", field=option)
+        return None
+    if is_artefacts(path := model_path(model)):
+        rule = "which holds exported graphs; name the checkpoint that they were made of"
+        raise RequestError(f"--model is {shown(model)}, {rule}", field="--model")
+    return open_checkpoint(path, variant=variant, tokenizer=tokenizer)
 
 
 def _refuse_idle(context: typer.Context, named: tuple[str, ...]) -> None:

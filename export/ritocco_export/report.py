@@ -3,28 +3,36 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Container, Mapping
 from dataclasses import asdict
 from pathlib import Path
 
 from ritocco.artefacts import Artefacts, open_artefacts, sha256_of, strangers_of
+from ritocco.checkpoint import Checkpoint, fingerprint
 from ritocco.errors import CheckpointError, RitoccoError
 from ritocco.scheduler_config import check_scheduler, from_pipeline
 from ritocco.shown import printable
 from ritocco_export.figures import LARGEST_ERROR, LEAST_PICTURE_PSNR_DB, LEAST_PSNR_DB, Figures
+from ritocco_export.remeasure import measured
 from ritocco_export.tensorrt_check import Finding, check_graph
 
+# Rules of which an error keeps graphs from being run; the others are TensorRT's.
+_DAMAGE = {"contract", "manifest", "scheduler", "shape", "tokenizer", "valid", "weights"}
 
-def report(folder: Path, *, as_json: bool) -> tuple[bool, str]:
+
+def report(folder: Path, *, as_json: bool, checkpoint: Checkpoint | None = None) -> tuple[bool, str]:
     """Whether everything is in order, and the findings as aligned text or JSON.
 
-    A folder that is damaged or stale is a finding like the others.
+    A folder that is damaged or stale is a finding like the others. checkpoint: whose graphs they must be, and
+    beside which parity is measured again; without one the manifest's figures are read.
     """
     try:
-        artefacts = open_artefacts(folder)
+        artefacts = open_artefacts(folder, version=None if checkpoint is None else fingerprint(checkpoint))
     except CheckpointError as error:
         broken = Finding(level="error", rule="manifest", subject=str(folder), message=str(error))
         found = {"folder": [broken]}
-        parity: dict[str, Figures] = {}
+        parity: Mapping[str, Figures] = {}
+        again = False
     else:
         opset = artefacts.manifest.opset if artefacts.manifest else None
         found = {
@@ -32,15 +40,15 @@ def report(folder: Path, *, as_json: bool) -> tuple[bool, str]:
             for name, io in artefacts.contract.items()
         }
         found["folder"] = [*_of_folder(artefacts), *_of_configs(artefacts)]
-        parity = _read_parity(artefacts)
-        dtype = artefacts.manifest.dtype if artefacts.manifest else ""
-        for name in _gated(artefacts):
-            found.setdefault(name, []).extend(_of_parity(parity.get(name), name, dtype))
-    passed = not any(finding.level == "error" for findings in found.values() for finding in findings)
+        parity, again, of_parity = _parity(artefacts, checkpoint, whole=not _errors(found, _DAMAGE))
+        for name, findings in of_parity.items():
+            found.setdefault(name, []).extend(findings)
+    passed = not _errors(found)
     if as_json:
         told = {
             "passed": passed,
             "findings": {name: [asdict(one) for one in findings] for name, findings in found.items()},
+            "measured_again": again,
             "parity": {name: figures.as_json() for name, figures in parity.items()},
         }
         return passed, json.dumps(told, indent=2, allow_nan=False)
@@ -51,11 +59,45 @@ def report(folder: Path, *, as_json: bool) -> tuple[bool, str]:
     ]
     lines += [
         f"ok     {name:<12}  parity          error {figures.error:.1e}, {figures.psnr_db:.1f} dB"
+        f"{', measured again' if again else ''}"
         for name, figures in parity.items()
         if not any(finding.rule == "parity" for finding in found.get(name, []))
     ]
     lines.append("passed" if passed else "failed")
     return passed, "\n".join(lines)
+
+
+def _errors(found: Mapping[str, list[Finding]], rules: Container[str] | None = None) -> bool:
+    """Whether there are any, or of these rules."""
+    return any(
+        finding.level == "error" and (rules is None or finding.rule in rules)
+        for findings in found.values()
+        for finding in findings
+    )
+
+
+def _parity(
+    artefacts: Artefacts, checkpoint: Checkpoint | None, *, whole: bool
+) -> tuple[Mapping[str, Figures], bool, Mapping[str, list[Finding]]]:
+    """The gate's figures, whether they were measured again, and what is wrong with them.
+
+    whole: what is damaged is not run.
+    """
+    if again := checkpoint is not None and whole:
+        parity, failed = measured(checkpoint, artefacts)
+    else:
+        parity, failed = _read_parity(artefacts), {}
+    dtype = artefacts.manifest.dtype if artefacts.manifest else "float32"
+    found = {
+        name: [Finding(level="error", rule="parity", subject=name, message=message)]
+        for name, message in failed.items()
+    }
+    for name in parity.keys() | set(_gated(artefacts)) - failed.keys():
+        found[name] = _of_parity(parity.get(name), name, dtype)
+    if checkpoint is not None and not whole:
+        message = "not measured again: what is damaged is not run"
+        found["folder"] = [Finding(level="note", rule="parity", subject=artefacts.path.name, message=message)]
+    return parity, again, found
 
 
 def _of_folder(artefacts: Artefacts) -> list[Finding]:

@@ -306,8 +306,8 @@ def test_what_is_missing_names_its_extra(monkeypatch: pytest.MonkeyPatch, tmp_pa
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (("--check", "x", "--dtype", "fp32"), "--dtype does nothing with --check, which takes json"),
-        (("--check", "x", "--model", "m"), "--model does nothing with --check"),
+        (("--check", "x", "--dtype", "fp32"), "--dtype does nothing with --check, which takes json, model,"),
+        (("--check", "x", "--variant", "fp16"), "--variant does nothing with --check without --model"),
         (("--trtexec", "x", "--json"), "--json does nothing with --trtexec, which takes no other option"),
         (("--out", "x", "--target", "sm89"), "--target does nothing with --out, which takes dtype, hoisted"),
         (("--out", "x", "--refit"), "--refit does nothing with --out"),
