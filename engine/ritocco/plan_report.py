@@ -89,6 +89,8 @@ def as_json(
         "num_outputs": plan.num_outputs,
         "budget_bytes": plan.budget,
         "strategy": _strategy(plan.strategy),
+        "calls_per_step": _calls(plan),
+        "cuda_graphs": _graphs(plan),
         "read_again_bytes": plan.read_again,
         "read_again_seconds": plan.read_again_seconds,
         "next_larger_budget": None
@@ -139,6 +141,8 @@ def as_text(
     lines += ["", f"peak: {mib_up(peak.most)}, {phase}, in {peak.moment}"]
     if plan.budget is not None:
         lines.append(f"budget: {mib_down(plan.budget)}; {plan.strategy}")
+        if (calls := _calls(plan)) > 1:
+            lines.append(f"cost: a step is {calls} calls of the UNet instead of one")
         if plan.read_again:
             lines.append(
                 f"cost: {mib(plan.read_again)} of weights are read anew for every request, {_time(plan)}"
@@ -149,7 +153,19 @@ def as_text(
         if plan.together is not None:
             shared = f"a step of up to {plan.together} pictures" if plan.together > count else "no step"
             lines.append(f"in a Batcher it shares {shared} with others of its size")
+    if (graphs := _graphs(plan)) is not None:
+        lines.append(f"CUDA graphs: {'on' if graphs else 'off, as under every budget'}")
     return "\n".join([*lines, NOT_COUNTED[plan.device.partition(":")[0]]])
+
+
+def _calls(plan: MemoryPlan) -> int:
+    """Of the UNet, for one step of all pictures."""
+    return -(-plan.num_outputs // plan.strategy.at_once)
+
+
+def _graphs(plan: MemoryPlan) -> bool | None:
+    """Whether steps are captured; None where there is no such thing."""
+    return None if plan.device == "cpu" else plan.budget is None
 
 
 def _time(plan: MemoryPlan) -> str:

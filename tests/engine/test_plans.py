@@ -23,7 +23,7 @@ from ritocco.cli import app
 from ritocco.device_loop import DeviceLoop
 from ritocco.memory import Phase, Rehearsal, Usage
 from ritocco.parameters import MemoryTensor, without_tensors
-from ritocco.plan_report import as_text, planned
+from ritocco.plan_report import as_json, as_text, planned
 from ritocco.plan_verify import allocated
 from ritocco.plans import MemoryPlan, Planner, Strategy, strategies
 from ritocco.schema import PredictionInput, parse_input
@@ -164,8 +164,24 @@ def test_the_first_strategy_that_fits_is_taken(
         (again, f"request, which took {again.read_again_seconds} s when they came last"),
     ):
         assert (told in as_text(one)) == (strategy[1] != NONE)
+    calls = 4 // strategy[0]
+    assert (f"cost: a step is {calls} calls of the UNet instead of one" in as_text(plan)) == (calls > 1)
+    assert as_json(plan)["calls_per_step"] == calls
     planner.explained(fields)
     assert made.asked == before
+
+
+@pytest.mark.parametrize(
+    ("device", "budget", "graphs"), [("cuda", None, True), ("cuda", 140, False), ("cpu", None, None)]
+)
+def test_it_is_said_whether_steps_are_captured(device: str, budget: int | None, graphs: bool | None) -> None:
+    planner = Planner(Made, device=device, dtype="float16", budget=budget)
+    plan = planner.explained(asked_for())
+    assert as_json(plan)["cuda_graphs"] is graphs
+    told = {True: "CUDA graphs: on", False: "CUDA graphs: off, as under every budget"}
+    assert [line for line in as_text(plan).splitlines() if line.startswith("CUDA graphs")] == (
+        [] if graphs is None else [told[graphs]]
+    )
 
 
 @pytest.mark.parametrize(

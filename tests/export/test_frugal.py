@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import os
 import sys
 from pathlib import Path
@@ -15,7 +16,7 @@ import torch
 from ritocco.artefacts import GRAPH_FILE, open_artefacts, read_manifest
 from ritocco.backends.torch_ import TorchRuntime
 from ritocco.checkpoint import load_network, open_checkpoint
-from ritocco.nets.io import GraphName
+from ritocco.nets.io import GRAPHS, GraphName
 from ritocco_export.frugal import load_widened, open_session, widen
 from ritocco_export.graphs import example_inputs, graph_module
 
@@ -91,3 +92,16 @@ def test_bfloat16_graphs_are_valid_and_not_run_where_nothing_runs_them(
     figures = gate.compare(checkpoint, "unet", file, io, layout="ritocco", static=False)
     assert figures.arithmetic == ""
     assert "openvino is not installed" in figures.line()
+
+
+def test_bfloat16_graphs_are_measured_again_though_tensorrt_would_not_take_them(
+    tiny_checkpoint: Path, tiny_bfloat16_graphs: Path
+) -> None:
+    from ritocco_export.report import report
+
+    passed, text = report(tiny_bfloat16_graphs, as_json=True, checkpoint=open_checkpoint(tiny_checkpoint))
+    told = json.loads(text)
+    assert not passed, "opset 22"
+    assert told["measured_again"]
+    assert {*told["parity"]} == {*GRAPHS, "picture"}
+    assert not [one for found in told["findings"].values() for one in found if one["rule"] == "parity"]
