@@ -153,7 +153,7 @@ def test_distributions_are_told_apart() -> None:
 def test_bfloat16_is_refused_where_the_processor_lacks_it(
     tiny_graphs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import openvino
+    from ritocco.backends.openvino_library import openvino
 
     able = SimpleNamespace(get_property=lambda *_: ["FP32"])
     monkeypatch.setattr(openvino, "Core", lambda: able)
