@@ -5,12 +5,12 @@ TensorRT itself does not run here: what is tested is all up to the last call of 
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -21,6 +21,7 @@ import onnx
 import pytest
 
 import ritocco
+from planted_graphs import with_int64_timestep
 from ritocco import BackendError, CheckpointError, Engine, RequestError
 from ritocco.artefacts import open_artefacts
 from ritocco.backends import SESSION_BACKENDS, open_sessions
@@ -439,15 +440,30 @@ def test_a_graph_with_other_inputs_is_refused(tiny_graphs: Path) -> None:
 
 
 def test_whole_timesteps_are_warned_of_by_name(
-    engine: Engine, ask: Ask, monkeypatch: pytest.MonkeyPatch
+    backend: str,
+    tiny_optimum_graphs: Path,
+    tiny_engine: Engine,
+    tmp_path: Path,
+    ask: Ask,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    assert not engine.traits.whole_timesteps
-    monkeypatch.setattr(engine, "traits", replace(engine.traits, whole_timesteps=True))
-    spaced = {**engine._scheduler, "timestep_spacing": "linspace"}
-    monkeypatch.setattr(engine, "_scheduler", spaced)
+    """An export of Optimum's whose timestep is int64; with this spacing not all schedulers' are whole."""
+    folder = shutil.copytree(tiny_optimum_graphs, tmp_path / "whole")
+    (folder / "ritocco.json").unlink()
+    model = onnx.load(folder / "unet" / "model.onnx", load_external_data=False)
+    with_int64_timestep(model)
+    onnx.save(model, folder / "unet" / "model.onnx")
+    config = folder / "scheduler" / "scheduler_config.json"
+    spaced = json.loads(config.read_text(encoding="utf-8")) | {"timestep_spacing": "linspace"}
+    config.write_text(json.dumps(spaced), encoding="utf-8")
+    engine = load(folder, backend)
+    assert engine.traits.whole_timesteps
     warning = "uses fractional timesteps, and these graphs take whole ones"
     assert f"K_EULER {warning}" in engine.predict(ask(scheduler="K_EULER")).logs
-    assert warning not in engine.predict(ask(scheduler="DDIM")).logs
+    given = ask(scheduler="DDIM")
+    assert warning not in engine.predict(given).logs
+    monkeypatch.setattr(tiny_engine, "_scheduler", {**tiny_engine._scheduler, "timestep_spacing": "linspace"})
+    assert np.abs(floats(engine, given) - floats(tiny_engine, given)).max() < TOLERANCE
 
 
 def test_graphs_of_one_size_take_one_row_too(
