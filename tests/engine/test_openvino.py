@@ -179,3 +179,14 @@ def test_an_empty_graph_is_a_damaged_one(tmp_path: Path) -> None:
     (tmp_path / "model.onnx").touch()
     with pytest.raises(CheckpointError, match="OpenVINO can't compile it"):
         openvino_.OpenVinoSession(openvino.Core(), tmp_path / "model.onnx", {})
+
+
+def test_an_openvino_without_its_cpu_plugin_is_named(
+    tiny_graphs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken() -> None:
+        raise RuntimeError("Cannot load library libopenvino_intel_cpu_plugin.so")
+
+    monkeypatch.setattr(openvino_.openvino, "Core", broken)
+    with pytest.raises(BackendError, match="OpenVINO does not start on this CPU .*cpu_plugin"):
+        ritocco.load(tiny_graphs, backend="openvino")
