@@ -188,5 +188,5 @@ def test_an_openvino_without_its_cpu_plugin_is_named(
         raise RuntimeError("Cannot load library libopenvino_intel_cpu_plugin.so")
 
     monkeypatch.setattr(openvino_.openvino, "Core", broken)
-    with pytest.raises(BackendError, match="OpenVINO does not start on this CPU .*cpu_plugin"):
+    with pytest.raises(BackendError, match=r"OpenVINO does not start on this CPU .*cpu_plugin"):
         ritocco.load(tiny_graphs, backend="openvino")
