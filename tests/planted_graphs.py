@@ -83,6 +83,15 @@ def constant(name: str, values: Any, dtype: str = "float32") -> onnx.TensorProto
     return numpy_helper.from_array(np.asarray(values, dtype), name)
 
 
+def with_int64_timestep(model: onnx.ModelProto) -> None:
+    """Make the input `timestep` int64, and cast it to what the graph goes on with."""
+    (given,) = (value for value in model.graph.input if value.name == "timestep")
+    given.type.tensor_type.elem_type = TensorProto.INT64
+    for node in model.graph.node:
+        node.input[:] = ["fractional" if name == "timestep" else name for name in node.input]
+    model.graph.node.insert(0, helper.make_node("Cast", ["timestep"], ["fractional"], to=F))
+
+
 _TWICE: Shape = ("rows", 4, "h2", "w2")
 _SCALES = constant("scales", [1, 1, 2, 2])
 _RESIZE = ("x", "", "scales")
@@ -276,6 +285,25 @@ PLANTED: Mapping[str, Planted] = {
         ),
         rule="data-dependent",
         said="ConstantOfShape's shape depends on the data: sizes",
+    ),
+    "reshaped": Planted(
+        fault="`Conv` behind a `Reshape` to as many axes as the data says",
+        make=lambda: model(
+            node("ReduceMax", output="largest", keepdims=0),
+            cast("largest", "count", TensorProto.INT64),
+            node("Reshape", ("count", "one"), "end"),
+            node("Slice", ("sides", "zero", "end"), "sizes"),
+            node("Reshape", ("x", "sizes"), "reshaped"),
+            node("Conv", ("reshaped", "weights")),
+            constants=(
+                constant("sides", [-1, 4, 8, 8], "int64"),
+                constant("zero", [0], "int64"),
+                constant("one", [1], "int64"),
+                constant("weights", np.ones((4, 4, 1, 1))),
+            ),
+        ),
+        rule="data-dependent",
+        said="Reshape's shape depends on the data: sizes",
     ),
     "cubic": Planted(
         fault="`Resize` with mode cubic",

@@ -31,7 +31,9 @@ class Options:
 
 
 class Ort:
-    """ONNX Runtime with providers for GPUs; `left` nodes of each graph go to the CPU."""
+    """ONNX Runtime with providers for GPUs; `left` nodes of each graph go to the CPU. broken: what is said at
+    every session by providers that do not start.
+    """
 
     __version__ = "1.32.0"
 
@@ -44,6 +46,7 @@ class Ort:
         self.fallback = False
         self.damaged = False
         self.captures = True
+        self.broken = ""
 
     SessionOptions = Options
 
@@ -66,6 +69,10 @@ class Ort:
     ) -> Any:
         assert not enable_fallback, "a failing run would go on elsewhere, and print so"
         self.opened.append((Path(path), options, providers))
+        first = None if providers is None else providers[0]
+        wanted = RTX if first is None else first if isinstance(first, str) else first[0]
+        if self.broken and wanted != "CPUExecutionProvider":
+            raise RuntimeError(self.broken)
         if self.damaged and "context" in path:
             raise RuntimeError("the context is of another driver")
         if not self.captures and providers and providers[0][1].get("enable_cuda_graph"):
@@ -74,7 +81,6 @@ class Ort:
         if options.entries.get("ep.context_enable") == "1":
             for file in Path(path).parent.glob("model.*"):  # weights may lie beside the graph
                 shutil.copyfile(file, Path(options.entries["ep.context_file_path"]).with_name(file.name))
-        wanted = RTX if providers is None else providers[0][0]
         used = ["CPUExecutionProvider"] if self.fallback else [wanted, "CPUExecutionProvider"]
         taken = {used[0]: 10} | ({"CPUExecutionProvider": self.left} if self.left else {})
         parts = [SimpleNamespace(ep_name=name, get_nodes=lambda n=n: [None] * n) for name, n in taken.items()]

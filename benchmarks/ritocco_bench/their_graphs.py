@@ -102,14 +102,14 @@ class OpenVinoDiffusers(GraphDiffusers):
     suffix = ".xml"
 
     def _export(self, module: nn.Module, inputs: tuple[Tensor, ...], file: Path) -> None:
-        import openvino
+        from ritocco.backends.openvino_library import openvino
 
         shapes = [tuple(one.shape) for one in inputs]
         model = openvino.convert_model(module, example_input=inputs, input=shapes)
         openvino.save_model(model, file, compress_to_fp16=False)
 
     def _open(self, file: Path) -> Any:
-        import openvino
+        from ritocco.backends.openvino_library import openvino
 
         hint = {"bfloat16": "bf16", "float32": "f32"}[self._job.dtype]
         options = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": hint}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from importlib.resources import files
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, TypedDict
 from ritocco.artefacts import Artefacts, is_artefacts, open_artefacts
 from ritocco.backends import (
     SESSION_BACKENDS,
+    built,
     faster_command,
     faster_than_torch,
     refuse_absent,
@@ -66,9 +67,11 @@ def load(
     model: a diffusers folder, a single `.safetensors` file, or a folder of exported graphs; None takes
     RITOCCO_MODEL from the environment, else the embedded pocket model. device, dtype: see `device.choose`.
     backend: `torch`, `onnxruntime`, `openvino`, `tensorrt` or `tensorrt-rtx`; the last four export a
-    checkpoint once, into the cache. `auto`: torch, or a faster one that is installed and whose graphs of this
-    checkpoint lie in the cache. variant: `fp16` and such, where a folder holds several. tokenizer: folder of
-    vocab.json and merges.txt, for single files. backend_options: of TensorRT, see `EngineOptions`.
+    checkpoint once, into the cache. `auto`: TensorRT where it built its engines for this checkpoint and GPU
+    into the cache before; on a CPU one that is faster than torch, installed, and whose graphs of this
+    checkpoint lie in the cache; else, and where these can't do what is asked, torch. variant: `fp16` and
+    such, where a folder holds several. tokenizer: folder of vocab.json and merges.txt, for single files.
+    backend_options: of TensorRT, see `EngineOptions`.
     fetcher: opens the URLs of requests; None makes one from the environment. memory_budget: bytes, or `8GiB`
     and such, that weights and what is computed may take of torch's memory, on torch alone; each request is
     computed in the fastest way that keeps to it, or refused. None: what the device has free less a reserve,
@@ -101,9 +104,16 @@ def load(
         raise BackendError(f"backend_options are for TensorRT; backend is {backend!r}")
     if budget is not None:
         return _engine(checkpoint, device, dtype, "torch", fetcher, budget)
-    if backend == "auto" and (graphs := _faster_graphs(checkpoint, device, dtype)) is not None:
-        return _from_artefacts(graphs, device, dtype, "auto", fetcher, checkpoint)
-    return _engine(checkpoint, device, dtype, backend, fetcher)
+    refused: list[str] = []
+    for name, graphs in _before_torch(checkpoint, device, dtype) if backend == "auto" else ():
+        try:
+            return _from_artefacts(
+                graphs, device, dtype, "auto", fetcher, checkpoint, candidates=[name], refused=refused
+            )
+        except (BackendError, CheckpointError) as error:
+            refused.append(f"Not on {name}, though its graphs are in the cache: {error}")
+            _log.warning("%s", refused[-1])
+    return _engine(checkpoint, device, dtype, backend, fetcher, refused=refused)
 
 
 def load_on_each(model: str | Path | None, devices: str, **options: Any) -> list[Engine]:
@@ -168,7 +178,10 @@ def _engine(
     backend: str,
     fetcher: Fetcher | None,
     budget: int | None = None,
+    *,
+    refused: Sequence[str] = (),
 ) -> Engine:
+    """An engine on torch. refused: what was tried before, and why it is not taken, for the log."""
     from ritocco.backends.torch_ import TorchRuntime
     from ritocco.checkpoint import fingerprint, load_tokenizer
     from ritocco.device import choose
@@ -183,7 +196,7 @@ def _engine(
     fetcher = fetcher or Fetcher.from_environment()
     scheduler = from_pipeline(checkpoint.scheduler)
     warnings = [f"Warning: {problem}" for problem in check_scheduler(scheduler)]
-    faster = () if backend != "auto" else faster_command(choice.device.type)
+    faster = () if backend != "auto" or refused else faster_command(choice.device.type)
     safety = None
     running: list[TorchRuntime] = []
     # A pipeline's tensors are not to be kept alive by plans.
@@ -220,6 +233,7 @@ def _engine(
         notes=(
             *checkpoint.notes,
             *warnings,
+            *refused,
             f"Running {'; '.join((*choice.reasons, *runtime.notes))}",
             *faster,
         ),
@@ -287,10 +301,13 @@ def _from_artefacts(
     checkpoint: Checkpoint | None = None,
     *,
     options: Mapping[str, Any] | None = None,
+    candidates: Sequence[str] | None = None,
+    refused: Sequence[str] = (),
 ) -> Engine:
     """An engine on exported graphs; torch is imported for a checkpoint's safety checker alone.
 
-    checkpoint: the one that they were exported from, where it is at hand.
+    checkpoint: the one that they were exported from, where it is at hand. candidates: see `open_sessions`.
+    refused: see `_engine`.
     """
     from ritocco.backends import open_sessions
     from ritocco.scheduler_config import check_scheduler, from_pipeline
@@ -299,7 +316,9 @@ def _from_artefacts(
     scheduler = from_pipeline(artefacts.scheduler)
     warnings = [f"Warning: {problem}" for problem in check_scheduler(scheduler)]
     tokenizer = artefacts.tokenizer()
-    runtime, reasons = open_sessions(artefacts, backend=backend, device=device, dtype=dtype, options=options)
+    runtime, reasons = open_sessions(
+        artefacts, backend=backend, device=device, dtype=dtype, options=options, candidates=candidates
+    )
     safety, about = None, f"{artefacts.path.name}: exported graphs carry no safety checker, so none is run"
     if checkpoint is not None and checkpoint.safety_checker is not None:
         from ritocco.device import choose
@@ -313,7 +332,7 @@ def _from_artefacts(
         scheduler,
         safety=safety,
         version=artefacts.version,
-        notes=(*warnings, about, f"Running {'; '.join(reasons)}"),
+        notes=(*warnings, about, *refused, f"Running {'; '.join(reasons)}"),
         fetcher=fetcher,
     )
 
@@ -364,19 +383,23 @@ def _exported(checkpoint: Checkpoint, *, dtype: str, hoisted: bool) -> Artefacts
         return open_artefacts(folder, version=version)
 
 
-def _faster_graphs(checkpoint: Checkpoint, device: str, dtype: str) -> Artefacts | None:
-    """The checkpoint's graphs in the cache, where a backend that is installed runs them faster than torch."""
+def _before_torch(checkpoint: Checkpoint, device: str, dtype: str) -> Iterator[tuple[str, Artefacts]]:
+    """Backends that come before torch here, the first first, each with its graphs from the cache."""
     from ritocco.checkpoint import fingerprint
     from ritocco.device import choose
 
-    if choose(device, dtype).device.type != "cpu" or faster_than_torch("cpu") is None:
-        return None
-    version = fingerprint(checkpoint)
-    try:
-        options = graph_options("auto", "cpu", dtype)
-        return open_artefacts(_cached_graphs(version, **options), version=version)
-    except CheckpointError:
-        return None
+    def cached(backend: str) -> Artefacts | None:
+        version = fingerprint(checkpoint)
+        try:
+            folder = _cached_graphs(version, **graph_options(backend, device, dtype))
+            return open_artefacts(folder, version=version)
+        except CheckpointError:
+            return None
+
+    yield from built(device, cached)
+    faster = faster_than_torch("cpu") if choose(device, dtype).device.type == "cpu" else None
+    if faster is not None and (graphs := cached(faster)) is not None:
+        yield faster, graphs
 
 
 def _cached_graphs(version: str, *, dtype: str, hoisted: bool) -> Path:

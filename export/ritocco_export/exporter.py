@@ -107,10 +107,10 @@ def export_checkpoint(
             gc.collect()  # exported programs are cycles
             _check(graph, file)
             parity[graph] = compare(checkpoint, graph, file, contract[graph], layout=layout, static=static)
-            say(f"{graph}: {parity[graph].line()}")
+            say(f"{graph}: {parity[graph].line(dtype)}")
         if hoisted:
             parity["unet"] = compare_hoisted(checkpoint, part, contract, static=static)
-            say(f"unet: {parity['unet'].line()}")
+            say(f"unet: {parity['unet'].line(dtype)}")
         manifest = Manifest(
             version=fingerprint(checkpoint),
             layout=layout,
@@ -127,7 +127,7 @@ def export_checkpoint(
         )
         write_manifest(part, manifest)
         picture = compare_picture(checkpoint, part)
-        say(f"picture: {picture.line()}")
+        say(f"picture: {picture.line(dtype)}")
         manifest = dataclasses.replace(manifest, parity={**manifest.parity, "picture": picture.as_json()})
         write_manifest(part, manifest)
     return manifest

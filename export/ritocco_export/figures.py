@@ -36,11 +36,13 @@ class Figures:
         """Of a graph that nothing here runs."""
         return cls(error=math.nan, psnr_db=math.nan, arithmetic="")
 
-    def line(self) -> str:
-        """In words."""
+    def line(self, dtype: str) -> str:
+        """In words. dtype: of the graph's weights."""
         if not self.arithmetic:
             return "valid; not run: of what runs bfloat16 graphs on a CPU, openvino is not installed"
-        return f"error {self.error:.1e}, PSNR {self.psnr_db:.1f} dB against torch, in {self.arithmetic}"
+        weights = "" if dtype == self.arithmetic else f" arithmetic on {dtype} weights"
+        where = f"{self.arithmetic}{weights}"
+        return f"error {self.error:.1e}, PSNR {self.psnr_db:.1f} dB against torch, in {where}"
 
     def as_json(self) -> dict[str, Any]:
         """For the manifest; null stands for what is not finite: not run, or no error at all."""

@@ -58,9 +58,8 @@ def open_session(file: Path, graph: GraphName, dtype: str) -> Session:
     on ONNX Runtime.
     """
     if dtype == "bfloat16":
-        import openvino
-
         from ritocco.backends.openvino_ import OpenVinoSession
+        from ritocco.backends.openvino_library import openvino
 
         return OpenVinoSession(openvino.Core(), file, {"INFERENCE_PRECISION_HINT": "f32"})
     cpu = PROVIDERS["cpu"]

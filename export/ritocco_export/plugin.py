@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, cast
 import typer
 
 from ritocco.artefacts import is_artefacts
-from ritocco.backends import distributed, installed
+from ritocco.backends import EXPORT_PACKAGES, export_extra, installed
 from ritocco.errors import BackendError, RequestError
 from ritocco.shown import printable, shown
 
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from ritocco.nets.io import GraphName, Layout
     from ritocco.plugins import Say
 
-NEEDED = ("onnx", "onnxruntime", "onnxscript")
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 DTYPES |= {name: name for name in DTYPES.values()}
 
@@ -306,9 +305,8 @@ def _write_repository(out: Path, graphs: Path | None, instances: int, accelerato
 
 
 def _refuse_missing() -> None:
-    if missing := [name for name in NEEDED if not installed(name)]:
-        extra = "gpu" if distributed("onnxruntime-gpu") else "onnx"  # the two exclude each other
-        raise BackendError(f'export needs {", ".join(missing)}; pip install "ritocco[{extra}]"')
+    if missing := [name for name in EXPORT_PACKAGES if not installed(name)]:
+        raise BackendError(f'export needs {", ".join(missing)}; pip install "ritocco[{export_extra()}]"')
 
 
 class Plugin:

@@ -32,7 +32,7 @@ def report(folder: Path, *, as_json: bool, checkpoint: Checkpoint | None = None)
         broken = Finding(level="error", rule="manifest", subject=str(folder), message=str(error))
         found = {"folder": [broken]}
         parity: Mapping[str, Figures] = {}
-        again = False
+        again, dtype = False, "float32"
     else:
         opset = artefacts.manifest.opset if artefacts.manifest else None
         found = {
@@ -40,7 +40,8 @@ def report(folder: Path, *, as_json: bool, checkpoint: Checkpoint | None = None)
             for name, io in artefacts.contract.items()
         }
         found["folder"] = [*_of_folder(artefacts), *_of_configs(artefacts)]
-        parity, again, of_parity = _parity(artefacts, checkpoint, whole=not _errors(found, _DAMAGE))
+        dtype = artefacts.manifest.dtype if artefacts.manifest else "float32"
+        parity, again, of_parity = _parity(artefacts, checkpoint, dtype, whole=not _errors(found, _DAMAGE))
         for name, findings in of_parity.items():
             found.setdefault(name, []).extend(findings)
     passed = not _errors(found)
@@ -58,8 +59,7 @@ def report(folder: Path, *, as_json: bool, checkpoint: Checkpoint | None = None)
         for finding in findings
     ]
     lines += [
-        f"ok     {name:<12}  parity          error {figures.error:.1e}, {figures.psnr_db:.1f} dB"
-        f"{', measured again' if again else ''}"
+        f"ok     {name:<12}  parity          {figures.line(dtype)}{', measured again' if again else ''}"
         for name, figures in parity.items()
         if not any(finding.rule == "parity" for finding in found.get(name, []))
     ]
@@ -77,17 +77,16 @@ def _errors(found: Mapping[str, list[Finding]], rules: Container[str] | None = N
 
 
 def _parity(
-    artefacts: Artefacts, checkpoint: Checkpoint | None, *, whole: bool
+    artefacts: Artefacts, checkpoint: Checkpoint | None, dtype: str, *, whole: bool
 ) -> tuple[Mapping[str, Figures], bool, Mapping[str, list[Finding]]]:
     """The gate's figures, whether they were measured again, and what is wrong with them.
 
-    whole: what is damaged is not run.
+    dtype: of the graphs. whole: what is damaged is not run.
     """
     if again := checkpoint is not None and whole:
         parity, failed = measured(checkpoint, artefacts)
     else:
         parity, failed = _read_parity(artefacts), {}
-    dtype = artefacts.manifest.dtype if artefacts.manifest else "float32"
     found = {
         name: [Finding(level="error", rule="parity", subject=name, message=message)]
         for name, message in failed.items()
@@ -152,12 +151,12 @@ def _of_parity(figures: Figures | None, name: str, dtype: str) -> list[Finding]:
     if figures is None:
         return [Finding(level="error", rule="parity", subject=name, message="was not measured")]
     if not figures.arithmetic and dtype == "bfloat16":
-        return [Finding(level="note", rule="parity", subject=name, message=figures.line())]
+        return [Finding(level="note", rule="parity", subject=name, message=figures.line(dtype))]
     least = LEAST_PICTURE_PSNR_DB if name == "picture" else LEAST_PSNR_DB
     if not figures.arithmetic:
         return [Finding(level="error", rule="parity", subject=name, message="was not measured")]
     within = name == "picture" or figures.error <= LARGEST_ERROR[dtype]
     if within and figures.psnr_db >= least[dtype]:
         return []
-    message = f"{figures.line()}: more than {dtype} graphs are allowed"
+    message = f"{figures.line(dtype)}: more than {dtype} graphs are allowed"
     return [Finding(level="error", rule="parity", subject=name, message=message)]

@@ -302,10 +302,11 @@ def _channels(graph: onnx.GraphProto) -> Iterator[Finding]:
     shapes = {value.name: value.type.tensor_type.shape.dim for value in (*graph.input, *graph.value_info)}
     weights = {tensor.name: tensor.dims for tensor in graph.initializer}
     for node in graph.node:
-        if node.op_type != "Conv" or node.input[0] not in shapes or node.input[1] not in weights:
+        if node.op_type != "Conv" or node.input[1] not in weights:
             continue
+        axes = shapes.get(node.input[0], ())  # none where shape inference finds no rank
         groups = next((held.i for held in node.attribute if held.name == "group"), 1)
-        wanted, found = weights[node.input[1]][1] * groups, shapes[node.input[0]][1].dim_value
+        wanted, found = weights[node.input[1]][1] * groups, axes[1].dim_value if len(axes) > 1 else 0
         if found and found != wanted:  # 0: a dynamic axis
             yield _error("shape", _name(node), f"Conv of {found} channels; its weights are for {wanted}")
 

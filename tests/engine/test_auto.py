@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -89,6 +90,36 @@ def test_graphs_in_the_cache_are_taken(tiny_checkpoint: Path, cached: Path, ask:
     assert "Faster here" not in logs
 
 
+@pytest.mark.parametrize("fault", ["refused", "damaged", "dtype"])
+def test_graphs_that_can_not_serve_leave_a_checkpoint_to_torch(
+    tiny_checkpoint: Path, cached: Path, ask: Ask, fault: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not to ONNX Runtime, which is slower."""
+    from ritocco.backends import openvino_
+
+    def refused(*args: object, **kwargs: object) -> None:
+        raise BackendError("no such plugin")
+
+    dtype = "auto"
+    if fault == "refused":
+        monkeypatch.setattr(openvino_, "open_openvino", refused)
+        why = "no such plugin"
+    elif fault == "damaged":
+        monkeypatch.setitem(sys.modules, "ritocco.backends.openvino_", None)
+        why = "backend is 'openvino', which is damaged: import of ritocco.backends.openvino_ halted"
+    else:
+        able = SimpleNamespace(get_property=lambda *_: ["FP32"])
+        monkeypatch.setattr(openvino_.openvino, "Core", lambda: able)
+        dtype = "bfloat16"
+        why = "dtype is 'bfloat16', which this processor does not compute in"
+    with ritocco.load(tiny_checkpoint, device="cpu", dtype=dtype) as engine:
+        assert isinstance(engine.runtime, TorchRuntime)
+        logs = engine.predict(ask()).logs
+    assert f"Not on openvino, though its graphs are in the cache: {why}" in logs
+    assert "Running torch on cpu" in logs
+    assert "Faster here" not in logs
+
+
 def test_torch_as_asked_names_nothing_faster(tiny_checkpoint: Path, cached: Path, ask: Ask) -> None:
     with ritocco.load(tiny_checkpoint, backend="torch", device="cpu") as engine:
         assert isinstance(engine.runtime, TorchRuntime)
@@ -109,6 +140,26 @@ def test_what_to_install_is_named(
         assert isinstance(engine.runtime, TorchRuntime)
         logs = engine.predict(ask()).logs
     assert 'Faster here: pip install "ritocco[onnx,openvino]", then --backend openvino' in logs
+
+
+@pytest.mark.parametrize(
+    ("absent", "extras"),
+    [
+        (("onnxscript",), "onnx"),
+        (("onnx", "onnxruntime", "onnxscript"), "onnx"),
+        (("openvino",), "openvino"),
+        (("onnx", "openvino"), "onnx,openvino"),
+    ],
+)
+def test_the_extras_that_an_export_lacks_are_named(
+    absent: tuple[str, ...], extras: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(backends, "installed", lambda package: package not in absent)
+    (line,) = backends.faster_command("cpu")
+    assert line.startswith(f'Faster here: pip install "ritocco[{extras}]", then --backend openvino')
+    monkeypatch.setattr(backends, "distributed", lambda package: package == "onnxruntime-gpu")
+    (line,) = backends.faster_command("cpu")
+    assert f'"ritocco[{extras.replace("onnx", "gpu")}]"' in line, "onnx would exclude what is installed"
 
 
 def test_nothing_was_measured_faster_on_cuda() -> None:
@@ -153,7 +204,7 @@ def test_distributions_are_told_apart() -> None:
 def test_bfloat16_is_refused_where_the_processor_lacks_it(
     tiny_graphs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import openvino
+    from ritocco.backends.openvino_library import openvino
 
     able = SimpleNamespace(get_property=lambda *_: ["FP32"])
     monkeypatch.setattr(openvino, "Core", lambda: able)

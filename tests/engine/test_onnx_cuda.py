@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,11 +12,13 @@ import onnxruntime
 import pytest
 
 from provider_double import Ort
-from ritocco import BackendError
-from ritocco.artefacts import open_artefacts
+from random_lanes import random_lane
+from ritocco import BackendError, CheckpointError
+from ritocco.artefacts import GRAPH_FILE, MANIFEST, open_artefacts
 from ritocco.backends import onnx_binding, onnxruntime_, open_sessions
 from ritocco.backends.onnx_binding import DeviceBinding
 from ritocco.backends.onnxruntime_ import PROVIDERS
+from ritocco.backends.runtime import LatentSize
 from ritocco.backends.sessions import SessionRuntime
 
 
@@ -83,45 +86,88 @@ def test_a_provider_that_falls_back_is_an_error(tiny_static_graphs: Path, ort: O
         opened(tiny_static_graphs)
 
 
-class Counting:
-    """A session of which the copies to the device are counted."""
+@pytest.mark.parametrize("graphs", ["tiny_graphs", "tiny_static_graphs"])
+def test_a_provider_that_does_not_start_is_named_and_not_the_graph(
+    graphs: str, ort: Ort, request: pytest.FixtureRequest
+) -> None:
+    folder = request.getfixturevalue(graphs)
+    ort.broken = "CUDA failure 35: CUDA driver version is insufficient for CUDA runtime version"
+    said = r"CUDAExecutionProvider failed at text_encoder \(CUDA failure 35.*NVIDIA's driver are needed"
+    with pytest.raises(BackendError, match=said):
+        opened(folder)
+    runtime = opened(folder, "auto")
+    assert runtime.traits.device == "cpu"
+    assert runtime.notes[-1].startswith("not on cuda:0 (CUDAExecutionProvider failed")
+    agree(runtime, folder)
 
-    def __init__(self, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.session = onnxruntime.InferenceSession(str(file), providers=[PROVIDERS["cpu"]])
-        self.copies = 0
-        update = onnxruntime.OrtValue.update_inplace
 
-        def counted(value: Any, data: Any) -> None:
-            self.copies += 1
-            update(value, data)
+@pytest.mark.parametrize("device", ["cpu", "cuda:1"])
+def test_a_damaged_graph_is_no_fault_of_the_provider(
+    device: str, tiny_optimum_graphs: Path, tmp_path: Path, ort: Ort
+) -> None:
+    folder = shutil.copytree(tiny_optimum_graphs, tmp_path / "graphs")
+    (folder / MANIFEST).unlink()
+    (folder / "unet" / GRAPH_FILE).write_bytes(b"no graph")
+    with pytest.raises(CheckpointError, match=r"unet.*ONNX Runtime can't open it"):
+        opened(folder, device)
 
-        monkeypatch.setattr(onnxruntime.OrtValue, "update_inplace", counted)
+
+def test_the_tensorrt_providers_inputs_stay_on_the_device(
+    tiny_hoisted_graphs: Path, ort: Ort, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("RITOCCO_CACHE", str(tmp_path))
+    runtime = opened(tiny_hoisted_graphs, "tensorrt:1")
+    copies = copies_of(monkeypatch)
+    batch = runtime.open(LatentSize(height=8, width=8), 1)
+    batch.join(0, random_lane("DDIM", 3, 1, 5.0, cells=(8, 8), width=32))
+    counts = []
+    for index in range(3):
+        copies.clear()
+        batch.step({0: index})
+        counts.append(len(copies))
+    inputs = len(open_artefacts(tiny_hoisted_graphs).contract["unet_step"].inputs)
+    assert counts == [inputs, 3, 3]  # latents, rows, time
+
+
+def copies_of(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Grows by the bytes of each copy to the device."""
+    copies: list[int] = []
+    update = onnxruntime.OrtValue.update_inplace
+
+    def counted(value: Any, data: np.ndarray[Any, Any]) -> None:
+        copies.append(data.nbytes)
+        update(value, data)
+
+    monkeypatch.setattr(onnxruntime.OrtValue, "update_inplace", counted)
+    return copies
 
 
 def test_only_what_may_have_changed_is_copied(tiny_graphs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    counting = Counting(tiny_graphs / "vae_decoder" / "model.onnx", monkeypatch)
-    binding = DeviceBinding(counting.session, "cpu", 0, replayable=False)
-    (name,) = (port.name for port in counting.session.get_inputs())
+    file = tiny_graphs / "vae_decoder" / "model.onnx"
+    session = onnxruntime.InferenceSession(str(file), providers=[PROVIDERS["cpu"]])
+    copies = copies_of(monkeypatch)
+    binding = DeviceBinding(session, "cpu", 0, replayable=False)
+    (name,) = (port.name for port in session.get_inputs())
     latents = np.random.default_rng(0).normal(size=(1, 4, 16, 16)).astype(np.float32)
 
     def agrees(array: np.ndarray[Any, Any]) -> None:
-        (wanted,) = counting.session.run(None, {name: array})
+        (wanted,) = session.run(None, {name: array})
         (found,) = binding.run({name: array})
         np.testing.assert_array_equal(found, wanted)
 
     agrees(latents)
     latents *= 2  # in place, as a caller may
     agrees(latents)
-    assert counting.copies == 2
+    assert len(copies) == 2
     latents.setflags(write=False)
     kept = latents.copy()
     kept.setflags(write=False)
     agrees(kept)
     agrees(kept)
-    assert counting.copies == 3
+    assert len(copies) == 3
     agrees(np.ascontiguousarray(latents[:, :, :8]))  # another shape, and back
     agrees(kept)
-    assert counting.copies == 5
+    assert len(copies) == 5
 
 
 def test_outputs_stay_as_they_are(tiny_graphs: Path) -> None:

@@ -15,7 +15,7 @@ import numpy.typing as npt
 import pytest
 
 import ritocco
-from ritocco import BackendError
+from ritocco import BackendError, CheckpointError
 from ritocco.backends import openvino_
 from ritocco.disk import cache_root
 
@@ -173,3 +173,20 @@ def test_a_size_that_a_graph_does_not_take_is_refused(tiny_graphs: Path, large: 
     with pytest.raises(BackendError, match="unet on CPU: OpenVINO failed"):
         session.run(feeds | {"sample": np.zeros((2, 9, 9, 8), np.float32)})
     assert session.run(feeds).shape == (2, 4, 8, 8)
+
+
+def test_an_empty_graph_is_a_damaged_one(tmp_path: Path) -> None:
+    (tmp_path / "model.onnx").touch()
+    with pytest.raises(CheckpointError, match="OpenVINO can't compile it"):
+        openvino_.OpenVinoSession(openvino.Core(), tmp_path / "model.onnx", {})
+
+
+def test_an_openvino_without_its_cpu_plugin_is_named(
+    tiny_graphs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken() -> None:
+        raise RuntimeError("Cannot load library libopenvino_intel_cpu_plugin.so")
+
+    monkeypatch.setattr(openvino_.openvino, "Core", broken)
+    with pytest.raises(BackendError, match=r"OpenVINO does not start on this CPU .*cpu_plugin"):
+        ritocco.load(tiny_graphs, backend="openvino")

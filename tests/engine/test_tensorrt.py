@@ -526,6 +526,43 @@ def test_auto_takes_engines_of_tensorrt_rtx(tiny_graphs: Path, stand_in: Any, cu
     assert reasons[0].startswith("tensorrt-rtx on cuda:0")
 
 
+def test_auto_takes_engines_of_a_checkpoints_graphs_in_the_cache(
+    tiny_checkpoint: Path,
+    tiny_graphs: Path,
+    stand_in: Any,
+    cuda: Any,
+    cache: Path,
+    ask: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def runs(device: str = "auto") -> tuple[str, str]:
+        with ritocco.load(tiny_checkpoint, device=device, dtype="float32") as engine:
+            return engine.traits.device, engine.predict(ask()).logs
+
+    graphs = cache / "graphs" / open_artefacts(tiny_graphs).version[:32]
+    shutil.copytree(tiny_graphs, graphs)
+    assert "Running torch on cpu" in runs()[1], "no engine was built"
+    ritocco.load(tiny_checkpoint, backend="tensorrt", dtype="float32").close()
+    assert len(stand_in.BUILT) == 4
+    device, logs = runs()
+    assert device == "cuda:0"
+    assert "Running tensorrt on cuda:0: the fastest that is installed" in logs
+    assert runs("cuda")[0] == "cuda:0"
+    assert "Running torch on cpu" in runs("cpu")[1]
+    cuda.DEVICE["name"] = b"Another"
+    assert "Running torch on cpu" in runs()[1]
+    cuda.reset()
+    monkeypatch.setattr("ritocco.backends.tensorrt_._Opener.session", no_memory)
+    logs = runs()[1]
+    assert "Not on tensorrt, though its graphs are in the cache: no memory" in logs
+    assert "Running torch on cpu" in logs
+    assert len(stand_in.BUILT) == 4
+
+
+def no_memory(*args: object, **kwargs: object) -> None:
+    raise BackendError("no memory")
+
+
 def test_an_installed_tensorrt_is_named_where_it_was_not_taken(
     tiny_graphs: Path, stand_in: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -91,7 +91,7 @@ def test_bfloat16_graphs_are_valid_and_not_run_where_nothing_runs_them(
     monkeypatch.setattr(frugal, "installed", lambda package: False)
     figures = gate.compare(checkpoint, "unet", file, io, layout="ritocco", static=False)
     assert figures.arithmetic == ""
-    assert "openvino is not installed" in figures.line()
+    assert "openvino is not installed" in figures.line("bfloat16")
 
 
 def test_bfloat16_graphs_are_measured_again_though_tensorrt_would_not_take_them(

@@ -78,6 +78,22 @@ def test_the_command_says_whether_a_folder_is_in_order(tiny_graphs: Path, tmp_pa
 
 
 @pytest.mark.parametrize(
+    ("graphs", "said"),
+    [
+        ("tiny_graphs", "dB against torch, in float32"),
+        ("tiny_half_graphs", "dB against torch, in float32 arithmetic on float16 weights"),
+    ],
+)
+def test_it_says_in_which_arithmetic_parity_was_measured(
+    graphs: str, said: str, request: pytest.FixtureRequest
+) -> None:
+    _, text = run("--check", str(request.getfixturevalue(graphs)))
+    lines = [line for line in text.splitlines() if " parity " in line]
+    assert len(lines) == 5
+    assert all(line.endswith(said) for line in lines)
+
+
+@pytest.mark.parametrize(
     ("figures", "said"),
     [
         (None, "was not measured"),

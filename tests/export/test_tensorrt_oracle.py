@@ -13,9 +13,9 @@ from pathlib import Path
 import onnx
 import pytest
 import torch
-from onnx import TensorProto, helper, numpy_helper
+from onnx import helper, numpy_helper
 
-from planted_graphs import PLANTED
+from planted_graphs import PLANTED, with_int64_timestep
 from ritocco.artefacts import GRAPH_FILE, open_artefacts
 from ritocco.checkpoint import open_checkpoint
 from ritocco.loading import pocket_model
@@ -101,8 +101,25 @@ def test_graphs_of_optimums_layout_are_taken(tiny_optimum_graphs: Path) -> None:
     assert_taken(verdicts(questions_of(tiny_optimum_graphs)), tokens="input_ids")
 
 
+@pytest.mark.parametrize("graphs", ["tiny_static_graphs", "tiny_static_hoisted_graphs"])
+def test_graphs_of_one_size_are_taken(graphs: str, request: pytest.FixtureRequest) -> None:
+    questions = questions_of(request.getfixturevalue(graphs))
+    assert not any(one.profiles for one in questions)
+    assert_taken(verdicts(questions))
+
+
+def test_two_profiles_of_one_graph_are_taken(tiny_graphs: Path) -> None:
+    artefacts = open_artefacts(tiny_graphs)
+    questions = []
+    for name, io in artefacts.contract.items():
+        small = {symbol: (least, least, least) for symbol, (least, _, _) in io.ranges.items()}
+        questions.append(Question.of(artefacts.graph(name), io, [small, io.ranges]))
+    assert all(one.profiles[0] != one.profiles[1] for one in questions)
+    assert_taken(verdicts(questions))
+
+
 @pytest.mark.slow
-def test_several_profiles_are_taken(tiny_checkpoint: Path, tmp_path: Path) -> None:
+def test_several_profiles_of_an_export_are_taken(tiny_checkpoint: Path, tmp_path: Path) -> None:
     questions = write(tmp_path, tiny_checkpoint, "float32", "64@1..4", "128..192@1..2")
     assert [len(one.profiles) for one in questions] == [2, 2, 2, 2]
     assert questions[1].profiles[0] != questions[1].profiles[1]
@@ -122,14 +139,6 @@ def test_the_pocket_models_graphs_of_one_size_are_taken(tmp_path: Path, dtype: s
 @pytest.mark.parametrize("hoisted", [False, True])
 def test_the_pocket_models_dynamic_graphs_are_taken(tmp_path: Path, dtype: str, hoisted: bool) -> None:
     assert_taken(verdicts(write(tmp_path, pocket_model(), dtype, "64..1024@1..4", hoisted=hoisted)))
-
-
-def with_int64_timestep(model: onnx.ModelProto) -> None:
-    (given,) = (value for value in model.graph.input if value.name == "timestep")
-    given.type.tensor_type.elem_type = TensorProto.INT64
-    for node in model.graph.node:
-        node.input[:] = ["fractional" if name == "timestep" else name for name in node.input]
-    model.graph.node.insert(0, helper.make_node("Cast", ["timestep"], ["fractional"], to=TensorProto.FLOAT))
 
 
 def with_custom_operator(model: onnx.ModelProto) -> None:

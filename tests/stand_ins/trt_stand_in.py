@@ -105,7 +105,7 @@ class BFloat16Session:
     """As ONNX Runtime's, whose CPU does not run such graphs: OpenVINO does. NumPy has the bits alone."""
 
     def __init__(self, path: str) -> None:
-        import openvino
+        from ritocco.backends.openvino_library import openvino
 
         self._openvino = openvino
         self._model = openvino.Core().compile_model(path, "CPU", {"INFERENCE_NUM_THREADS": 1})

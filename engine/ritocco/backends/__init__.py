@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ritocco.errors import BackendError, RitoccoError
@@ -25,6 +25,8 @@ SESSION_BACKENDS = {
 # takes minutes, which nobody asked for.
 _AUTO = ("openvino", "onnxruntime")
 _BUILT = ("tensorrt", "tensorrt-rtx")
+# What exporting needs, which the extra of `export_extra` brings.
+EXPORT_PACKAGES = ("onnx", "onnxruntime", "onnxscript")
 # Name -> packages, one of which must be there; a name that is missing is its own package's.
 PACKAGES = {"tensorrt": ("tensorrt",), "tensorrt-rtx": ("onnxruntime_ep_nv_tensorrt_rtx", "tensorrt_rtx")}
 
@@ -48,14 +50,15 @@ def open_sessions(
     device: str,
     dtype: str,
     options: Mapping[str, Any] | None = None,
+    candidates: Sequence[str] | None = None,
 ) -> tuple[SessionRuntime, tuple[str, ...]]:
     """A Runtime on exported graphs, and why this one, in words.
 
     backend: `openvino`, `onnxruntime`, `tensorrt`, `tensorrt-rtx`, or `auto`: one of the last two where its
     engines for the GPU at hand lie in the cache, else ONNX Runtime on CUDA where onnxruntime-gpu is installed
     and finds a GPU, else the first of the first two that is installed, runs on `device` and opens the graphs.
-    options: of TensorRT, see `EngineOptions`. Raises BackendError where none is, and what the first of them
-    raised where none opens the graphs.
+    options: of TensorRT, see `EngineOptions`. candidates: the backends that `auto` tries instead, in turn.
+    Raises BackendError where none is, and what the first of them raised where none opens the graphs.
     """
     if backend not in ("auto", *SESSION_BACKENDS):
         raise BackendError(
@@ -64,20 +67,9 @@ def open_sessions(
         )
     if backend != "auto":
         return _open(artefacts, backend, device, dtype, "as asked", options)
-    on_cpu = device in ("auto", "cpu")
-    found_here = [name for name in _AUTO if installed(name) and (on_cpu or name != "openvino")]
-    candidates = [(name, device) for name in found_here]
-    if device == "auto" and distributed("onnxruntime-gpu"):
-        candidates.insert(0, ("onnxruntime", "cuda:0"))
-    built = [name for name in _BUILT if device != "cpu" and _built(artefacts, name, device, options)]
-    candidates = [(name, device) for name in built] + candidates
-    if not candidates:
-        extras = " or ".join(f'"ritocco[{SESSION_BACKENDS[name]}]"' for name in _AUTO)
-        raise BackendError(
-            f"{artefacts.path}: exported graphs, and nothing to run them; pip install {extras}"
-        )
+    places = [(name, device) for name in candidates or ()] or _ready(artefacts, device, options)
     why, failures = "the fastest that is installed", []
-    for name, place in candidates:
+    for name, place in places:
         try:
             runtime, reasons = _open(artefacts, name, place, dtype, why, options)
         except RitoccoError as error:
@@ -89,6 +81,39 @@ def open_sessions(
     raise failures[0]
 
 
+def _ready(artefacts: Artefacts, device: str, options: Mapping[str, Any] | None) -> list[tuple[str, str]]:
+    """Backends that `auto` takes for graphs, the first first, and on which device each."""
+    on_cpu = device in ("auto", "cpu")
+    found_here = [name for name in _AUTO if installed(name) and (on_cpu or name != "openvino")]
+    places = [(name, device) for name in found_here]
+    if device == "auto" and distributed("onnxruntime-gpu"):
+        places.insert(0, ("onnxruntime", "cuda:0"))
+    built_here = [name for name in _BUILT if device != "cpu" and _is_built(artefacts, name, device, options)]
+    places = [(name, device) for name in built_here] + places
+    if not places:
+        extras = " or ".join(f'"ritocco[{SESSION_BACKENDS[name]}]"' for name in _AUTO)
+        raise BackendError(
+            f"{artefacts.path}: exported graphs, and nothing to run them; pip install {extras}"
+        )
+    return places
+
+
+def built(device: str, graphs_for: Callable[[str], Artefacts | None]) -> Iterator[tuple[str, Artefacts]]:
+    """Backends of TensorRT that are installed, and whose engines of a checkpoint's graphs lie ready for the
+    GPU at hand, with those graphs.
+
+    device: as asked for. graphs_for: the graphs in the cache that a backend would be given; None for none.
+    """
+    from ritocco.backends.cuda import driver_here
+
+    if device.partition(":")[0] not in _GPU_KINDS or not driver_here():
+        return
+    for name in filter(found, _BUILT):
+        graphs = graphs_for(name)
+        if graphs is not None and _is_built(graphs, name, device, None):
+            yield name, graphs
+
+
 def faster_than_torch(device: str) -> str | None:
     """The installed backend that outruns torch on a kind of device (`cpu`, `cuda`), if any."""
     return next((name for name in FASTER_THAN_TORCH.get(device, ()) if installed(name)), None)
@@ -96,12 +121,18 @@ def faster_than_torch(device: str) -> str | None:
 
 def faster_command(device: str) -> tuple[str, ...]:
     """What outruns torch on a kind of device, and how to have it: a line for the log, or none."""
-    if name := faster_than_torch(device):
-        return (f"Faster here: --backend {name}, which exports the graphs once, into the cache",)
-    return tuple(
-        f'Faster here: pip install "ritocco[onnx,{SESSION_BACKENDS[name]}]", then --backend {name}'
-        for name in FASTER_THAN_TORCH.get(device, ())[:1]
-    )
+    name = faster_than_torch(device) or next(iter(FASTER_THAN_TORCH.get(device, ())), None)
+    if name is None:
+        return ()
+    extras = [] if all(map(installed, EXPORT_PACKAGES)) else [export_extra()]
+    extras += [] if installed(name) else [SESSION_BACKENDS[name]]
+    first = f'pip install "ritocco[{",".join(extras)}]", then ' if extras else ""
+    return (f"Faster here: {first}--backend {name}, which exports the graphs once, into the cache",)
+
+
+def export_extra() -> str:
+    """The extra with what exporting needs: `gpu` beside onnxruntime-gpu, which `onnx` excludes."""
+    return "gpu" if distributed("onnxruntime-gpu") else "onnx"
 
 
 def build_command(device: str) -> tuple[str, ...]:
@@ -198,17 +229,20 @@ def _open(
         from ritocco.backends.engine_store import EngineOptions
 
         parsed = EngineOptions.parse(options)
-    match backend:
-        case "openvino":
-            from ritocco.backends.openvino_ import open_openvino
+    try:
+        match backend:
+            case "openvino":
+                from ritocco.backends.openvino_ import open_openvino
 
-            runtime = open_openvino(artefacts, device=device, dtype=dtype)
-        case "onnxruntime":
-            from ritocco.backends.onnxruntime_ import open_onnxruntime
+                runtime = open_openvino(artefacts, device=device, dtype=dtype)
+            case "onnxruntime":
+                from ritocco.backends.onnxruntime_ import open_onnxruntime
 
-            runtime = open_onnxruntime(artefacts, device=device, dtype=dtype, options=parsed)
-        case _:
-            runtime = _open_tensorrt(artefacts, backend, device, dtype, parsed)
+                runtime = open_onnxruntime(artefacts, device=device, dtype=dtype, options=parsed)
+            case _:
+                runtime = _open_tensorrt(artefacts, backend, device, dtype, parsed)
+    except ImportError as error:
+        raise BackendError(f"backend is {backend!r}, which is damaged: {error}") from error
     about = (f"{backend} on {runtime.traits.device}: {why}", f"in {runtime.traits.dtype}")
     return runtime, (*about, *runtime.notes)
 
@@ -228,7 +262,7 @@ def _open_tensorrt(
     return open_tensorrt(artefacts, library=_library(backend), device=device, dtype=dtype, options=options)
 
 
-def _built(artefacts: Artefacts, backend: str, device: str, given: Mapping[str, Any] | None) -> bool:
+def _is_built(artefacts: Artefacts, backend: str, device: str, given: Mapping[str, Any] | None) -> bool:
     """Whether a backend of TensorRT is there, and engines of these graphs lie ready for the GPU at hand."""
     if found(backend) is None:
         return False

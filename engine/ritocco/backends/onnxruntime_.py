@@ -26,10 +26,12 @@ PROVIDERS = {
 _RTX = "NvTensorRTRTXExecutionProvider"
 _NEEDED = {
     PROVIDERS["cpu"]: "The package onnxruntime is damaged",
-    PROVIDERS["cuda"]: "The package onnxruntime-gpu and its CUDA libraries are needed",
-    PROVIDERS["tensorrt"]: "The package onnxruntime-gpu and TensorRT's libraries are needed",
+    PROVIDERS["cuda"]: "The package onnxruntime-gpu, its CUDA libraries and NVIDIA's driver are needed",
+    PROVIDERS["tensorrt"]: "The package onnxruntime-gpu, TensorRT's libraries and NVIDIA's driver are needed",
     _RTX: "A card and driver that TensorRT for RTX runs on are needed",
 }
+# What it raises for a file or a graph, whatever the provider; anything else may be the provider's.
+_OF_GRAPHS = {"InvalidGraph", "InvalidProtobuf", "NoModel", "NoSuchFile", "NotImplemented"}
 _RECORD = "session.record_ep_graph_assignment_info"
 _QUIET = 3  # errors only; fallbacks are checked here and not left to a warning
 
@@ -48,7 +50,7 @@ class OnnxSession:
     ) -> None:
         """options: of the session. wanted: the provider that must take the graph; providers: None where
         `options` names devices. Raises CheckpointError for a graph that can't be opened, and BackendError
-        where the provider would not take it.
+        where the provider fails or would not take it.
         """
         options.log_severity_level = _QUIET
         options.add_session_config_entry(_RECORD, "1")
@@ -57,7 +59,9 @@ class OnnxSession:
                 str(file), options, providers=providers, enable_fallback=0
             )
         except Exception as error:  # its errors share no base of their own
-            raise CheckpointError(f"{file}: ONNX Runtime can't open it ({said(error)})") from error
+            if wanted == PROVIDERS["cpu"] or type(error).__name__ in _OF_GRAPHS:
+                raise CheckpointError(f"{file}: ONNX Runtime can't open it ({said(error)})") from error
+            raise BackendError(f"{wanted} failed at {graph} ({said(error)}). {_NEEDED[wanted]}") from error
         used = self._session.get_providers()
         taken = _nodes_by_provider(self._session)
         if used[0] != wanted or (taken and wanted not in taken):
@@ -116,7 +120,7 @@ def open_onnxruntime(
             return open_onnxruntime(artefacts, device="cpu", dtype=dtype, options=options)
         try:
             return open_onnxruntime(artefacts, device="cuda:0", dtype=dtype, options=options)
-        except BackendError as error:
+        except (BackendError, CheckpointError) as error:
             runtime = open_onnxruntime(artefacts, device="cpu", dtype=dtype, options=options)
             runtime.notes += (f"not on cuda:0 ({error})",)
             return runtime
@@ -139,6 +143,8 @@ def open_onnxruntime(
             given = tensorrt_options(artefacts, graph, options or EngineOptions(), store, index or "0")
             providers = [(PROVIDERS[kind], given), (PROVIDERS["cuda"], {"device_id": index or "0"})]
         sessions[graph] = _opened(artefacts, graph, PROVIDERS[kind], providers)
+        if store is not None:
+            sessions[graph].bind("cuda", int(index or 0), replayable=False)
     held = refuse_other_dtype(artefacts, dtype, "ONNX Runtime", sessions)
     notes = [note for session in sessions.values() for note in session.notes]
     if store is not None:
@@ -180,7 +186,7 @@ def _on_cuda(artefacts: Artefacts, graph: GraphName, index: int) -> OnnxSession:
     if not io.shapes(io.ranges):
         try:
             session = _opened(artefacts, graph, wanted, [(wanted, {**given, "enable_cuda_graph": "1"})])
-        except CheckpointError as error:
+        except (BackendError, CheckpointError) as error:
             note = f"{graph}: runs without a CUDA graph ({error})"
         else:
             session.bind("cuda", index, replayable=True)

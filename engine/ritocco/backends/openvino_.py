@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy.typing as npt
-import openvino
 
 from ritocco.artefacts import Artefacts
 from ritocco.backends.bfloat16 import from_bfloat16, to_bfloat16
 from ritocco.backends.compiled_cache import seal, throw_away_unsealed
+from ritocco.backends.openvino_library import openvino
 from ritocco.backends.sessions import Arrays, SessionRuntime
 from ritocco.disk import cache_root, sweep
 from ritocco.errors import BackendError, CheckpointError
@@ -61,7 +61,7 @@ class OpenVinoSession:
             )
         self._core, self._options = core, dict(options)
         # Two at least: a request whose pictures go in parts may have a smaller last one.
-        self._kept = max(2, _KEPT_BYTES // weights)
+        self._kept = max(2, _KEPT_BYTES // max(weights, 1))
         if large := weights > _LARGE_BYTES:
             self._options.pop("CACHE_DIR", None)
         self._about = f"{file.parent.name} on CPU"
@@ -149,8 +149,11 @@ def open_openvino(artefacts: Artefacts, *, device: str, dtype: str) -> SessionRu
     """
     if device not in ("auto", "cpu"):
         raise BackendError(f"device is {device!r}; the backend openvino runs on cpu")
-    core = openvino.Core()
-    able = core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    try:
+        core = openvino.Core()
+        able = core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    except RuntimeError as error:
+        raise BackendError(f"OpenVINO does not start on this CPU ({said(error)})") from error
     if dtype == "auto":
         dtype = "bfloat16" if "BF16" in able else "float32"
     if dtype == "bfloat16" and "BF16" not in able:

@@ -159,7 +159,7 @@ class _Maker:
         if _whole(folder, key):
             try:
                 return self._open(graph, folder / _MODEL)
-            except CheckpointError as error:
+            except (BackendError, CheckpointError) as error:
                 self.notes.append(f"{graph}'s compiled graph was not usable ({error}), and is made again")
         return self._compiled(graph, key, folder)
 
