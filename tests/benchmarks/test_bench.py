@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import mmap
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
+import torch
+from torch import Tensor, nn
 
 from made_rows import in_process, row
 from ritocco.checkpoint import load_tokenizer, open_checkpoint
@@ -32,6 +35,8 @@ from ritocco_bench import (
     peaks,
     processes,
     report,
+    their_graphs,
+    theirs,
     turns,
     variants,
     worker,
@@ -110,6 +115,44 @@ def test_rows_survive_the_file(tmp_path: Path) -> None:
     del held["p50_ms"]
     with pytest.raises(ValueError, match="p50_ms"):
         report.Row.from_json(json.dumps(held))
+
+
+def test_rows_of_older_versions_are_read() -> None:
+    held = json.loads(row("ritocco").to_json())
+    for name in ("sources", "power_limit_w", "sm_clock_mhz", "memory_clock_mhz"):
+        del held["environment"][name]
+    assert report.Row.from_json(json.dumps(held)).environment.sm_clock_mhz is None
+
+
+@pytest.mark.parametrize(
+    ("told", "held"),
+    [
+        ("580.159.04, 700.00, 1980, 3201", ("580.159.04", 700.0, 1980.0, 3201.0)),
+        ("580.159.04, [N/A], 345, [N/A]", ("580.159.04", None, 345.0, None)),
+        ("", ("", None, None, None)),
+    ],
+)
+def test_a_cards_clocks_are_told_as_they_are_found(
+    told: str, held: tuple[object, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(environment, "_output", lambda *command: told)
+    assert environment._nvidia(0) == held
+    assert environment.environment("cpu").power_limit_w is None
+
+
+def test_sources_are_known_by_what_they_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Committed or not: a kernel that was broken for a try is not the one that was measured."""
+    here = environment.environment("cpu").sources
+    assert len(here) == 12
+    assert here == environment.environment("cpu").sources
+    monkeypatch.setattr(environment, "SOURCES", ("package",))
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "package" / "inner").mkdir(parents=True)
+    found = set()
+    for name, text in (("__init__.py", ""), ("inner/a.py", "1"), ("inner/a.py", "2"), ("b.py", "2")):
+        (tmp_path / "package" / name).write_text(text, encoding="utf-8")
+        found.add(environment._sources())
+    assert len(found) == 4
 
 
 def test_ratios_are_taken_pair_by_pair() -> None:
@@ -212,6 +255,43 @@ def test_what_can_not_be_measured_is_refused_first(
     assert not out.exists()
 
 
+@pytest.mark.parametrize(
+    ("device", "dtype", "said"),
+    [
+        ("cuda:0", "bfloat16", "device is cuda:0; diffusers-openvino takes cpu"),
+        ("cpu", "float16", "dtype is float16; diffusers-openvino takes bfloat16 or float32"),
+    ],
+)
+def test_what_a_peer_does_not_take_is_said_before_anything_runs(device: str, dtype: str, said: str) -> None:
+    held = bench(Path("model"))
+    with pytest.raises(processes.BenchError, match=said):
+        replace(held, device=device, dtype=dtype, variants=("ritocco", "diffusers-openvino"))
+
+
+def test_peers_graphs_are_exported_on_the_jobs_device(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: dict[str, set[str]] = {}
+
+    class Graphs(their_graphs.GraphDiffusers):
+        def _export(self, module: nn.Module, inputs: tuple[Tensor, ...], file: Path) -> None:
+            found[file.name] = {one.device.type for one in inputs}
+            file.write_bytes(b"")
+
+        def _open(self, file: Path) -> Any:
+            return None
+
+    monkeypatch.setattr(their_graphs, "GRAPHS", tmp_path)
+    made = object.__new__(Graphs)
+    made._job = replace(bench(tmp_path).job("ritocco"), device="meta")
+    unet, vae = nn.Module(), nn.Module()
+    unet.config = SimpleNamespace(cross_attention_dim=8, in_channels=9)
+    vae.config = SimpleNamespace(latent_channels=4)
+    vae.encoder, vae.decoder = nn.Identity(), nn.Identity()
+    made._prepare(SimpleNamespace(unet=unet, vae=vae))
+    assert found == {f"{name}.onnx": {"meta"} for name in ("unet", "encoder", "decoder")}
+
+
 def test_a_file_that_can_not_be_written_is_refused_first(
     tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -265,6 +345,38 @@ def test_peers_paint_the_same_picture(
     off = 0.5
     with pytest.raises(parity.ParityError, match=rf"{peer}: .* dB"):
         cases.steps(held, env, machine=machine, run=run, say=quiet)
+
+
+def test_a_folder_of_fp16_files_alone_is_measured(tiny: Path, tmp_path: Path) -> None:
+    model = tmp_path / "fp16"
+    shutil.copytree(tiny, model)
+    for file in model.rglob("*.safetensors"):
+        file.rename(file.with_suffix(".fp16.safetensors"))
+    assert theirs.variant_of(model, torch.float32) == "fp16"
+    assert parity.gate(bench(model).job("ritocco"), in_process).error <= parity.LARGEST_ERROR
+    (model / "vae/diffusion_pytorch_model.fp16.safetensors").rename(
+        model / "vae/diffusion_pytorch_model.safetensors"
+    )
+    assert theirs.variant_of(model, torch.float32) == "fp16", "of one network"
+    assert theirs.variant_of(tiny, torch.float32) is None
+
+
+@pytest.mark.filterwarnings("ignore")  # what diffusers warns of
+def test_no_copy_for_the_gate_is_in_a_peers_time(tiny: Path, tmp_path: Path) -> None:
+    made = theirs.Diffusers(replace(bench(tiny).job("diffusers"), painted=str(tmp_path / "painted.npz")))
+    postprocess = made._pipe.image_processor.postprocess
+    copied = []
+
+    def last(*inputs: Any, **named: Any) -> Any:
+        copied.append(made.decoded is not None)
+        return postprocess(*inputs, **named)
+
+    made._pipe.image_processor.postprocess = last
+    made.run(1, lambda: None)
+    assert copied == [False], "the pipeline's last work comes before the copy"
+    assert made.decoded is not None
+    assert made.pictures is not None
+    assert (made.decoded.shape, made.pictures.shape) == ((1, 3, 64, 64), (1, 64, 64, 3))
 
 
 class InTurns:
