@@ -15,6 +15,8 @@ from torch import Tensor
 
 from made_rows import in_process
 from ritocco.backends import fast_path, torch_, torch_group
+from ritocco.pixels import from_model
+from ritocco.steps import advance
 from ritocco_bench import __main__ as command
 from ritocco_bench import environment, folder, kernel_floors, kernel_gate
 from ritocco_bench.ceilings import Ceilings
@@ -42,18 +44,15 @@ def _norm(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _update(monkeypatch: pytest.MonkeyPatch) -> None:
-    honest = torch_group.advance
-
     def broken(*arguments: Any) -> Any:
-        latents, history = honest(*arguments)
+        latents, history = advance(*arguments)
         return latents * 1.01, history
 
     monkeypatch.setattr(torch_group, "advance", broken)
 
 
 def _bytes(monkeypatch: pytest.MonkeyPatch) -> None:
-    honest = torch_.from_model
-    monkeypatch.setattr(torch_, "from_model", lambda decoded: honest(decoded) + np.uint8(1))
+    monkeypatch.setattr(torch_, "from_model", lambda decoded: from_model(decoded) + np.uint8(1))
 
 
 @pytest.mark.parametrize(
@@ -84,10 +83,11 @@ def test_every_reference_passes_its_own_gate(name: str, shape: tuple[int, ...]) 
     refuse_apart(PLAIN, name, buffers(shape, device=CPU))
 
 
-def _with(**changes: Callable[..., Any]) -> Kernels:
-    pixels = {name: change for name, change in changes.items() if name.endswith("_pixels")}
-    ops = {name: change for name, change in changes.items() if name not in pixels}
-    return replace(PLAIN, ops=replace(REFERENCE, **ops), **pixels)
+def _with(name: str, operation: Callable[..., Any]) -> Kernels:
+    changed: dict[str, Any] = {name: operation}
+    if name.endswith("_pixels"):
+        return replace(PLAIN, **changed)
+    return replace(PLAIN, ops=replace(REFERENCE, **changed))
 
 
 def _second_nan(*given: Any) -> tuple[Tensor, Tensor]:
@@ -120,7 +120,7 @@ def test_a_kernel_that_is_another_operation_is_refused(
 ) -> None:
     held = buffers(dict(CASES)[name], device=CPU)
     with pytest.raises(ParityError, match=said):
-        refuse_apart(_with(**{name: wrong}), name, held)
+        refuse_apart(_with(name, wrong), name, held)
 
 
 def test_an_operation_that_there_is_not_is_refused() -> None:
@@ -139,9 +139,10 @@ def test_a_kernels_row_is_written_at_once_behind_its_gate(
     assert [name for name, _ in cases] == ["groupnorm_silu", "geglu", "add_bias"]
     out, env = tmp_path / "kernels.jsonl", environment.environment("cpu")
 
-    def rows() -> list[tuple[str, float]]:
-        lines = out.read_text(encoding="utf-8").splitlines()
-        return [(row["op"], row["floor_ms"]) for row in map(json.loads, lines)]
+    def floors() -> dict[str, float]:
+        rows = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
+        assert len({row["op"] for row in rows}) == len(rows)
+        return {row["op"]: row["floor_ms"] for row in rows}
 
     def clock(call: Callable[[int], object], sets: int) -> list[float]:
         assert all(call(index) is not None for index in range(sets))
@@ -155,16 +156,16 @@ def test_a_kernels_row_is_written_at_once_behind_its_gate(
         )
 
     with pytest.raises(ParityError, match="geglu"):
-        run(_with(geglu=lambda x: REFERENCE.geglu(x) * torch.nan))
-    moved = {"groupnorm_silu": 2048 * 2 * 2, "geglu": 1024 * 2 * 1.5, "add_bias": 2048 * 2 * 3}
-    assert rows() == [("groupnorm_silu", pytest.approx(moved["groupnorm_silu"] / 1e6))]
+        run(_with("geglu", lambda x: REFERENCE.geglu(x) * torch.nan))
+    assert floors() == {"groupnorm_silu": pytest.approx(2048 * 2 * 2 / 1e6)}
     assert "geglu" not in capsys.readouterr().out
     with out.open("a", encoding="utf-8") as stream:
         stream.write('{"op": "geglu", "shape": [2, 8\n')
     assert kernel_floors.left(out, env) == cases[1:], "a torn line is no row"
     out.write_text(out.read_text(encoding="utf-8").splitlines()[0] + "\n", encoding="utf-8")
     run(PLAIN)
-    assert rows() == [(name, pytest.approx(bytes_ / 1e6)) for name, bytes_ in moved.items()]
+    moved = {"groupnorm_silu": 2048 * 2 * 2, "geglu": 1024 * 2 * 1.5, "add_bias": 2048 * 2 * 3}
+    assert floors() == pytest.approx({name: count / 1e6 for name, count in moved.items()})
     assert kernel_floors.left(out, env) == []
-    for other in ({"sources": "0" * 12}, {"sources": ""}, {"machine": "another"}, {"driver": "1"}):
-        assert kernel_floors.left(out, replace(env, **other)) == cases
+    for other in (replace(env, sources="0" * 12), replace(env, sources=""), replace(env, machine="another")):
+        assert kernel_floors.left(out, other) == cases
