@@ -11,6 +11,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from ritocco.artefacts import open_artefacts
@@ -28,6 +29,7 @@ from ritocco_bench.parity import ParityError, compare, gate
 from ritocco_bench.parity_report import parity_report
 from ritocco_bench.processes import BenchError, execute
 from ritocco_bench.report import Row, append_rows, table
+from ritocco_bench.rows import held
 from ritocco_bench.summary import markdown, plots, read
 from ritocco_bench.turns import turns
 from ritocco_bench.variants import PAIR, VARIANTS
@@ -37,6 +39,8 @@ WORK = Path(".cache/bench")
 RESULTS = Path("benchmarks/results")
 COMMANDS = ("startup", "steps", "both", "turns", "backends", "hoisted", "parity", "report", "make-folder")
 ON_GRAPHS = ("backends", "hoisted")
+RESUMED = ("steps", "turns")
+_OF_A_ROW = ("case", "model", "device", "dtype", "variant")
 LEAST_STEPS = 4
 _PEERS = (
     *(name for name in VARIANTS if name != "ritocco"),
@@ -64,7 +68,7 @@ def main(argv: Sequence[str] | None = None, *, prog: str = "python -m ritocco_be
         else:
             _measure(arguments)
     except (ParityError, BenchError, RitoccoError, OSError) as error:
-        print(f"{type(error).__name__}: {error}\nNothing is reported.", file=sys.stderr)
+        print(f"{type(error).__name__}: {error}\nNothing more is reported.", file=sys.stderr)
         return 1
     return 0
 
@@ -95,8 +99,14 @@ def _measure(arguments: argparse.Namespace) -> None:
     benches = [replace(bench, outputs=count) for count in arguments.outputs]
     if len(benches) > 1 and arguments.command != "turns":
         raise BenchError(f"--outputs has {len(benches)} numbers; {arguments.command} takes one")
-    _refuse_unwritable(_out(arguments, full=full))
+    out = _out(arguments, full=full)
+    _refuse_unwritable(out)
     env = environment(bench.device)
+    if arguments.resume:
+        benches = _left(benches, arguments.command, out, env)
+        if not benches:
+            return
+        bench = benches[0]
     _say(f"{bench.model} on {env.machine}, {env.cores} cores; {choice.reasons[-1]}")
     if on_graphs:
         measure = _backends if arguments.command == "backends" else _hoisted
@@ -106,17 +116,44 @@ def _measure(arguments: argparse.Namespace) -> None:
         _say("accelerate is not installed: without it diffusers loads slower than it can")
     parity = gate(bench.job("ritocco"), execute)
     _say(f"parity: float32 error {parity.error:.1e}; {bench.dtype} {parity.psnr_db:.1f} dB")
-    rows = []
     if arguments.command == "turns":
         for each in benches:
-            _finish(arguments, turns(each, env, say=_say), full=full)
+            _finish(arguments, turns(each, env, run=execute, say=_say), full=full)
         return
+    rows = []
     if arguments.command in ("startup", "both"):
         rows += startup(bench, parity, env, run=execute, say=_say)
+        _keep(out, rows)
     if arguments.command in ("steps", "both"):
         machine = ceilings(bench.device, bench.dtype)
-        rows += steps(bench, env, machine=machine, run=execute, say=_say)
-    _finish(arguments, rows, full=full)
+        rows += steps(bench, env, machine=machine, keep=partial(_keep, out), run=execute, say=_say)
+    print(table(rows))
+
+
+def _left(benches: Sequence[Bench], command: str, out: Path, env: Environment) -> list[Bench]:
+    """What a file does not hold of the same sources on such a machine: of turns whole requests, of steps the
+    peers that are missing, beside ritocco again, so that what is compared is of one run.
+
+    Raises BenchError for commands that can't go on.
+    """
+    if command not in RESUMED:
+        raise BenchError(f"--resume is for {' and '.join(RESUMED)}; {command} starts anew")
+    there = {tuple(row.get(name) for name in _OF_A_ROW) for row in held(out, env)}
+    left = []
+    for bench in benches:
+        case = f"{command}-{bench.case}" if command == "turns" else bench.case
+        missing = [
+            name
+            for name in bench.variants
+            if (case, bench.model.name, bench.device, bench.held(name).dtype, name) not in there
+        ]
+        if not missing:
+            _say(f"{case}: {', '.join(bench.variants)} are there")
+        elif command == "turns":
+            left.append(bench)
+        else:
+            left.append(replace(bench, variants=tuple(dict.fromkeys(("ritocco", *missing)))))
+    return left
 
 
 def _compare(arguments: argparse.Namespace) -> int:
@@ -158,10 +195,13 @@ def _refuse_without_peer() -> None:
 
 
 def _finish(arguments: argparse.Namespace, rows: Sequence[Row], *, full: bool) -> None:
-    out = _out(arguments, full=full)
+    _keep(_out(arguments, full=full), rows)
+    print(table(rows))
+
+
+def _keep(out: Path, rows: Sequence[Row]) -> None:
     append_rows(out, rows)
     _say(f"{len(rows)} rows added to {out}")
-    print(table(rows))
 
 
 def _out(arguments: argparse.Namespace, *, full: bool) -> Path:
@@ -296,6 +336,11 @@ def _parser(prog: str) -> argparse.ArgumentParser:
         case.add_argument("--peers", default="", help=f"steps, turns; with commas: {', '.join(_PEERS)}")
         case.add_argument("--backend", default="torch", help="steps, turns: of ritocco; default %(default)s")
         case.add_argument("--out", type=Path, help="JSONL file; default benchmarks/results/, quick .cache/")
+        case.add_argument(
+            "--resume",
+            action="store_true",
+            help="steps, turns: leave out what the file has from these sources and machine",
+        )
     return parser
 
 

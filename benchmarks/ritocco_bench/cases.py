@@ -16,7 +16,8 @@ from ritocco_bench.asked import PHASES
 from ritocco_bench.ceilings import Ceilings
 from ritocco_bench.environment import Environment
 from ritocco_bench.flops import flops
-from ritocco_bench.parity import Execute, Parity, distance
+from ritocco_bench.painted import Painted
+from ritocco_bench.parity import Execute, Parity, distance, refuse_further
 from ritocco_bench.processes import BenchError, execute
 from ritocco_bench.report import Row
 from ritocco_bench.variants import PAIR, VARIANTS
@@ -61,6 +62,22 @@ class Bench:
             if name not in VARIANTS and name.removeprefix("ritocco-") not in SESSION_BACKENDS:
                 known = (*VARIANTS, *(f"ritocco-{backend}" for backend in SESSION_BACKENDS))
                 raise BenchError(f"{name} is no variant; known are {', '.join(known)}")
+            self._refuse_untaken(name)
+
+    @property
+    def case(self) -> str:
+        """Size, steps and outputs, as rows name them."""
+        return f"{self.size}x{self.size}-{self.steps}steps-{self.outputs}x"
+
+    def _refuse_untaken(self, name: str) -> None:
+        takes = VARIANTS.get(name)
+        if takes is None:
+            return
+        if takes.devices and self.device not in takes.devices:
+            raise BenchError(f"device is {self.device}; {name} takes {' or '.join(takes.devices)}")
+        dtype = takes.dtype or self.dtype
+        if takes.dtypes and dtype not in (*takes.dtypes, "auto"):
+            raise BenchError(f"dtype is {dtype}; {name} takes {' or '.join(takes.dtypes)}")
 
     def job(self, variant: str) -> Job:
         """The measured job of one variant."""
@@ -112,33 +129,52 @@ def startup(
 
 
 def steps(
-    bench: Bench, env: Environment, *, machine: Ceilings, run: Execute = execute, say: Say = print
+    bench: Bench,
+    env: Environment,
+    *,
+    machine: Ceilings,
+    keep: Callable[[list[Row]], None] = lambda rows: None,
+    run: Execute = execute,
+    say: Say = print,
 ) -> list[Row]:
     """Every variant on the same weights: start, first picture, seconds and peak of each phase after that.
 
     The processes take turns, ritocco first. Before them diffusers paints the measured request in float32, and
-    what each process paints last must lie within LEAST_PSNR_DB of that. `step` is the loop's mean. machine:
-    what the device can do, for the rows. Raises ParityError and BenchError.
+    what each process paints last must lie within LEAST_PSNR_DB of that, and what ritocco does also as
+    `refuse_worse_than_peers` has it. `step` is the loop's mean. machine: what the device can do, for rows.
+    keep: given a variant's rows as soon as they are complete, ritocco's when it was held beside a peer.
+    Raises ParityError and BenchError.
     """
     work = flops(open_checkpoint(bench.model), size=bench.size, outputs=bench.outputs)
     work["denoise"] = bench.steps * work["step"]
     taken: dict[tuple[str, str], list[float]] = {}
     peaks: dict[tuple[str, str], int] = {}
     found: dict[str, Parity] = {}
+    waiting: list[str] = []
+    rows: list[Row] = []
+
+    def made(key: tuple[str, str]) -> Row:
+        row = row_of(
+            bench.case, bench.held(key[0]), key, taken[key], peaks.get(key) or None, found[key[0]], env
+        )
+        if key[1] in work:
+            row = replace(row, flop=work[key[1]], matmul_flop_per_s=machine.matmul_flop_per_s)
+        return replace(row, copy_bytes_per_s=machine.copy_bytes_per_s)
+
     with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "decoded.npy"
-        exact = replace(bench.job("diffusers-float32"), until="picture", warm=0, runs=1, decoded=str(file))
+        file = Path(folder) / "painted.npz"
+        exact = replace(bench.job("diffusers-float32"), until="picture", warm=0, runs=1, painted=str(file))
         run(exact)
-        truth = np.load(file)
+        truth = Painted.read(file)
         for variant in bench.variants:
             if variant not in VARIANTS or not VARIANTS[variant].timed_start:
                 say(f"steps {variant}: its graphs are made, where they are not there")
                 run(replace(bench.job(variant), until="loaded"))
         for pair in range(bench.pairs):
             for variant in bench.variants:
-                job = replace(bench.job(variant), until="picture", decoded=str(file), peaks=pair == 0)
+                job = replace(bench.job(variant), until="picture", painted=str(file), peaks=pair == 0)
                 result, started = run(job)
-                found[variant] = distance(np.load(file), truth, least_db=LEAST_PSNR_DB, name=variant)
+                found[variant] = distance(Painted.read(file), truth, least_db=LEAST_PSNR_DB, name=variant)
                 if variant not in VARIANTS or VARIANTS[variant].timed_start:
                     taken.setdefault((variant, "load"), []).append(result.loaded - started)
                     taken.setdefault((variant, "first_picture"), []).append(result.stepped - started)
@@ -150,14 +186,40 @@ def steps(
                 for phase, most in {**result.peaks, "total": result.peak_bytes or 0}.items():
                     peaks[variant, phase] = max(peaks.get((variant, phase), 0), most)
                 say(f"steps {pair + 1}/{bench.pairs} {variant}: {taken[variant, 'total'][-1]:.2f} s")
-    case = f"{bench.size}x{bench.size}-{bench.steps}steps-{bench.outputs}x"
-    rows = []
-    for key, each in taken.items():
-        row = row_of(case, bench.held(key[0]), key, each, peaks.get(key) or None, found[key[0]], env)
-        if key[1] in work:
-            row = replace(row, flop=work[key[1]], matmul_flop_per_s=machine.matmul_flop_per_s)
-        rows.append(replace(row, copy_bytes_per_s=machine.copy_bytes_per_s))
+                refuse_worse_than_peers(bench, found)
+                if pair < bench.pairs - 1:
+                    continue
+                waiting.append(variant)
+                for name in [one for one in waiting if _judged(bench, one, found)]:
+                    waiting.remove(name)
+                    rows += (complete := [made(key) for key in taken if key[0] == name])
+                    keep(complete)
     return rows
+
+
+def refuse_worse_than_peers(bench: Bench, found: Mapping[str, Parity]) -> None:
+    """Hold ritocco's variants beside those of diffusers that compute in the same dtype, unless it is float32.
+
+    Raises ParityError where one lies more than twice as far from the float32 truth.
+    """
+    for name in found:
+        for peer in _like_peers(bench, name):
+            if peer in found:
+                refuse_further(found[name], found[peer], name=name, peer=peer)
+
+
+def _like_peers(bench: Bench, name: str) -> list[str]:
+    dtype = bench.held(name).dtype
+    if dtype == "float32" or not name.startswith("ritocco"):
+        return []
+    theirs = [peer for peer in bench.variants if peer.startswith("diffusers")]
+    return [peer for peer in theirs if bench.held(peer).dtype == dtype]
+
+
+def _judged(bench: Bench, name: str, found: Mapping[str, Parity]) -> bool:
+    """Whether a variant has been held beside a peer, where there is one."""
+    peers = _like_peers(bench, name)
+    return not peers or any(peer in found for peer in peers)
 
 
 def backends(
@@ -185,14 +247,14 @@ def backends(
     if peer_dtype is not None:
         jobs["diffusers"] = replace(bench.job("diffusers"), dtype=peer_dtype)
     with tempfile.TemporaryDirectory() as folder:
-        truth_file = Path(folder) / "truth.npy"
-        run(replace(bench.job("ritocco"), dtype="float32", runs=0, until="picture", decoded=str(truth_file)))
-        truth = np.load(truth_file)
+        truth_file = Path(folder) / "truth.npz"
+        run(replace(bench.job("ritocco"), dtype="float32", runs=0, until="picture", painted=str(truth_file)))
+        truth = Painted.read(truth_file)
         for pair in range(bench.pairs + 1):
             for variant, job in jobs.items():
-                file = Path(folder) / f"{variant}.npy"
-                result, started = run(replace(job, until="picture", decoded=str(file)))
-                found[variant] = distance(np.load(file), truth, least_db=LEAST_PSNR_DB, name=variant)
+                file = Path(folder) / f"{variant}.npz"
+                result, started = run(replace(job, until="picture", painted=str(file)))
+                found[variant] = distance(Painted.read(file), truth, least_db=LEAST_PSNR_DB, name=variant)
                 peaks[variant] = max(peaks.get(variant) or 0, result.peak_bytes or 0) or None
                 if pair:
                     taken.setdefault((variant, "load"), []).append(result.loaded - started)
@@ -226,23 +288,23 @@ def hoisted(
     peaks: dict[str, int | None] = {}
     found: dict[str, Parity] = {}
     with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "decoded.npy"
+        file = Path(folder) / "painted.npz"
 
-        job = replace(bench.job("ritocco"), until="picture", decoded=str(file))
+        job = replace(bench.job("ritocco"), until="picture", painted=str(file))
         run(replace(job, dtype="float32", runs=0))
-        truth = np.load(file)
+        truth = Painted.read(file)
         for pair in range(bench.pairs):
             for name in names:
                 for kind in graphs:
                     variant = f"{name}-{kind}"
                     result, _ = run(replace(job, model=str(graphs[kind]), backend=name))
-                    found[variant] = distance(np.load(file), truth, least_db=LEAST_PSNR_DB, name=variant)
+                    found[variant] = distance(Painted.read(file), truth, least_db=LEAST_PSNR_DB, name=variant)
                     peaks[variant] = max(peaks.get(variant) or 0, result.peak_bytes or 0) or None
                     seconds = result.seconds[-1]
                     taken.setdefault((variant, "denoise"), []).append(seconds["denoise"])
                     taken.setdefault((variant, "total"), []).append(total(seconds))
                     say(f"hoisted {pair + 1}/{bench.pairs} {variant}: denoise {seconds['denoise']:.2f} s")
-    case = f"hoisted-{bench.size}x{bench.size}-{bench.steps}steps-{bench.outputs}x"
+    case = f"hoisted-{bench.case}"
     return [
         row_of(case, bench, key, seconds, peaks[key[0]] if key[1] == "total" else None, found[key[0]], env)
         for key, seconds in taken.items()

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import platform
 import subprocess
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 
 PACKAGES = ("torch", "triton", "ritocco", "diffusers", "transformers", "accelerate", "safetensors", "numpy")
+SOURCES = ("ritocco_kernels", "ritocco", "ritocco_export", "ritocco_bench")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -21,6 +24,9 @@ class Environment:
     the GPU, empty on a CPU. versions: of Python and the packages that matter, empty where not installed
     (without accelerate, diffusers fills its networks with random numbers before it loads them).
     git_sha: of the sources, `-dirty` where tracked ones (but results) differ. utc: ISO 8601, seconds.
+    sources: 12 hex digits of what the four packages' Python files say, committed or not. power_limit_w,
+    sm_clock_mhz, memory_clock_mhz: of the GPU as it was found, before the work; None on a CPU, where
+    nvidia-smi does not tell, and in older rows.
     """
 
     machine: str
@@ -29,19 +35,24 @@ class Environment:
     versions: dict[str, str]
     git_sha: str
     utc: str
+    sources: str = ""
+    power_limit_w: float | None = None
+    sm_clock_mhz: float | None = None
+    memory_clock_mhz: float | None = None
 
 
 def environment(device: str) -> Environment:
     """This machine, now. device: as torch writes it."""
     driver, held = "", dict[str, str]()
+    limit = sm_clock = memory_clock = None
     machine = _processor()
     if device.startswith("cuda"):
         import torch
 
         machine = torch.cuda.get_device_name(device)
         held = {"cuda": str(torch.version.cuda), "cudnn": str(torch.backends.cudnn.version())}  # type: ignore[no-untyped-call]
-        driver, limit = _nvidia(torch.device(device).index or 0)
-        machine = f"{machine}, {limit}" if limit else machine
+        driver, limit, sm_clock, memory_clock = _nvidia(torch.device(device).index or 0)
+        machine = machine if limit is None else f"{machine}, {limit:.2f} W"
     return Environment(
         machine=machine,
         cores=os.cpu_count() or 0,
@@ -53,6 +64,10 @@ def environment(device: str) -> Environment:
         },
         git_sha=_git_sha(),
         utc=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        sources=_sources(),
+        power_limit_w=limit,
+        sm_clock_mhz=sm_clock,
+        memory_clock_mhz=memory_clock,
     )
 
 
@@ -86,7 +101,27 @@ def _git_sha() -> str:
     return sha + "-dirty" if sha and _output(*changed) else sha
 
 
-def _nvidia(index: int) -> tuple[str, str]:
-    query = "--query-gpu=driver_version,power.limit"
-    driver, _, limit = _output("nvidia-smi", query, "--format=csv,noheader", "-i", str(index)).partition(", ")
-    return driver, limit
+def _sources() -> str:
+    digest = hashlib.sha256()
+    for package in SOURCES:
+        found = find_spec(package)
+        for root in () if found is None else found.submodule_search_locations or ():
+            for file in sorted(Path(root).rglob("*.py")):
+                digest.update(f"{package}/{file.relative_to(root).as_posix()}".encode() + b"\0")
+                digest.update(hashlib.sha256(file.read_bytes()).digest())
+    return digest.hexdigest()[:12]
+
+
+def _nvidia(index: int) -> tuple[str, float | None, float | None, float | None]:
+    """The driver; W, MHz and MHz, each None where it is not told."""
+    query = "--query-gpu=driver_version,power.limit,clocks.sm,clocks.mem"
+    told = _output("nvidia-smi", query, "--format=csv,noheader,nounits", "-i", str(index)).split(", ")
+    driver, limit, sm_clock, memory_clock = told if len(told) == 4 else ("", "", "", "")
+    return driver, _number(limit), _number(sm_clock), _number(memory_clock)
+
+
+def _number(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None

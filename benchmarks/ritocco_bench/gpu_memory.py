@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import sys
-from collections.abc import Callable
-from dataclasses import asdict, replace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,9 +24,10 @@ from ritocco.backends.runtime import LatentSize
 from ritocco.backends.torch_ import TorchRuntime
 from ritocco.checkpoint import Checkpoint, open_checkpoint
 from ritocco.device import choose
-from ritocco_bench.environment import environment
+from ritocco_bench.environment import Environment, environment
 from ritocco_bench.folder import make_folder
 from ritocco_bench.ladder import PLAIN, joined, make_lanes, walk
+from ritocco_bench.rows import append, held
 
 PATHS: dict[str, FastPath] = {
     "plain": PLAIN,
@@ -44,18 +44,35 @@ def main() -> int:
     """Measure, append rows, print the table."""
     arguments = _parser().parse_args()
     device = choose("cuda").device
-    checkpoint = open_checkpoint(arguments.model or make_folder(Path(".cache/bench/full")))
-    env = asdict(environment(str(device)))
-    dtype = getattr(torch, arguments.dtype)
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    for name in arguments.paths.split(","):
-        for case in arguments.cases.split(","):
-            rows = measured(checkpoint, device, dtype, PATHS[name], case)
-            row = {"case": f"memory-{case}", "path": name, "dtype": arguments.dtype, "requests": rows}
-            with arguments.out.open("a", encoding="utf-8") as stream:
-                stream.write(json.dumps(row | {"environment": env}) + "\n")
-            print(f"{name:8} {case:14}", *(_shown(request, rows[request]) for request in rows), flush=True)
+    model = arguments.model or make_folder(Path(".cache/bench/full"))
+    cases = [(name, case) for name in arguments.paths.split(",") for case in arguments.cases.split(",")]
+    measure(cases, model, arguments.dtype, arguments.out, environment(str(device)), device, arguments.resume)
     return 0
+
+
+def measure(
+    cases: Sequence[tuple[str, str]],
+    model: Path,
+    dtype: str,
+    out: Path,
+    env: Environment,
+    device: torch.device,
+    resume: bool,
+) -> None:
+    """A row, at once, and a line of each case (of PATHS, and WIDTHxHEIGHT@PICTURES). resume: leave out those
+    that the file has of this model from the same sources on such a machine.
+    """
+    checkpoint = open_checkpoint(model)
+    keys = ("path", "case", "model", "dtype")
+    there = {tuple(row.get(key) for key in keys) for row in held(out, env)} if resume else set()
+    for name, case in cases:
+        row: dict[str, Any] = {"case": f"memory-{case}", "path": name, "model": model.name, "dtype": dtype}
+        if tuple(row[key] for key in keys) in there:
+            print(f"{name:8} {case:14} is there", flush=True)
+            continue
+        rows = measured(checkpoint, device, getattr(torch, dtype), PATHS[name], case)
+        append(out, row | {"requests": rows}, env=env)
+        print(f"{name:8} {case:14}", *(_shown(request, rows[request]) for request in rows), flush=True)
 
 
 def measured(
@@ -134,6 +151,9 @@ def _parser() -> argparse.ArgumentParser:
         type=Path,
         default=Path("benchmarks/results/gpu-memory.jsonl"),
         help="JSONL file that rows are added to",
+    )
+    parser.add_argument(
+        "--resume", action="store_true", help="leave out what the file has from these sources and machine"
     )
     return parser
 

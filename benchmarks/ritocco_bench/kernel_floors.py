@@ -9,21 +9,20 @@ compared before it is timed.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
-from collections.abc import Callable
-from dataclasses import asdict
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ritocco.device import choose
-from ritocco_bench.environment import environment
-from ritocco_kernels.model_pixels import from_model_pixels_reference, to_model_pixels_reference
-from ritocco_kernels.ops import REFERENCE, Ops
+from ritocco_bench.ceilings import Ceilings
+from ritocco_bench.environment import Environment, environment
+from ritocco_bench.kernel_gate import PLAIN, Kernels, buffers, fused, make_call, refuse_apart
+from ritocco_bench.parity import ParityError
+from ritocco_bench.rows import append, held
 
 CASES: tuple[tuple[str, tuple[int, ...]], ...] = (
     ("groupnorm_silu", (2, 320, 64, 64)),
@@ -63,8 +62,9 @@ MOVED = {
     "from_model_pixels": 2.0 + 1 / 6,  # kept pixels as well
 }
 """Bytes that have to move, over those of the float16 tensor that a case names."""
-LARGEST_DISTANCE = 4e-3  # four units of float16 in the last place
 _ROTATED_BYTES = 256 << 20
+
+Clock = Callable[[Callable[[int], object], int], list[float]]
 
 
 def milliseconds(call: Callable[[int], object], sets: int, repeats: int = 5) -> list[float]:
@@ -105,100 +105,71 @@ def matmul_rate() -> float:
     return float(2 * 8192**3 / (statistics.median(taken) / 1000))
 
 
-def make_call(ops: Ops, name: str, tensors: list[tuple[Tensor, ...]]) -> Callable[[int], Any]:
-    """One call of an operation on one set of buffers."""
-    if name.endswith("_pixels"):
-        return _pixels_call(ops, name, tensors)
+def measure(
+    cases: Sequence[tuple[str, tuple[int, ...]]],
+    kernels: Kernels,
+    out: Path,
+    env: Environment,
+    *,
+    device: torch.device,
+    machine: Ceilings,
+    clock: Clock = milliseconds,
+    rotated: int = _ROTATED_BYTES,
+) -> None:
+    """Hold each operation beside its reference, then time both: a row at once, and a line.
 
-    wide = [vector.repeat(2) for vector in tensors[0][2:4]]
-
-    def call(index: int) -> Any:
-        x, other, weight, bias, *_ = tensors[index]
-        match name:
-            case "groupnorm_silu":
-                return ops.groupnorm_silu(x, weight, bias, 32, 1e-5)
-            case "joined_groupnorm_silu":
-                return ops.joined_groupnorm_silu(x, other, wide[0], wide[1], 32, 1e-5)
-            case "layernorm":
-                return ops.layernorm(x, weight, bias, 1e-5)
-            case "add_layernorm":
-                return ops.add_layernorm(x, other, weight, bias, 1e-5)
-            case "upsample":
-                return ops.upsample(x)
-            case "geglu":
-                return ops.geglu(x)
-            case _:
-                return ops.add_bias(x, bias, other)
-
-    return call
-
-
-def _pixels_call(ops: Ops, name: str, tensors: list[tuple[Tensor, ...]]) -> Callable[[int], Any]:
-    from ritocco_kernels.fused import model_pixels
-
-    fused = ops is not REFERENCE
-    to_model = model_pixels.to_model_pixels if fused else to_model_pixels_reference
-    from_model = model_pixels.from_model_pixels if fused else from_model_pixels_reference
-
-    def call(index: int) -> Any:
-        x, *_, pixels, mask = tensors[index]
-        if name == "to_model_pixels":
-            return to_model(pixels[None], mask[None], x.dtype)
-        return from_model(x, pixels, mask)[0]
-
-    return call
+    rotated: bytes of inputs at least. Raises ParityError where a kernel is another operation, before its time
+    is taken.
+    """
+    for name, shape in cases:
+        size = torch.Size(shape).numel() * 2
+        sets = max(2, rotated // size)
+        tensors = [buffers(shape, device=device) for _ in range(sets)]
+        refuse_apart(kernels, name, tensors[0])
+        ours = clock(make_call(kernels, name, tensors), sets)
+        theirs = clock(make_call(PLAIN, name, tensors), sets)
+        moved = size * MOVED[name]
+        floor = moved / machine.copy_bytes_per_s * 1000
+        row: dict[str, Any] = {"op": name, "shape": shape, "dtype": "float16", "bytes": moved}
+        row |= {"copy_bytes_per_s": machine.copy_bytes_per_s}
+        row |= {"matmul_flop_per_s": machine.matmul_flop_per_s, "floor_ms": floor}
+        append(out, row | {"each_ms": ours, "reference_each_ms": theirs}, env=env)
+        p50, reference = statistics.median(ours), statistics.median(theirs)
+        print(
+            f"{name:15} {'x'.join(map(str, shape)):15} {1000 * p50:8.2f} us, floor {1000 * floor:7.2f} "
+            f"({floor / p50:4.0%}), reference {1000 * reference:8.2f} ({reference / p50:.1f} x)",
+            flush=True,
+        )
 
 
-def distance(name: str, tensors: tuple[Tensor, ...]) -> float:
-    """Largest difference between kernel and float64 reference, over the largest value."""
-    from ritocco_kernels.fused.table import FUSED
-
-    exact = [tuple(one.double() if one.is_floating_point() else one for one in tensors)]
-    found, wanted = make_call(FUSED, name, [tensors])(0), make_call(REFERENCE, name, exact)(0)
-    pairs = zip(found, wanted, strict=True) if isinstance(found, tuple) else [(found, wanted)]
-    return max(float((a.double() - b).abs().max() / b.abs().max()) for a, b in pairs)
+def left(out: Path, env: Environment) -> list[tuple[str, tuple[int, ...]]]:
+    """The cases that a file has no row of from the same sources on such a machine."""
+    there = {(row.get("op"), tuple(row.get("shape", ()))) for row in held(out, env)}
+    return [case for case in CASES if case not in there]
 
 
 def main() -> int:
     """Measure, append rows, print the table."""
     arguments = _parser().parse_args()
-    from ritocco_kernels.fused.table import FUSED
-
     device = choose("cuda").device
-    env, bandwidth, rate = asdict(environment(str(device))), copy_bandwidth(), matmul_rate()
-    print(f"copy {bandwidth / 1e12:.2f} TB/s; float16 product {rate / 1e12:.0f} TFLOP/s", flush=True)
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    with torch.inference_mode(), arguments.out.open("a", encoding="utf-8") as stream:
-        for name, shape in CASES:
-            size = torch.Size(shape).numel() * 2
-            sets = max(2, _ROTATED_BYTES // size)
-            image = len(shape) == 4
-            width = shape[1] if image else shape[-1]
-
-            def made(shape: tuple[int, ...] = shape, image: bool = image) -> Tensor:
-                x = torch.randn(shape, device=device, dtype=torch.float16)
-                return x.to(memory_format=torch.channels_last) if image else x
-
-            vectors = [torch.randn(width, device=device, dtype=torch.float16) for _ in range(2)]
-            picture = torch.randint(0, 256, (*shape[-2:], 3), device=device, dtype=torch.uint8)
-            tensors = [(made(), made(), *vectors, picture, picture[..., 0] > 99) for _ in range(sets)]
-            moved = size * MOVED[name]
-            floor = moved / bandwidth * 1000
-            if (apart := distance(name, tensors[0])) > LARGEST_DISTANCE:
-                print(f"{name} {shape}: {apart:.1e} from its reference: no time is reported")
-                return 1
-            ours = milliseconds(make_call(FUSED, name, tensors), sets)
-            theirs = milliseconds(make_call(REFERENCE, name, tensors), sets)
-            row: dict[str, Any] = {"op": name, "shape": shape, "dtype": "float16", "bytes": moved}
-            row |= {"copy_bytes_per_s": bandwidth, "matmul_flop_per_s": rate, "floor_ms": floor}
-            row |= {"each_ms": ours, "reference_each_ms": theirs, "environment": env}
-            stream.write(json.dumps(row) + "\n")
-            p50, reference = statistics.median(ours), statistics.median(theirs)
-            print(
-                f"{name:15} {'x'.join(map(str, shape)):15} {1000 * p50:8.2f} us, floor {1000 * floor:7.2f} "
-                f"({floor / p50:4.0%}), reference {1000 * reference:8.2f} ({reference / p50:.1f} x)",
-                flush=True,
-            )
+    env = environment(str(device))
+    cases = left(arguments.out, env) if arguments.resume else list(CASES)
+    if arguments.resume:
+        print(f"{len(CASES) - len(cases)} of {len(CASES)} operations are there", flush=True)
+    if not cases:
+        return 0
+    machine = Ceilings(matmul_flop_per_s=matmul_rate(), copy_bytes_per_s=copy_bandwidth())
+    print(
+        f"copy {machine.copy_bytes_per_s / 1e12:.2f} TB/s; "
+        f"float16 product {machine.matmul_flop_per_s / 1e12:.0f} TFLOP/s",
+        flush=True,
+    )
+    with torch.inference_mode():
+        try:
+            measure(cases, fused(), arguments.out, env, device=device, machine=machine)
+        except ParityError as error:
+            print(f"{error}: no time is reported")
+            return 1
     return 0
 
 
@@ -209,6 +180,9 @@ def _parser() -> argparse.ArgumentParser:
         type=Path,
         default=Path("benchmarks/results/kernels.jsonl"),
         help="JSONL file that rows are added to",
+    )
+    parser.add_argument(
+        "--resume", action="store_true", help="leave out what the file has from these sources and machine"
     )
     return parser
 

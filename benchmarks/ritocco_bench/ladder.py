@@ -9,7 +9,6 @@ the plain path in the measured dtype.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 from dataclasses import asdict, replace
@@ -26,9 +25,10 @@ from ritocco.checkpoint import Checkpoint, open_checkpoint
 from ritocco.device import choose
 from ritocco.noise import normal
 from ritocco.schedules import build
-from ritocco_bench.environment import environment
+from ritocco_bench.environment import Environment, environment
 from ritocco_bench.folder import make_folder
 from ritocco_bench.processes import BenchError
+from ritocco_bench.rows import append, held
 
 PLAIN = FastPath(kernels=False, packed=False, graphs=False, search=False)
 RUNGS: tuple[tuple[str, dict[str, bool]], ...] = (
@@ -133,10 +133,20 @@ def main() -> int:
     """Measure, append rows, print the table."""
     arguments = _parser().parse_args()
     device = choose("cuda").device
-    checkpoint = open_checkpoint(arguments.model or make_folder(Path(".cache/bench/full")))
+    model = arguments.model or make_folder(Path(".cache/bench/full"))
+    checkpoint = open_checkpoint(model)
     size = LatentSize(height=arguments.size // 8, width=arguments.size // 8)
     counts = [int(count) for count in arguments.lanes.split(",")]
+    rungs = arguments.rungs.split(",")
     env = environment(str(device))
+    there = left_out(arguments.out, env, model.name, arguments.dtype) if arguments.resume else set()
+    todo = {name: [n for n in counts if (_case(arguments.size, n), name) not in there] for name in rungs}
+    profiles = _profiles(arguments.profile)
+    if arguments.resume and all(file.is_file() for file in profiles.values()):
+        profiles = profiles if todo[rungs[-1]] else {}
+    if not (any(todo.values()) or profiles):
+        print("every rung is there", flush=True)
+        return 0
     checked = make_lanes(checkpoint, size, max(counts), CHECKED_STEPS)
     path = PLAIN
     runtime = _runtime(checkpoint, device, torch.float32, path)
@@ -144,15 +154,16 @@ def main() -> int:
     del runtime
     dtype = getattr(torch, arguments.dtype)
     runtime = _runtime(checkpoint, device, dtype, path)
-    least = [_rms(runtime, size, checked[:count], truth) for count in counts]
+    least = {count: _rms(runtime, size, checked[:count], truth) for count in counts}
     del runtime
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
     for name, flags in RUNGS:
         path = replace(path, **flags)
-        if name not in arguments.rungs.split(","):
+        profiled = profiles if name == rungs[-1] else {}
+        if not (todo.get(name) or profiled):
             continue
         runtime = _runtime(checkpoint, device, dtype, path)
-        for count, base in zip(counts, least, strict=True):
+        for count in todo[name]:
+            base = least[count]
             error = _rms(runtime, size, checked[:count], truth)
             if not error <= 2 * base:
                 print(f"{name}: {error:.2e} from float32, plain {base:.2e}: no time is reported")
@@ -161,7 +172,8 @@ def main() -> int:
             taken = timed(runtime, size, make_lanes(checkpoint, size, count, STEPS), arguments.repeats)
             p50 = statistics.median(taken)
             row = {
-                "case": f"ladder-{arguments.size}x{arguments.size}-{count}x",
+                "case": _case(arguments.size, count),
+                "model": model.name,
                 "rung": name,
                 "path": asdict(path),
                 "dtype": arguments.dtype,
@@ -170,10 +182,8 @@ def main() -> int:
                 "peak_bytes": torch.cuda.max_memory_allocated(),
                 "reserved_bytes": torch.cuda.max_memory_reserved(),
                 "rms_error": error,
-                "environment": asdict(env),
             }
-            with arguments.out.open("a", encoding="utf-8") as stream:
-                stream.write(json.dumps(row) + "\n")
+            append(arguments.out, row, env=env)
             rate = f"{TFLOP_PER_IMAGE_STEP * count / p50 * 1000:.0f} TFLOP/s, " * (arguments.size == 512)
             print(
                 f"{name:16} {count} lanes: {p50:7.3f} ms a step ({min(taken):.3f} to {max(taken):.3f}), "
@@ -181,14 +191,27 @@ def main() -> int:
                 f"peak {torch.cuda.max_memory_allocated() / 2**20:.0f} MiB, error {error:.2e}",
                 flush=True,
             )
-        if arguments.profile and name == arguments.rungs.split(",")[-1]:
-            for count in (1, 4):
-                text = profile(runtime, size, make_lanes(checkpoint, size, count, STEPS))
-                file = arguments.profile.with_name(f"{arguments.profile.stem}-{count}x.txt")
-                file.write_text(text, encoding="utf-8")
+        for count, file in profiled.items():
+            text = profile(runtime, size, make_lanes(checkpoint, size, count, STEPS))
+            file.write_text(text, encoding="utf-8")
         del runtime
         torch.cuda.empty_cache()
     return 0
+
+
+def left_out(out: Path, env: Environment, model: str, dtype: str) -> set[tuple[str, str]]:
+    """(case, rung) that a file holds of a model in a dtype, from the same sources on such a machine."""
+    rows = [row for row in held(out, env) if (row.get("model"), row.get("dtype")) == (model, dtype)]
+    return {(row["case"], row["rung"]) for row in rows if "rung" in row}
+
+
+def _case(size: int, count: int) -> str:
+    return f"ladder-{size}x{size}-{count}x"
+
+
+def _profiles(file: Path | None) -> dict[int, Path]:
+    """Pictures at a time -> file of their step's kernels."""
+    return {} if file is None else {n: file.with_name(f"{file.stem}-{n}x.txt") for n in (1, 4)}
 
 
 def _runtime(
@@ -221,6 +244,9 @@ def _parser() -> argparse.ArgumentParser:
         help="JSONL file that rows are added to",
     )
     parser.add_argument("--profile", type=Path, help="file for the kernels of one step on the last rung")
+    parser.add_argument(
+        "--resume", action="store_true", help="leave out what the file has from these sources and machine"
+    )
     return parser
 
 

@@ -28,12 +28,15 @@ class Ritocco:
         self._job = job
         self._engine = ritocco.load(job.model, device=job.device, dtype=job.dtype, backend=job.backend)
         self.decoded: npt.NDArray[np.float32] | None = None
+        self.pictures: npt.NDArray[np.uint8] | None = None
         self.peaks: Peaks | None = None
         self._latents: Any = None
         for method, phase in _BEGINS.items():
             self._listen(method, phase)
 
     def run(self, steps: int, on_step: Callable[[], None], scheduler: str = SCHEDULER) -> dict[str, float]:
+        import numpy as np
+
         given = Inputs(self._job)
         request = {"image": given.image, "mask": given.mask, "prompt": PROMPT, "scheduler": scheduler}
         request |= {"width": self._job.size, "height": self._job.size, "guidance_scale": GUIDANCE}
@@ -44,8 +47,9 @@ class Ritocco:
         )
         if self.peaks is not None:
             self.peaks.end()
-        if self._job.decoded:
+        if self._job.painted:
             self.decoded = self._engine.runtime.decode(self._latents)
+            self.pictures = np.stack([np.asarray(picture) for picture in made.images])
         png = made.metrics["outputs"]
         return {
             **{phase: made.metrics[phase] for phase in PHASES},

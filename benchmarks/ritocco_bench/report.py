@@ -71,7 +71,7 @@ def append_rows(file: Path, rows: Iterable[Row]) -> None:
     """Add rows at the end of a JSONL file, made where it is missing; nothing in it is ever changed."""
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.open("a", encoding="utf-8") as stream:
-        stream.writelines(row.to_json() + "\n" for row in rows)
+        stream.write("".join(row.to_json() + "\n" for row in rows))
 
 
 def table(rows: Sequence[Row]) -> str:

@@ -1,4 +1,4 @@
-"""A row of a result in a file of rows."""
+"""Rows of results in a file of rows."""
 
 from __future__ import annotations
 
@@ -8,11 +8,36 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ritocco_bench.environment import environment
+from ritocco_bench.environment import Environment, environment
+
+_SAME = ("sources", "machine", "driver", "versions")
 
 
-def append(file: Path, row: Mapping[str, Any], *, device: str = "cpu") -> None:
-    """Add a row, with the machine and the moment that it was obtained at."""
+def append(
+    file: Path, row: Mapping[str, Any], *, device: str = "cpu", env: Environment | None = None
+) -> None:
+    """Add a row, with the machine and the moment that it was obtained at. env: None looks now."""
+    found = asdict(environment(device) if env is None else env)
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.open("a", encoding="utf-8") as stream:
-        stream.write(json.dumps({**row, "environment": asdict(environment(device))}) + "\n")
+        stream.write(json.dumps({**row, "environment": found}) + "\n")
+
+
+def held(file: Path, env: Environment) -> list[dict[str, Any]]:
+    """The rows of a file that were obtained from the same sources on such a machine; a torn line is none.
+
+    Nothing where the file is missing, and where nobody knows the sources.
+    """
+    if not file.is_file() or not env.sources:
+        return []
+    wanted = {name: asdict(env)[name] for name in _SAME}
+    rows = []
+    for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            row = json.loads(line)
+            found = {name: row["environment"].get(name) for name in _SAME}
+        except (ValueError, TypeError, KeyError, AttributeError):
+            continue
+        if found == wanted:
+            rows.append(row)
+    return rows

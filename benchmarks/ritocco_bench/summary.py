@@ -173,13 +173,15 @@ def _kernels(held: Sequence[Held]) -> str:
         "",
         f"{env['machine']}; {env['utc']}.",
         "",
-        "| operation | shape | dtype | kernel | reference | bytes |",
-        "|---|---|---|---|---|---|",
+        "| operation | shape | dtype | kernel | reference | bytes | of a copy's speed |",
+        "|---|---|---|---|---|---|---|",
     ]
     for one in held:
         shape = " × ".join(map(str, one["shape"]))
         kernel, reference = (statistics.median(one[key]) for key in ("each_ms", "reference_each_ms"))
-        cells = (one["op"], shape, one["dtype"], _time(kernel), _time(reference), f"{one['bytes']:,}")
+        ceiling = one.get("copy_bytes_per_s")
+        share = f"{1000 * one['bytes'] / kernel / ceiling:.0%}" if ceiling and kernel else ""
+        cells = (one["op"], shape, one["dtype"], _time(kernel), _time(reference), f"{one['bytes']:,}", share)
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 

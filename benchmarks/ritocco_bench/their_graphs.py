@@ -12,6 +12,7 @@ import secrets
 import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -65,13 +66,14 @@ class GraphDiffusers(Diffusers, ABC):
     def _prepare(self, pipe: Any) -> None:
         job, cells = self._job, self._job.size // 8
         rows, side = 2 * job.outputs, (job.size, job.size)
-        context = torch.zeros(rows, 77, int(pipe.unet.config.cross_attention_dim))
-        sample = torch.zeros(rows, int(pipe.unet.config.in_channels), cells, cells)
-        latents = torch.zeros(job.outputs, int(pipe.vae.config.latent_channels), cells, cells)
+        zeros = partial(torch.zeros, device=job.device)
+        context = zeros(rows, 77, int(pipe.unet.config.cross_attention_dim))
+        sample = zeros(rows, int(pipe.unet.config.in_channels), cells, cells)
+        latents = zeros(job.outputs, int(pipe.vae.config.latent_channels), cells, cells)
         folder = GRAPHS / _key(job)
         graphs: tuple[tuple[Any, str, Any, tuple[Tensor, ...]], ...] = (
-            (pipe, "unet", _Step(pipe.unet), (sample, torch.ones(1), context)),
-            (pipe.vae, "encoder", pipe.vae.encoder, (torch.zeros(1, 3, *side),)),
+            (pipe, "unet", _Step(pipe.unet), (sample, torch.ones(1, device=job.device), context)),
+            (pipe.vae, "encoder", pipe.vae.encoder, (zeros(1, 3, *side),)),
             (pipe.vae, "decoder", pipe.vae.decoder, (latents,)),
         )
         for owner, name, module, inputs in graphs:
@@ -97,7 +99,7 @@ class GraphDiffusers(Diffusers, ABC):
 
 
 class OpenVinoDiffusers(GraphDiffusers):
-    """In the job's dtype, as OpenVINO's hint has it; converted by OpenVINO's own frontend for torch."""
+    """On the CPU in the job's dtype, as OpenVINO's hint has it; converted by its own frontend for torch."""
 
     suffix = ".xml"
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ritocco_bench.asked import (
@@ -22,9 +23,27 @@ from ritocco_bench.asked import (
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
+    import torch
 
     from ritocco_bench.peaks import Peaks
     from ritocco_bench.worker import Job
+
+
+_PLAIN = ("unet/diffusion_pytorch_model", "vae/diffusion_pytorch_model", "text_encoder/model")
+
+
+def variant_of(model: Path, dtype: torch.dtype) -> str | None:
+    """Which of a folder's files diffusers has to be told to read: those that ritocco reads, where plain ones
+    are missing; None where it finds its own. Raises CheckpointError where ritocco reads none.
+    """
+    if all((model / f"{name}.safetensors").is_file() for name in _PLAIN):
+        return None  # without a look into files: a start is timed
+    from ritocco.checkpoint import open_checkpoint
+    from ritocco.parameters import choose_variant
+
+    networks = open_checkpoint(model).weights.values()
+    names = [choose_variant(held, None, dtype)[0] for held in networks if "" not in held]
+    return names[0] if names else None
 
 
 class Diffusers:
@@ -38,7 +57,8 @@ class Diffusers:
 
         read: Any = StableDiffusionInpaintPipeline.from_pretrained
         self._dtype = getattr(torch, self.held or job.dtype)
-        pipe = read(job.model, torch_dtype=self._dtype, local_files_only=True).to(job.device)
+        options = {"torch_dtype": self._dtype, "variant": variant_of(Path(job.model), self._dtype)}
+        pipe = read(job.model, local_files_only=True, **options).to(job.device)
         pipe.safety_checker = None  # loaded like ritocco's, and like it not run
         pipe.set_progress_bar_config(disable=True)
         torch.backends.cudnn.benchmark = job.device.startswith("cuda")  # as ritocco has it
@@ -47,6 +67,8 @@ class Diffusers:
         self._seconds: dict[str, float] = {}
         self._denoising = 0.0
         self.decoded: npt.NDArray[np.float32] | None = None
+        self.pictures: npt.NDArray[np.uint8] | None = None
+        self._kept: Any = None
         self.peaks: Peaks | None = None
         pipe.encode_prompt = self._timed("text", pipe.encode_prompt)
         pipe._encode_vae_image = self._timed("encode", self._mean)
@@ -96,9 +118,13 @@ class Diffusers:
         self._seconds["whole"] = time.perf_counter() - start
         if self.peaks is not None:
             self.peaks.end()
+        pictures = [np.asarray(picture) for picture in made.images]
+        if self._job.painted:
+            self.decoded, self.pictures = self._kept.float().cpu().numpy(), np.stack(pictures)
+        self._kept = None
         start = time.perf_counter()
-        for picture in made.images:
-            encode(np.asarray(picture))
+        for picture in pictures:
+            encode(picture)
         self._seconds["png"] = time.perf_counter() - start
         return {phase: self._seconds[phase] for phase in (*PHASES, "png", "whole")}
 
@@ -130,9 +156,11 @@ class Diffusers:
         return self._pipe.vae.config.scaling_factor * posterior.mode()
 
     def _keep(self, decode: Callable[..., Any]) -> Callable[..., Any]:
+        """As it is: what copies it would be timed with the phase."""
+
         def kept(*args: Any, **kwargs: Any) -> Any:
             out = decode(*args, **kwargs)
-            self.decoded = out[0].float().cpu().numpy()
+            self._kept = out[0]
             return out
 
         return kept

@@ -9,11 +9,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
-import numpy as np
-
-from ritocco_bench.cases import LEAST_PSNR_DB, Bench, Say, row_of, total
+from ritocco_bench.cases import LEAST_PSNR_DB, Bench, Say, refuse_worse_than_peers, row_of, total
 from ritocco_bench.environment import Environment
-from ritocco_bench.parity import Execute, distance
+from ritocco_bench.painted import Painted
+from ritocco_bench.parity import Execute, Parity, distance
 from ritocco_bench.processes import Process, execute
 from ritocco_bench.report import Row
 from ritocco_bench.worker import Job, Result
@@ -44,34 +43,37 @@ def turns(
 
     A process of each is loaded and warm before the first turn, and they all stay: the memory must hold them
     side by side, and no peak is reported. Before them diffusers paints the request in float32; what each
-    paints last must lie within LEAST_PSNR_DB of that. Raises ParityError and BenchError.
+    paints last must lie within LEAST_PSNR_DB of that, and what ritocco does also as `refuse_worse_than_peers`
+    has it. Raises ParityError and BenchError.
     """
     taken: dict[tuple[str, str], list[float]] = {}
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
-        files = {variant: Path(folder) / f"{variant}.npy" for variant in ("truth", *bench.variants)}
+        files = {variant: Path(folder) / f"{variant}.npz" for variant in ("truth", *bench.variants)}
         exact = replace(bench.job("diffusers-float32"), until="picture", warm=0, runs=1)
-        run(replace(exact, decoded=str(files["truth"])))
+        run(replace(exact, painted=str(files["truth"])))
         held = {}
         for variant in bench.variants:
             say(f"turns {variant}: loads and warms up")
             job = replace(bench.job(variant), until="picture", runs=bench.pairs, turns=0)
-            held[variant] = stack.enter_context(hold(replace(job, decoded=str(files[variant]))))
+            held[variant] = stack.enter_context(hold(replace(job, painted=str(files[variant]))))
             held[variant].ready()
         for turn in range(bench.pairs):
             for process in held.values():
                 process.go()
                 process.ready()
             say(f"turns {turn + 1}/{bench.pairs}")
-        truth = np.load(files["truth"])
-        found = {}
+        truth = Painted.read(files["truth"])
+        found: dict[str, Parity] = {}
         for variant, process in held.items():
             process.go()
             for seconds in process.result().seconds:
                 derived = {"step": seconds["denoise"] / bench.steps, "total": total(seconds)}
                 for phase, one in (seconds | derived).items():
                     taken.setdefault((variant, phase), []).append(one)
-            found[variant] = distance(np.load(files[variant]), truth, least_db=LEAST_PSNR_DB, name=variant)
-    case = f"turns-{bench.size}x{bench.size}-{bench.steps}steps-{bench.outputs}x"
+            painted = Painted.read(files[variant])
+            found[variant] = distance(painted, truth, least_db=LEAST_PSNR_DB, name=variant)
+        refuse_worse_than_peers(bench, found)
+    case = f"turns-{bench.case}"
     return [
         row_of(case, bench.held(key[0]), key, each, None, found[key[0]], env) for key, each in taken.items()
     ]

@@ -17,11 +17,12 @@ PAIR = ("ritocco", "diffusers")
 class Side(Protocol):
     """A variant, loaded.
 
-    decoded: float32 [N,3,H,W] of its last run, where the job asks for it, or None. peaks: told of
-    each phase that begins.
+    decoded, pictures: float32 [N,3,H,W] and uint8 [N,H,W,3] of its last run, where the job asks for them, or
+    None. peaks: told of each phase that begins.
     """
 
     decoded: Any
+    pictures: Any
     peaks: Peaks | None
 
     def run(self, steps: int, on_step: Callable[[], None], scheduler: str = ...) -> dict[str, float]:
@@ -31,13 +32,16 @@ class Side(Protocol):
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Variant:
     """made_by: module and class of its Side. needs: packages beside diffusers and transformers. dtype: in
-    place of the job's, or empty. timed_start: whether its loading is that of a user.
+    place of the job's, or empty. timed_start: whether its loading is that of a user. devices, dtypes: what it
+    runs on and computes in; empty takes all.
     """
 
     made_by: str
     needs: tuple[str, ...] = ()
     dtype: str = ""
     timed_start: bool = True
+    devices: tuple[str, ...] = ()
+    dtypes: tuple[str, ...] = ()
 
     def load(self, job: Job) -> Side:
         """The variant in this process."""
@@ -53,7 +57,11 @@ VARIANTS: dict[str, Variant] = {
     "diffusers-compiled": Variant(made_by="theirs:CompiledDiffusers"),
     "diffusers-autotuned": Variant(made_by="theirs:AutotunedDiffusers"),
     "diffusers-openvino": Variant(
-        made_by="their_graphs:OpenVinoDiffusers", needs=("openvino",), timed_start=False
+        made_by="their_graphs:OpenVinoDiffusers",
+        needs=("openvino",),
+        timed_start=False,
+        devices=("cpu",),
+        dtypes=("bfloat16", "float32"),
     ),
     "diffusers-onnxruntime": Variant(
         made_by="their_graphs:OnnxDiffusers",

@@ -8,6 +8,7 @@ import sys
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from ritocco_bench.asked import exact_float32, synchronize
 from ritocco_bench.peaks import Peaks, peak_bytes
@@ -23,8 +24,8 @@ class Job:
     until: `loaded`; `first_step` of a fresh process; `picture`, its first one, more up to `warm`, then
     `runs`; or `end`, `runs` times after a warm-up of one step, or of `warm` whole requests where those are
     more than one. peaks: whether one more run looks at each phase's memory. schedulers: in place of `runs`,
-    one run with each. size: height and width in pixels. decoded: where the last run's
-    decoded floats go, those of each scheduler, as .npy; or empty. turns: the descriptor of a socket, on which
+    one run with each. size: height and width in pixels. painted: the file for what the last run painted, or
+    that with each scheduler, see `painted.Painted`; or empty. turns: the descriptor of a socket, on which
     the process says that it is ready before each of its runs and once after them, and waits for a word.
     """
 
@@ -39,7 +40,7 @@ class Job:
     warm: int = 1
     until: str = "end"
     seed: int = 0
-    decoded: str = ""
+    painted: str = ""
     schedulers: tuple[str, ...] = ()
     backend: str = "torch"
     peaks: bool = False
@@ -88,13 +89,11 @@ def perform(job: Job) -> Result:
         if index == 0:
             result.stepped = time.time()
     if job.schedulers:
-        import numpy as np
-
-        pictures = []
+        each = []
         for scheduler in job.schedulers:
             result.seconds.append(side.run(job.steps, lambda: None, scheduler))
-            pictures.append(side.decoded)
-        np.save(job.decoded, np.stack(pictures))
+            each.append((side.decoded, side.pictures))
+        _write(job.painted, each)
         return result
     for _ in range(job.runs):
         _await_turn(job.turns)
@@ -105,11 +104,18 @@ def perform(job: Job) -> Result:
         side.peaks = Peaks(job.device)
         side.run(job.steps, lambda: None)
         result.peaks = side.peaks.held
-    if job.decoded:
-        import numpy as np
-
-        np.save(job.decoded, side.decoded)
+    if job.painted:
+        _write(job.painted, [(side.decoded, side.pictures)])
     return result
+
+
+def _write(file: str, each: list[tuple[Any, Any]]) -> None:
+    import numpy as np
+
+    from ritocco_bench.painted import Painted
+
+    decoded, pictures = zip(*each, strict=True)
+    Painted(decoded=np.stack(decoded), pictures=np.stack(pictures)).write(file)
 
 
 def _await_turn(line: int | None) -> None:

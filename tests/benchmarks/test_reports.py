@@ -109,7 +109,9 @@ def test_a_report_has_every_row_and_their_ratios(tmp_path: Path) -> None:
     later = json.loads(json.dumps(RUNG).replace('"now"', '"later"'))
     again = summary.markdown(held[0], [RUNG, later], held[2])
     assert again.count("### ladder-8x8") == 2, "a section for each run"
-    assert "| geglu | 2 × 8 | float16 | 12.5 µs | 500 µs | 1,024 |" in text
+    assert "| geglu | 2 × 8 | float16 | 12.5 µs | 500 µs | 1,024 |  |" in text
+    measured = KERNEL | {"copy_bytes_per_s": 2e8}
+    assert "| 1,024 | 41% |" in summary.markdown([], [], [measured])
 
 
 def test_plots_are_pictures_of_each_run(tmp_path: Path) -> None:
