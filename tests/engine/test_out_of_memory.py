@@ -220,10 +220,14 @@ def test_lanes_that_fit_without_what_was_captured_all_move(captured: TorchRuntim
     assert captured.graphs is not None
     held = weakref.ref(next(iter(captured.graphs._held.values())))
     rows: list[int] = []
+    computed: list[weakref.ref[torch.Tensor]] = []
 
     def full(module: torch.nn.Module, inputs: tuple[Any, ...]) -> None:
         if held() is not None:
+            number = torch.ones(1)
+            computed.append(weakref.ref(number))
             raise torch.OutOfMemoryError("CUDA out of memory.")
+        assert computed[0]() is None, "the failed step holds nothing"
         rows.append(len(inputs[0]))
 
     hook = captured.unet.conv_out.register_forward_pre_hook(full)

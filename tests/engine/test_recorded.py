@@ -151,7 +151,7 @@ def test_what_is_forgotten_is_captured_anew_and_one_can_stay() -> None:
     assert one is not None
     replayed.forget(but=one.recorded)
     assert gone() is None, "without the garbage collector"
-    for size, count in ((1, 2), (2, 2), (2, 3)):
+    for size, count in ((1, 2), (1, 2), (2, 2), (2, 3)):
         assert replayed(torch.ones(size)).tolist() == [-1] * size
         assert len(captured) == count
     replayed.forget()

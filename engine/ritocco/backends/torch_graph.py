@@ -92,6 +92,7 @@ class StepGraph:
         self._numbers = self._given[n * 16 :].view(torch.float32).view(n, len(NUMBERS))
         cuda = device.type == "cuda"
         self._staged = [torch.zeros(n * each, dtype=torch.uint8, pin_memory=cuda) for _ in range(_STAGED)]
+        self._written = [one.numpy() for one in self._staged]  # the same memory
         self._copied = [
             torch.cuda.Event() if cuda else None  # type: ignore[no-untyped-call]
             for _ in range(_STAGED)
@@ -110,13 +111,13 @@ class StepGraph:
         numbers: of `step_numbers`, for each seat. times: the rows of its time vectors.
         """
         staged, copied = self._staged[self._turn], self._copied[self._turn]
-        self._turn = (self._turn + 1) % _STAGED
         if copied is not None:
             copied.synchronize()
-        fill(staged.numpy(), seats, numbers, indices)
+        fill(self._written[self._turn], seats, numbers, indices)
         self._given.copy_(staged, non_blocking=True)
         if copied is not None:
             copied.record()
+        self._turn = (self._turn + 1) % _STAGED
         torch.stack([each[index] for each, index in zip(times, indices, strict=True)], out=self.time)
         self.recorded()
 
