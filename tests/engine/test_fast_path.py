@@ -88,11 +88,11 @@ def test_a_look_at_captured_lanes_is_what_leaves(runtimes: tuple[TorchRuntime, T
         assert ours.history.any()
 
 
-class Dispatched(TorchDispatchMode):
+class Dispatched(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Names of torch's operations, in their order."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.names: list[str] = []
 
     def __torch_dispatch__(

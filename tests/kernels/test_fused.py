@@ -500,10 +500,10 @@ def test_the_next_input_in_float16_is_at_most_twice_as_far_from_the_truth_as_the
     from ritocco_kernels.fused.guided_step import guided_step
 
     given, noise = guided_inputs(HALF)
-    rows = given["unconditional"], given["conditional"]
-    state = tuple(given[name].clone() for name in ("output", "latents", "history", "numbers"))
-    truth = guided_step_reference(*(one.double() for one in state), noise.double(), *rows)[2]
-    plain = guided_step_reference(*state, noise, *rows)[2].to(HALF)
+    rows = {name: given[name] for name in ("unconditional", "conditional")}
+    state = {name: given[name] for name in ("output", "latents", "history", "numbers")} | {"noise": noise}
+    truth = guided_step_reference(**{name: one.double() for name, one in state.items()}, **rows)[2]
+    plain = guided_step_reference(**state, **rows)[2].to(HALF)
     guided_step(**given)
     assert_twice_as_far_at_most(given["following"], plain, truth)
 

@@ -20,7 +20,7 @@ class StepsAhead:
     def wait(self) -> None:
         """Before a step is queued: until one more makes `MOST` at most."""
         while len(self._ends) >= MOST:
-            self._ends.popleft().synchronize()  # type: ignore[no-untyped-call]
+            self._ends.popleft().synchronize()
 
     def queued(self) -> None:
         """Behind a step: note where it ends."""
