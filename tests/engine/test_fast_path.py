@@ -14,12 +14,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from accelerator import DEVICE, GPU
 from random_lanes import random_lane
 from ritocco.backends.fast_path import FastPath, _cudnn
+from ritocco.backends.recorded import again
 from ritocco.backends.runtime import Lane, LaneState, LatentSize
 from ritocco.backends.torch_ import TorchBatch, TorchRuntime
+from ritocco.backends.torch_graph import StepGraph, StepGraphs
 from ritocco.checkpoint import open_checkpoint
 from ritocco.errors import NonFiniteError
 from ritocco.schedules import SCHEDULERS
@@ -83,6 +86,40 @@ def test_a_look_at_captured_lanes_is_what_leaves(runtimes: tuple[TorchRuntime, T
         np.testing.assert_array_equal(ours.latents, theirs.latents)
         np.testing.assert_array_equal(ours.history, theirs.history)
         assert ours.history.any()
+
+
+class Dispatched(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Names of torch's operations, in their order."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.names: list[str] = []
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        self.names.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_beside_a_replay_a_step_is_two_copies(
+    runtimes: tuple[TorchRuntime, TorchRuntime], monkeypatch: pytest.MonkeyPatch, count: int
+) -> None:
+    """Of the numbers and of the time vectors, however many lanes there are."""
+    fast = runtimes[1]
+    replays: list[int] = []
+    monkeypatch.setattr(StepGraph, "_work", lambda graph: replays.append(1))
+    monkeypatch.setattr(fast, "graphs", StepGraphs(fast.unet, again, torch.float32))
+    batch = fast.open(SIZE, count)
+    for slot in range(count):
+        batch.join(slot, make_lane("K_EULER_ANCESTRAL", 4, slot, 4.0))
+    for row in range(4):
+        with Dispatched() as dispatched:
+            batch.step(dict.fromkeys(range(count), row))
+        if row:
+            assert dispatched.names == ["aten.copy_.default", "aten.stack.out"]
+    assert len(replays) == 4
 
 
 def test_compiled_lanes_equal_plain(

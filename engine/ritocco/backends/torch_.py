@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
@@ -15,16 +15,16 @@ from torch import Tensor, nn
 
 from ritocco.backends.fast_path import FastPath
 from ritocco.backends.residence import Residence
+from ritocco.backends.room import Room
 from ritocco.backends.runtime import Floats, Lane, LaneState, LatentSize, Tokens, Traits
+from ritocco.backends.steps_ahead import StepsAhead
 from ritocco.backends.torch_group import EagerGroup, Group, Seat, to_device
 from ritocco.checkpoint import Checkpoint, load_network
-from ritocco.errors import BackendError
 from ritocco.nets.text_encoder import TextEncoder
 from ritocco.nets.unet import UNet
 from ritocco.nets.vae import VAE
 from ritocco.parameters import place
 from ritocco.pixels import Kept, Mask, Pixels, from_model, masked_to_model, not_finite, pasted
-from ritocco.shown import said
 
 if TYPE_CHECKING:
     from ritocco.backends.torch_graph import StepGraphs
@@ -32,11 +32,13 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 _MOST_GATED = 64 << 20  # bytes; products of fewer tokens would leave a large GPU idle
-_STEPS_AHEAD = 2  # how many steps the host may queue before it waits for the device
 
 
 class TorchRuntime:
-    """The three networks of a checkpoint on one torch device, in one dtype. See `Runtime`."""
+    """The three networks of a checkpoint on one torch device, in one dtype. See `Runtime`.
+
+    Every method raises BackendError where the device's memory runs out, also without what was captured.
+    """
 
     def __init__(
         self,
@@ -54,7 +56,7 @@ class TorchRuntime:
 
         Raises CheckpointError where they do not fit.
         """
-        self.device, self.dtype = device, dtype
+        self.device, self.dtype, self.room = device, dtype, Room(device)
         self.path, self.notes = FastPath.of(device) if path is None else (path, ())
         if movable:
             # Looking for algorithms takes more memory than the ones that are found.
@@ -105,26 +107,33 @@ class TorchRuntime:
         device when another is needed.
         """
         self.planned[size] = at_once
-        with self.path.active(self.device), _memory_for("the networks", self.device):
-            cast(Residence, self.residence).settle(leaving)
+        with self.path.active(self.device):
+            self.room.run("the networks", partial(cast(Residence, self.residence).settle, leaving))
 
     def need(self, network: str) -> None:
         """Where networks come and go, let one come. Raises BackendError where memory runs out."""
         if self.residence is not None:
-            with _memory_for("the networks", self.device):
-                self.residence.need(network)
+            self.room.run("the networks", partial(self.residence.need, network))
 
     def encode_text(self, tokens: Tokens) -> Floats:
         """See `Runtime`."""
+
+        def encoded() -> Floats:
+            return _to_host(self._encode_text(torch.from_numpy(tokens).to(self.device)))
+
         with self.path.active(self.device):
             self.need("text_encoder")
-            return _to_host(self._encode_text(torch.from_numpy(tokens).to(self.device)))
+            return self.room.run("encoding a prompt", encoded)
 
     def encode_image(self, pixels: Floats) -> Floats:
         """See `Runtime`. One picture at a time: the activations of a picture set the peak."""
-        with self.path.active(self.device), _memory_for("encoding a picture", self.device):
-            self.need("vae")
+
+        def encoded() -> Floats:
             return np.concatenate([_to_host(self._encode_mean(self._image(one))) for one in pixels])
+
+        with self.path.active(self.device):
+            self.need("vae")
+            return self.room.run("encoding a picture", encoded)
 
     def encode_pixels(self, pixels: Pixels, mask: Mask | None) -> Floats:
         """See `Runtime`. Where kernels run, the picture crosses as bytes."""
@@ -132,17 +141,24 @@ class TorchRuntime:
             return self.encode_image(masked_to_model(pixels, mask))
         from ritocco_kernels.fused.model_pixels import to_model_pixels
 
-        with self.path.active(self.device), _memory_for("encoding a picture", self.device):
-            self.need("vae")
+        def encoded() -> Floats:
             hidden = None if mask is None else self._bytes(mask[None])
             model = to_model_pixels(self._bytes(pixels[None]), hidden, self.dtype)
             return _to_host(self._encode_mean(model))
 
+        with self.path.active(self.device):
+            self.need("vae")
+            return self.room.run("encoding a picture", encoded)
+
     def decode(self, latents: Floats) -> Floats:
         """See `Runtime`. One picture at a time: the activations of a picture set the peak."""
-        with self.path.active(self.device), _memory_for("decoding a picture", self.device):
-            self.need("vae")
+
+        def decoded() -> Floats:
             return np.concatenate([_to_host(self._decoded(one)) for one in latents])
+
+        with self.path.active(self.device):
+            self.need("vae")
+            return self.room.run("decoding a picture", decoded)
 
     def decode_pixels(self, latents: Floats, kept: Kept | None) -> Pixels:
         """See `Runtime`. Where kernels run, the pictures cross as bytes."""
@@ -150,13 +166,16 @@ class TorchRuntime:
             return pasted(from_model(self.decode(latents)), kept)
         from ritocco_kernels.fused.model_pixels import from_model_pixels
 
-        with self.path.active(self.device), _memory_for("decoding a picture", self.device):
-            self.need("vae")
+        def decoded() -> Pixels:
             held = (None, None) if kept is None else tuple(self._bytes(one) for one in kept)
             made = [from_model_pixels(self._decoded(one), *held) for one in latents]
             if any(int(broken) for _, broken in made):
                 raise not_finite()
             return np.concatenate([picture.cpu().numpy() for picture, _ in made])
+
+        with self.path.active(self.device):
+            self.need("vae")
+            return self.room.run("decoding a picture", decoded)
 
     def open(self, size: LatentSize, capacity: int) -> TorchBatch:
         """See `Runtime`."""
@@ -168,10 +187,12 @@ class TorchRuntime:
         from ritocco.backends.torch_graph import StepGraphs
 
         capture = cuda_graphs(self.device) if self.device.type == "cuda" else again
-        self.graphs = StepGraphs(self.unet, capture, self.dtype)
-        self._encode_text = Replayed(self._encode_text, capture)
-        self._encode_mean = Replayed(self._encode_mean, capture)
-        self._decode = Replayed(self._decode, capture)
+        make_room = self.room.make
+        self.graphs = StepGraphs(self.unet, capture, self.dtype, make_room)
+        self._encode_text = text = Replayed(self._encode_text, capture, make_room)
+        self._encode_mean = mean = Replayed(self._encode_mean, capture, make_room)
+        self._decode = decode = Replayed(self._decode, capture, make_room)
+        self.room.captured.update((self.graphs, text, mean, decode))
 
     def _decoded(self, latents: Floats) -> Tensor:
         """Of one picture: [1,3,H,W]."""
@@ -193,13 +214,13 @@ class TorchRuntime:
 class TorchBatch:
     """Lanes on one torch device; latents, history and the update are float32. See `Batch`.
 
-    Where the device's memory does not hold the work of all lanes at once, half as many move together from
-    then on: a step that failed has changed nothing, and is taken again.
+    Where the device's memory does not hold the work of all lanes at once, nor without what was captured, half
+    as many move together from then on: a step that failed has changed nothing, and is taken again.
     """
 
     def __init__(self, runtime: TorchRuntime, size: LatentSize, capacity: int) -> None:
         self._unet, self._graphs, self._path = runtime.unet, runtime.graphs, runtime.path
-        self._need = runtime.need
+        self._need, self._room = runtime.need, runtime.room
         self._fitting, self._planned = runtime.fitting, runtime.planned
         self._device, self._dtype, self._layout = runtime.device, runtime.dtype, runtime.layout
         self._size = size
@@ -207,47 +228,42 @@ class TorchBatch:
         self._capacity = capacity
         self._seats: dict[int, Seat] = {}
         self._groups: dict[tuple[int, ...], Group] = {}
-        self._events: list[Any] = []
+        self._picture = f"one picture of {8 * size.width} x {8 * size.height} pixels"
+        self._ahead = StepsAhead(runtime.device)
 
     def join(self, slot: int, lane: Lane) -> None:
-        """See `Batch`. Raises ValueError for a slot that is taken or out of range, or another size."""
+        """See `Batch`. Raises ValueError for a slot that is taken or out of range, or another size, and
+        BackendError where memory runs out.
+        """
         if not 0 <= slot < self._capacity or slot in self._seats:
             raise ValueError(f"slot is {slot}; it must be a free one below {self._capacity}")
         if lane.latents.shape != self._shape:
             raise ValueError(f"the lane's latents are {lane.latents.shape}; this batch takes {self._shape}")
-        self._scatter()
         with self._path.active(self._device):
             self._need("unet")
-            history = (
-                torch.zeros(3, *self._shape, device=self._device)
-                if lane.history is None
-                else to_device(lane.history, self._device, torch.float32)
-            )
-            self._seats[slot] = Seat(
-                lane=lane,
-                condition=self._hoist_condition(lane),
-                times=self._hoist_times(lane),
-                context=self._hoist_context(lane),
-                latents=to_device(lane.latents, self._device, torch.float32),
-                history=history,
-                broken=torch.full((), -1, dtype=torch.int64, device=self._device),
-            )
+            self._seats[slot] = self._room.run(self._picture, partial(self._seat, lane))
 
     def step(self, rows: Mapping[int, int]) -> None:
         """See `Batch`. Raises BackendError where memory runs out with a single lane."""
         slots, first = tuple(rows), 0
+        may_fit = self._graphs is not None  # without what is captured
         with self._path.active(self._device):
             self._need("unet")
-            self._wait()
+            self._ahead.wait()
             while first < len(slots):
                 bounds = (bound.get(self._size, self._capacity) for bound in (self._fitting, self._planned))
                 part = slots[first : first + min(bounds)]
-                try:
-                    self._move(part, tuple(rows[slot] for slot in part))
-                except torch.OutOfMemoryError as error:
-                    self._take_fewer(len(part), error)
-                else:
+                error = self._try_to_move(part, tuple(rows[slot] for slot in part))
+                if error is None:
                     first += len(part)
+                    continue
+                self._scatter()
+                self._room.make()
+                if may_fit:
+                    may_fit = False
+                else:
+                    self._take_fewer(len(part), error)
+            self._ahead.queued()
 
     def peek(self, slot: int) -> LaneState:
         """See `Batch`."""
@@ -258,10 +274,27 @@ class TorchBatch:
         return _on_host(seat.latents, seat.history, seat.broken)
 
     def leave(self, slot: int) -> LaneState:
-        """See `Batch`."""
-        self._scatter()
+        """See `Batch`. Raises BackendError where memory runs out."""
+        self._room.run(self._picture, self._scatter)
         seat = self._seats.pop(slot)
         return _on_host(seat.latents, seat.history, seat.broken)
+
+    def _seat(self, lane: Lane) -> Seat:
+        self._scatter()
+        history = (
+            torch.zeros(3, *self._shape, device=self._device)
+            if lane.history is None
+            else to_device(lane.history, self._device, torch.float32)
+        )
+        return Seat(
+            lane=lane,
+            condition=self._hoist_condition(lane),
+            times=self._hoist_times(lane),
+            context=self._hoist_context(lane),
+            latents=to_device(lane.latents, self._device, torch.float32),
+            history=history,
+            broken=torch.full((), -1, dtype=torch.int64, device=self._device),
+        )
 
     def _hoist_condition(self, lane: Lane) -> Tensor:
         for other in self._seats.values():
@@ -297,57 +330,37 @@ class TorchBatch:
         group = self._groups.get(slots)
         if group is None or not group.held:
             for others in [held for held in self._groups if set(held) & set(slots)]:
-                self._groups.pop(others).scatter()
+                self._groups[others].scatter()
+                del self._groups[others]
             group = self._groups[slots] = self._gather(slots)
         group.move(indices)
 
+    def _try_to_move(self, slots: tuple[int, ...], indices: tuple[int, ...]) -> torch.OutOfMemoryError | None:
+        """What memory ran out with, if it did: without its frames, which hold what the step had computed."""
+        try:
+            self._move(slots, indices)
+        except torch.OutOfMemoryError as error:
+            return error.with_traceback(None)
+        return None
+
     def _take_fewer(self, count: int, error: torch.OutOfMemoryError) -> None:
         """After memory ran out with so many lanes."""
-        self._scatter()
-        size = f"{8 * self._size.width} x {8 * self._size.height}"
-        if self._graphs is not None:
-            self._graphs.forget()
-        if self._device.type == "cuda":
-            torch.cuda.empty_cache()
         if count == 1:
-            raise BackendError(_too_little(f"one picture of {size} pixels", self._device, error)) from error
+            raise self._room.too_small(self._picture, error) from error
         self._fitting[self._size] = count // 2
         _log.warning(
             "%s has not the memory for %d pictures of %s at once; from now on %d are computed at a time",
             self._device,
             count,
-            size,
+            f"{8 * self._size.width} x {8 * self._size.height}",
             count // 2,
         )
 
     def _scatter(self) -> None:
         """Give the groups' state back to the seats."""
-        groups, self._groups = self._groups, {}
-        for group in groups.values():
-            group.scatter()
-
-    def _wait(self) -> None:
-        """Let the host run at most a few steps ahead of a GPU, so that stopping takes effect at once."""
-        if self._device.type != "cuda":
-            return
-        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        event.record(torch.cuda.current_stream(self._device))
-        self._events.append(event)
-        if len(self._events) > _STEPS_AHEAD:
-            self._events.pop(0).synchronize()
-
-
-@contextmanager
-def _memory_for(what: str, device: torch.device) -> Iterator[None]:
-    """Raises BackendError where the device's memory runs out."""
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        raise BackendError(_too_little(what, device, error)) from error
-
-
-def _too_little(what: str, device: torch.device, error: Exception) -> str:
-    return f"{device} has not the memory for {what}: ask for a smaller one ({said(error)})"
+        for slots in list(self._groups):
+            self._groups[slots].scatter()
+            del self._groups[slots]
 
 
 def _to_host(tensor: Tensor) -> Floats:

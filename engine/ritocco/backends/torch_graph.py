@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from ritocco.backends.recorded import KEPT_SHAPES, Capture, Recorded
+from ritocco.backends.recorded import KEPT_SHAPES, Capture, Recorded, weakly
 from ritocco.backends.runtime import Floats, Lane, LatentSize
 from ritocco.backends.torch_group import Rows, Seat
 from ritocco.nets.unet import UNet
@@ -20,40 +21,59 @@ _STAGED = 4  # one more than the steps that the host may be ahead, and one in ha
 
 
 class StepGraphs:
-    """The captured steps of one UNet: one for each latent size and pattern of lanes, the least used go."""
+    """The captured steps of one UNet: of the `KEPT_SHAPES` latest latent sizes and patterns of lanes."""
 
-    def __init__(self, unet: UNet, capture: Capture, dtype: torch.dtype) -> None:
-        self._unet, self._capture, self._dtype = unet, capture, dtype
+    def __init__(
+        self,
+        unet: UNet,
+        capture: Capture,
+        dtype: torch.dtype,
+        make_room: Callable[[Recorded], None] = lambda _: None,
+    ) -> None:
+        """make_room: see `Recorded`."""
+        self._unet, self._capture, self._dtype, self._make_room = unet, capture, dtype, make_room
         self._held: OrderedDict[tuple[Any, ...], StepGraph] = OrderedDict()
 
     def group(self, size: LatentSize, slots: tuple[int, ...], seats: list[Seat]) -> GraphGroup:
         """The seats' group, on buffers that are theirs until another group of the same kind needs them."""
         counts = tuple(seat.rows for seat in seats)
         key = (size, counts, seats[0].context[0].shape[1])
-        graph = self._held.pop(key, None) or StepGraph(self._unet, seats, self._capture, self._dtype)
+        graph = self._held.pop(key, None) or self._graph(seats)
         self._held[key] = graph
         while len(self._held) > KEPT_SHAPES:
             self._held.popitem(last=False)
         return GraphGroup(graph, slots, seats)
 
-    def forget(self) -> None:
-        """Let go of all captured steps and their memory; they are captured again when they are needed."""
-        for graph in self._held.values():
+    def forget(self, but: Recorded | None = None) -> None:
+        """See `Forgetful`. Who is on the buffers of those that go takes the state back before."""
+        for key, graph in list(self._held.items()):
+            if graph.recorded is but:
+                continue
             if graph.holder is not None:
                 graph.holder.scatter()
-        self._held.clear()
+            del self._held[key]
+
+    def _graph(self, seats: list[Seat]) -> StepGraph:
+        return StepGraph(self._unet, seats, self._capture, self._dtype, self._make_room)
 
 
 class StepGraph:
     """One step of N lanes with M rows, and its buffers."""
 
-    def __init__(self, unet: UNet, seats: list[Seat], capture: Capture, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        unet: UNet,
+        seats: list[Seat],
+        capture: Capture,
+        dtype: torch.dtype,
+        make_room: Callable[[Recorded], None],
+    ) -> None:
         first = seats[0]
         device = first.latents.device
         n, rows = len(seats), Rows.of([seat.rows for seat in seats])
         self.holder: GraphGroup | None = None
         self._unet = unet
-        self._step = Recorded(self._work, capture)
+        self.recorded = Recorded(weakly(self._work), capture, make_room)
         self.latents = torch.zeros(n, *first.latents.shape, device=device)
         self.history = torch.zeros(3, *self.latents.shape, device=device)
         self.broken = torch.full((n,), -1, dtype=torch.int64, device=device)
@@ -72,27 +92,34 @@ class StepGraph:
         self._numbers = self._given[n * 16 :].view(torch.float32).view(n, len(NUMBERS))
         cuda = device.type == "cuda"
         self._staged = [torch.zeros(n * each, dtype=torch.uint8, pin_memory=cuda) for _ in range(_STAGED)]
+        self._written = [one.numpy() for one in self._staged]  # the same memory
         self._copied = [
             torch.cuda.Event() if cuda else None  # type: ignore[no-untyped-call]
             for _ in range(_STAGED)
         ]
         self._turn = 0
 
-    def move(self, seats: list[Seat], numbers: list[Floats], indices: tuple[int, ...]) -> None:
+    def move(
+        self,
+        seats: list[Seat],
+        numbers: list[Floats],
+        times: list[Sequence[Tensor]],
+        indices: tuple[int, ...],
+    ) -> None:
         """Queue a step: one copy of a few numbers, one of the time vectors, the graph.
 
-        numbers: of `step_numbers`, for each seat.
+        numbers: of `step_numbers`, for each seat. times: the rows of its time vectors.
         """
         staged, copied = self._staged[self._turn], self._copied[self._turn]
-        self._turn = (self._turn + 1) % _STAGED
         if copied is not None:
             copied.synchronize()
-        fill(staged.numpy(), seats, numbers, indices)
+        fill(self._written[self._turn], seats, numbers, indices)
         self._given.copy_(staged, non_blocking=True)
         if copied is not None:
             copied.record()
-        torch.stack([seat.times[index] for seat, index in zip(seats, indices, strict=True)], out=self.time)
-        self._step()
+        self._turn = (self._turn + 1) % _STAGED
+        torch.stack([each[index] for each, index in zip(times, indices, strict=True)], out=self.time)
+        self.recorded()
 
     def _work(self) -> None:
         from ritocco_kernels.fused.guided_step import guided_step
@@ -122,6 +149,7 @@ class GraphGroup:
         self.slots, self.held = slots, True
         self._graph, self._seats = graph, seats
         self._numbers = [step_numbers(seat.lane) for seat in seats]
+        self._times: list[Sequence[Tensor]] = [seat.times.unbind() for seat in seats]
         self._ready: tuple[int, ...] | None = None  # the rows for which `scaled` holds the input
         first = 0
         for i, seat in enumerate(seats):
@@ -139,7 +167,7 @@ class GraphGroup:
             scales = [seat.lane.table.in_scale[row] for seat, row in zip(self._seats, indices, strict=True)]
             scale = torch.tensor(scales, dtype=torch.float32, device=graph.latents.device)
             graph.scaled.copy_(scale.view(-1, 1, 1, 1) * graph.latents)
-        graph.move(self._seats, self._numbers, indices)
+        graph.move(self._seats, self._numbers, self._times, indices)
         self._ready = tuple(index + 1 for index in indices)
 
     def state(self, place: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -148,14 +176,15 @@ class GraphGroup:
         return graph.latents[place], graph.history[:, place], graph.broken[place]
 
     def scatter(self) -> None:
-        """See `Group`."""
-        graph = self._graph
+        """See `Group`. Where memory runs out on the way, nothing has changed."""
         if not self.held:
             return
+        graph = self._graph
+        states = [tuple(one.clone() for one in self.state(i)) for i in range(len(self._seats))]
+        for seat, state in zip(self._seats, states, strict=True):
+            seat.latents, seat.history, seat.broken = state
         graph.holder, self.held = None, False
-        for i, seat in enumerate(self._seats):
-            seat.latents, seat.broken = graph.latents[i].clone(), graph.broken[i].clone()
-            seat.history = graph.history[:, i].clone()
+        del self._graph  # which may be all that keeps its memory
 
 
 def step_numbers(lane: Lane) -> Floats:

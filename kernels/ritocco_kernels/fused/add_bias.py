@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
-from ritocco_kernels.fused.layout import require
+from ritocco_kernels.fused.layout import require, require_vectors
 
 _BLOCK = 2048
 
@@ -28,9 +28,9 @@ def add_bias(x: Tensor, bias: Tensor, residual: Tensor) -> Tensor:
     """`add_bias_reference` of channels_last tensors, the sum in float32. Raises ValueError for others."""
     for name, tensor in (("x", x), ("residual", residual)):
         require(name, tensor, format=torch.channels_last)
-    require("bias", bias)
     if x.shape != residual.shape:
         raise ValueError(f"x is {tuple(x.shape)} and residual {tuple(residual.shape)}; they must be alike")
+    require_vectors(x.shape[1], bias=bias)
     out = torch.empty_like(x, memory_format=torch.channels_last)
     if x.numel():
         grid = (triton.cdiv(x.numel(), _BLOCK),)

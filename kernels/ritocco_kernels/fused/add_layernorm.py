@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
-from ritocco_kernels.fused.layout import power_of_two, require
+from ritocco_kernels.fused.layout import power_of_two, require, require_vectors
 
 
 @triton.jit
@@ -41,10 +41,11 @@ def add_layernorm(
     x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
     """`add_layernorm_reference` of contiguous tensors. Raises ValueError for others, and for two shapes."""
-    for name, tensor in (("x", x), ("residual", residual), ("weight", weight), ("bias", bias)):
+    for name, tensor in (("x", x), ("residual", residual)):
         require(name, tensor)
     if x.shape != residual.shape:
         raise ValueError(f"x is {tuple(x.shape)} and residual {tuple(residual.shape)}; they must be alike")
+    require_vectors(x.shape[-1], weight=weight, bias=bias)
     total, out = torch.empty_like(x), torch.empty_like(x)
     _launch((x, residual, weight, bias, total, out), eps, added=True)
     return total, out
@@ -52,9 +53,9 @@ def add_layernorm(
 
 @triton_op("ritocco::layernorm", mutates_args=())
 def layernorm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    """`layernorm_reference` of contiguous tensors. Raises ValueError for others."""
-    for name, tensor in (("x", x), ("weight", weight), ("bias", bias)):
-        require(name, tensor)
+    """`layernorm_reference` of contiguous tensors. Raises ValueError for others, and for other lengths."""
+    require("x", x)
+    require_vectors(x.shape[-1], weight=weight, bias=bias)
     out = torch.empty_like(x)
     _launch((x, x, weight, bias, out, out), eps, added=False)
     return out

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
-from ritocco_kernels.fused.layout import FLOATS, power_of_two, require
+from ritocco_kernels.fused.layout import FLOATS, power_of_two, require, require_vectors
 
 _WHOLE = 16384  # most elements of a group, padded, that one program keeps
 _MOST_PARTS = 32  # of the cells of a picture, whose moments every program of the second pass merges
@@ -206,10 +206,9 @@ def groupnorm_op(
     """The registered operation behind the functions below."""
     n, channels = x.shape[:2]
     require("x", x, format=torch.channels_last)
-    if channels % groups:
+    if groups < 1 or channels % groups:
         raise ValueError(f"x has {channels} channels; they must be a multiple of groups, which is {groups}")
-    for name, tensor in (("weight", weight), ("bias", bias)):
-        require(name, tensor)
+    require_vectors(channels, weight=weight, bias=bias)
     out = torch.empty_like(x, memory_format=torch.channels_last)
     given = x if shift is None else shift
     shifted, stride = shift is not None, given.stride(0)
@@ -289,14 +288,13 @@ def joined_groupnorm_silu(
     """
     for name, tensor in (("x", x), ("skip", skip)):
         require(name, tensor, format=torch.channels_last)
-    for name, tensor in (("weight", weight), ("bias", bias)):
-        require(name, tensor)
     own, channels = x.shape[1], x.shape[1] + skip.shape[1]
     if (len(x), x.shape[2:], x.dtype) != (len(skip), skip.shape[2:], skip.dtype):
         found = f"x is {x.dtype} {tuple(x.shape)} and skip {skip.dtype} {tuple(skip.shape)}"
         raise ValueError(f"{found}; they may differ in their channels alone")
-    if channels % groups:
+    if groups < 1 or channels % groups:
         raise ValueError(f"x and skip have {channels} channels; they must be a multiple of {groups} groups")
+    require_vectors(channels, weight=weight, bias=bias)
     shape = (len(x), channels, *x.shape[2:])
     out, joined = (
         torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
@@ -308,13 +306,13 @@ def joined_groupnorm_silu(
 
 
 def groupnorm(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> Tensor:
-    """`groupnorm_reference` of a channels_last x. Raises ValueError for another layout or dtype."""
+    """`groupnorm_reference` of a channels_last x. Raises ValueError for another layout, dtype or length."""
     out: Tensor = groupnorm_op(x, None, weight, bias, groups, eps, False)
     return out
 
 
 def groupnorm_silu(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> Tensor:
-    """`groupnorm_silu_reference` of a channels_last x. Raises ValueError for another layout or dtype."""
+    """`groupnorm_silu_reference` of a channels_last x. Raises ValueError as `groupnorm` does."""
     out: Tensor = groupnorm_op(x, None, weight, bias, groups, eps, True)
     return out
 

@@ -12,10 +12,11 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
-from ritocco_kernels.fused.layout import require
+from ritocco_kernels.fused.layout import FLOATS, require_shape
 from ritocco_kernels.guided_step import NUMBERS
 
 _BLOCK = 256
+_COLUMNS = len(NUMBERS)
 
 
 @triton.jit
@@ -90,29 +91,53 @@ def guided_step(
     unconditional, conditional: as in the reference; latents and history become the next ones. following:
     [N,4,h,w], contiguous or channels_last, takes the next input, in its dtype. integers: int64 [N,2], the
     seed's 64 bits and the table's row. broken: int64 [N], takes the row where a lane's latents first are not
-    finite, and is -1 before. Raises ValueError where a tensor lies otherwise.
+    finite, and is -1 before. Raises ValueError for other shapes, dtypes and layouts; a row that output has
+    not is not seen, since the host would have to wait for the device.
     """
-    for name, tensor in (("latents", latents), ("history", history), ("numbers", numbers)):
-        require(name, tensor)
-        if tensor.dtype != torch.float32:
-            raise ValueError(f"{name} is {tensor.dtype}; it must be float32")
-    if numbers.shape != (len(latents), len(NUMBERS)):
-        raise ValueError(f"numbers is {tuple(numbers.shape)}; it must be {(len(latents), len(NUMBERS))}")
-    n, channels, height, width = latents.shape
+    if output.ndim != 4:
+        raise ValueError(f"output is {tuple(output.shape)}; it must be of four sides")
+    require_shape("latents", latents, (len(latents), *output.shape[1:]))
+    shape, n = tuple(latents.shape), len(latents)
+    held = {
+        "latents": (latents, shape),
+        "history": (history, (3, *shape)),
+        "numbers": (numbers, (n, _COLUMNS)),
+    }
+    for name, (tensor, wanted) in held.items():
+        _require(name, tensor, torch.float32, wanted)
+    rows = {"unconditional": unconditional, "conditional": conditional, "broken": broken}
+    for name, tensor in rows.items():
+        _require(name, tensor, torch.int64, (n,))
+    _require("integers", integers, torch.int64, (n, 2))
+    require_shape("following", following, shape)
+    _, channels, height, width = shape
     count, cells = channels * height * width, height * width
     grid = (n, triton.cdiv(count, _BLOCK))
     wrap_triton(_guided_step)[grid](
         output, *_strides("output", output), latents, history, following, *_strides("following", following),
         numbers, integers, unconditional, conditional, broken, n, count, cells,
-        COLUMNS=len(NUMBERS), BLOCK=_BLOCK, num_warps=4,
+        COLUMNS=_COLUMNS, BLOCK=_BLOCK, num_warps=4,
     )  # fmt: skip
+
+
+def _require(name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    if tensor.dtype != dtype:
+        raise ValueError(f"{name} is {tensor.dtype}; it must be {dtype}")
+    require_shape(name, tensor, shape)
+    if not tensor.is_contiguous():
+        raise ValueError(f"{name} of shape {shape} is laid out {tensor.stride()}; not contiguous")
 
 
 def _strides(name: str, x: Tensor) -> tuple[int, int, int]:
     """Of row, channel and cell."""
-    formats = (torch.contiguous_format, torch.channels_last)
-    if not any(x.is_contiguous(memory_format=one) for one in formats):
-        raise ValueError(
-            f"{name} of shape {tuple(x.shape)} is laid out {x.stride()}; not in one of {formats}"
-        )
-    return x.stride(0), x.stride(1), x.stride(3)
+    if x.dtype not in FLOATS:
+        raise ValueError(f"{name} is {x.dtype}; it must be one of {', '.join(map(str, FLOATS))}")
+    _, channels, height, width = x.shape
+    cells = height * width
+    if x.is_contiguous():
+        return channels * cells, cells, 1
+    if x.is_contiguous(memory_format=torch.channels_last):
+        return channels * cells, 1, channels
+    raise ValueError(
+        f"{name} of shape {tuple(x.shape)} is laid out {x.stride()}; neither contiguous nor channels_last"
+    )
