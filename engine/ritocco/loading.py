@@ -71,8 +71,9 @@ def load(
     vocab.json and merges.txt, for single files. backend_options: of TensorRT, see `EngineOptions`.
     fetcher: opens the URLs of requests; None makes one from the environment. memory_budget: bytes, or `8GiB`
     and such, that weights and what is computed may take of torch's memory, on torch alone; each request is
-    computed in the fastest way that keeps to it, or refused. None: what the device has free less a reserve,
-    where the largest request might not fit there otherwise; else nothing is planned, nor for exported graphs.
+    computed in the first of `plans.strategies` that keeps to it, or refused. None: what the device has free
+    less a reserve, where the largest request might not fit there otherwise; else nothing is planned, nor for
+    exported graphs.
     Raises CheckpointError, BackendError, and RequestError for an option that no machine knows, or where
     RITOCCO_ALLOW_NETWORKS can't be read.
     """
@@ -104,6 +105,25 @@ def load(
     if backend == "auto" and (graphs := _faster_graphs(checkpoint, device, dtype)) is not None:
         return _from_artefacts(graphs, device, dtype, "auto", fetcher, checkpoint)
     return _engine(checkpoint, device, dtype, backend, fetcher)
+
+
+def load_as_planned(
+    model: Path,
+    *,
+    dtype: str,
+    variant: str | None = None,
+    tokenizer: str | Path | None = None,
+    memory_budget: int | str | None = None,
+) -> Engine:
+    """As `load`, on torch and this CPU, but without a budget where none is named, however little is free.
+
+    Raises CheckpointError, BackendError and RequestError.
+    """
+    from ritocco.checkpoint import open_checkpoint
+
+    budget = None if memory_budget is None else parse_budget(memory_budget)
+    checkpoint = open_checkpoint(model, variant=variant, tokenizer=tokenizer)
+    return _engine(checkpoint, "cpu", dtype, "torch", None, budget, rationed=False)
 
 
 def load_on_each(model: str | Path | None, devices: str, **options: Any) -> list[Engine]:
@@ -168,7 +188,10 @@ def _engine(
     backend: str,
     fetcher: Fetcher | None,
     budget: int | None = None,
+    *,
+    rationed: bool = True,
 ) -> Engine:
+    """rationed: whether what is free may give a budget where there is none."""
     from ritocco.backends.torch_ import TorchRuntime
     from ritocco.checkpoint import fingerprint, load_tokenizer
     from ritocco.device import choose
@@ -191,13 +214,14 @@ def _engine(
     planner = _planner(outline, choice, budget, running)
     if budget is not None:
         planner.refuse_too_little()
-    elif checkpoint.path is not None:  # a pipeline's tensors are in memory already
+    elif rationed and checkpoint.path is not None:  # a pipeline's tensors are in memory already
         free = free_bytes(choice.device)
-        rationed = _planner(outline, choice, free, running)
-        ample = ample_bytes(outline, _weight_bytes(outline, choice.dtype), choice.dtype.itemsize)
-        budget = default_budget(rationed, ample, free)
+        movable = _planner(outline, choice, free, running)
+        weights, captured = _weight_bytes(outline, choice.dtype), choice.device.type == "cuda"
+        ample = ample_bytes(outline, weights, choice.dtype.itemsize, captured=captured)
+        budget = default_budget(movable, ample, free, weights if captured else None)
         if budget is not None:
-            rationed.budget, planner = budget, rationed
+            movable.budget, planner = budget, movable
             kept = f"{mib_down(budget)} of {mib_down(free or 0)} that are free"
             warnings.append(
                 f"Memory: requests keep to {kept} on {choice.device}; memory_budget= changes that"
@@ -230,6 +254,7 @@ def _engine(
 
 def _planner(outline: Checkpoint, choice: Choice, budget: int | None, running: list[TorchRuntime]) -> Planner:
     """Plans of a checkpoint on torch. running: holds the runtime, once it is there."""
+    from ritocco.scheduler_config import from_pipeline
 
     def rehearse() -> Rehearsal:
         from ritocco.backends.fast_path import FastPath
@@ -259,6 +284,7 @@ def _planner(outline: Checkpoint, choice: Choice, budget: int | None, running: l
         budget=budget,
         follow=follow,
         came_in=came_in,
+        schedule=from_pipeline(outline.scheduler),
     )
 
 
