@@ -19,12 +19,13 @@ from ritocco.checkpoint import Checkpoint, open_checkpoint
 from ritocco.cli import app
 from ritocco.device import onednn_bfloat16
 from ritocco.errors import BackendError, CheckpointError, RequestError
+from ritocco.high_water import RESERVE_BYTES
 from ritocco.known import KNOWN, outline
 from ritocco.live_memory import Live
 from ritocco.loading import pocket_model
 from ritocco.memory import PHASES, Rehearsal, Usage
 from ritocco.plan_report import planned
-from ritocco.plan_verify import RESERVE_BYTES, allocated, resident
+from ritocco.plan_verify import allocated, resident
 from ritocco.plans import MemoryPlan, asked_without_pictures, strategies
 from ritocco.schema import InputError
 
