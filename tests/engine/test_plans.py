@@ -191,6 +191,13 @@ def test_it_is_said_whether_steps_are_captured(device: str, budget: int | None, 
     )
 
 
+def test_the_reserve_is_said_where_a_process_was_measured() -> None:
+    plan = Planner(Made, device="cpu", dtype="float32").explained(asked_for())
+    said = "resident: 32.0 MiB beyond the allocator's are expected, which is no bound"
+    assert said not in as_text(plan, {"denoise": 1})
+    assert said in as_text(plan, {"denoise": 1}, {"denoise": 2})
+
+
 @pytest.mark.parametrize(
     ("budget", "given", "most"),
     [
