@@ -112,7 +112,7 @@ def as_json(
         },
         "peak_bytes": peak.most,
         "peak_phase": phase,
-    } | ({} if resident is None else {"resident_reserve_bytes": RESERVE_BYTES})
+    } | ({} if resident is None else {"resident_reserve_bytes": RESERVE_BYTES[plan.dtype]})
 
 
 def _strategy(one: Strategy) -> dict[str, Any]:
@@ -143,7 +143,7 @@ def as_text(
     phase, peak = found.peak
     lines += ["", f"peak: {mib_up(peak.most)}, {phase}, in {peak.moment}"]
     if resident is not None:
-        expected = f"{mib(RESERVE_BYTES)} beyond the allocator's are expected, which is no bound"
+        expected = f"{mib(RESERVE_BYTES[plan.dtype])} beyond the allocator's are expected, which is no bound"
         lines.append(f"resident: {expected}")
     if plan.budget is not None:
         lines.append(f"budget: {mib_down(plan.budget)}; {plan.strategy}")

@@ -99,7 +99,7 @@ def _main() -> None:
 
     asked: Mapping[str, Any] = json.load(sys.stdin)
     fields = asked_without_pictures(asked["given"])
-    _warm_up()
+    _warm_up(asked["dtype"])
     where = asked["where"]
     model, dtype, budget = Path(asked["model"]), asked["dtype"], where.get("memory_budget")
     if budget is not None:  # what the planner itself keeps is no request's
@@ -118,16 +118,17 @@ def _main() -> None:
     sys.stdout.write(json.dumps(watch.most) + "\n")
 
 
-def _warm_up() -> None:
-    """Let libraries and threads come before anything is counted."""
+def _warm_up(dtype: str) -> None:
+    """Let libraries and threads come before anything is counted, and what computes in this dtype."""
     import torch
 
     import ritocco.backends.torch_
     import ritocco.loading  # noqa: F401
 
+    given = {"dtype": getattr(torch, dtype)}
     with torch.inference_mode():
-        torch.nn.functional.conv2d(torch.zeros(1, 8, 16, 16), torch.zeros(8, 8, 3, 3))
-        torch.nn.functional.linear(torch.zeros(64, 64), torch.zeros(64, 64))
+        torch.nn.functional.conv2d(torch.zeros(1, 8, 16, 16, **given), torch.zeros(8, 8, 3, 3, **given))
+        torch.nn.functional.linear(torch.zeros(64, 64, **given), torch.zeros(64, 64, **given))
 
 
 if __name__ == "__main__":
