@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import re
+import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -102,6 +104,16 @@ def held_memory(name: str) -> dict[str, int]:
         "reserved": torch.cuda.memory_reserved(name),
         "peak": torch.cuda.max_memory_allocated(name),
     }
+
+
+def give_back_memory(name: str) -> None:
+    """Let the driver have what torch keeps of a CUDA device and nobody uses; nothing on other devices, or
+    where torch computed nothing.
+    """
+    torch = sys.modules.get("torch")
+    if name.startswith("cuda") and torch is not None:
+        gc.collect()
+        torch.cuda.empty_cache()
 
 
 def refuse_unplanned(device: torch.device, dtype: torch.dtype) -> None:

@@ -21,7 +21,7 @@ from ritocco.backends.host_threads import let_go_of_workers
 from ritocco.backends.runtime import Floats, Lane, Runtime
 from ritocco.byte_sizes import mib_down, mib_up
 from ritocco.denoise import denoise
-from ritocco.device import held_memory, responds
+from ritocco.device import give_back_memory, held_memory, responds
 from ritocco.errors import BackendError
 from ritocco.fetch import Fetcher
 from ritocco.pixels import Pixels
@@ -192,6 +192,7 @@ class Engine:
             self.__dict__.pop("runtime", None)
             self._safety = self._planner = None
             give_back_freed_memory()
+            give_back_memory(self.traits.device)
 
     @contextmanager
     def on_device(self, *requests: PredictionInput) -> Iterator[Runtime]:

@@ -74,8 +74,9 @@ def load(
     backend_options: of TensorRT, see `EngineOptions`.
     fetcher: opens the URLs of requests; None makes one from the environment. memory_budget: bytes, or `8GiB`
     and such, that weights and what is computed may take of torch's memory, on torch alone; each request is
-    computed in the fastest way that keeps to it, or refused. None: what the device has free less a reserve,
-    where the largest request might not fit there otherwise; else nothing is planned, nor for exported graphs.
+    computed in the first of `plans.strategies` that keeps to it, or refused. None: what the device has free
+    less a reserve, where the largest request might not fit there otherwise; else nothing is planned, nor for
+    exported graphs.
     Raises CheckpointError, BackendError, and RequestError for an option that no machine knows, or where
     RITOCCO_ALLOW_NETWORKS can't be read.
     """
@@ -114,6 +115,25 @@ def load(
             refused.append(f"Not on {name}, though its graphs are in the cache: {error}")
             _log.warning("%s", refused[-1])
     return _engine(checkpoint, device, dtype, backend, fetcher, refused=refused)
+
+
+def load_as_planned(
+    model: Path,
+    *,
+    dtype: str,
+    variant: str | None = None,
+    tokenizer: str | Path | None = None,
+    memory_budget: int | str | None = None,
+) -> Engine:
+    """As `load`, on torch and this CPU, but without a budget where none is named, however little is free.
+
+    Raises CheckpointError, BackendError and RequestError.
+    """
+    from ritocco.checkpoint import open_checkpoint
+
+    budget = None if memory_budget is None else parse_budget(memory_budget)
+    checkpoint = open_checkpoint(model, variant=variant, tokenizer=tokenizer)
+    return _engine(checkpoint, "cpu", dtype, "torch", None, budget, rationed=False)
 
 
 def load_on_each(model: str | Path | None, devices: str, **options: Any) -> list[Engine]:
@@ -180,8 +200,11 @@ def _engine(
     budget: int | None = None,
     *,
     refused: Sequence[str] = (),
+    rationed: bool = True,
 ) -> Engine:
-    """An engine on torch. refused: what was tried before, and why it is not taken, for the log."""
+    """An engine on torch. refused: what was tried before, and why it is not taken, for the log. rationed:
+    whether what is free may give a budget where there is none.
+    """
     from ritocco.backends.torch_ import TorchRuntime
     from ritocco.checkpoint import fingerprint, load_tokenizer
     from ritocco.device import choose
@@ -204,13 +227,14 @@ def _engine(
     planner = _planner(outline, choice, budget, running)
     if budget is not None:
         planner.refuse_too_little()
-    elif checkpoint.path is not None:  # a pipeline's tensors are in memory already
+    elif rationed and checkpoint.path is not None:  # a pipeline's tensors are in memory already
         free = free_bytes(choice.device)
-        rationed = _planner(outline, choice, free, running)
-        ample = ample_bytes(outline, _weight_bytes(outline, choice.dtype), choice.dtype.itemsize)
-        budget = default_budget(rationed, ample, free)
+        movable = _planner(outline, choice, free, running)
+        weights, captured = _weight_bytes(outline, choice.dtype), choice.device.type == "cuda"
+        ample = ample_bytes(outline, weights, choice.dtype.itemsize, captured=captured)
+        budget = default_budget(movable, ample, free, weights if captured else None)
         if budget is not None:
-            rationed.budget, planner = budget, rationed
+            movable.budget, planner = budget, movable
             kept = f"{mib_down(budget)} of {mib_down(free or 0)} that are free"
             warnings.append(
                 f"Memory: requests keep to {kept} on {choice.device}; memory_budget= changes that"
@@ -244,6 +268,7 @@ def _engine(
 
 def _planner(outline: Checkpoint, choice: Choice, budget: int | None, running: list[TorchRuntime]) -> Planner:
     """Plans of a checkpoint on torch. running: holds the runtime, once it is there."""
+    from ritocco.scheduler_config import from_pipeline
 
     def rehearse() -> Rehearsal:
         from ritocco.backends.fast_path import FastPath
@@ -273,6 +298,7 @@ def _planner(outline: Checkpoint, choice: Choice, budget: int | None, running: l
         budget=budget,
         follow=follow,
         came_in=came_in,
+        schedule=from_pipeline(outline.scheduler),
     )
 
 

@@ -1,7 +1,7 @@
 """How much memory a request will take on the torch runtime: weights, and the most of each phase.
 
 The runtime's own code runs, on tensors without numbers: what it holds at which moment is not written down a
-second time. So far on a CPU.
+second time. A GPU's part runs on a CPU too, its fused kernels without their work.
 """
 
 from __future__ import annotations
@@ -15,13 +15,12 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ritocco.backends.fast_path import FastPath
-from ritocco.backends.runtime import Lane, LatentSize
+from ritocco.backends.runtime import Floats, Lane, LatentSize
 from ritocco.backends.torch_ import TorchRuntime
 from ritocco.checkpoint import REQUIRED, Checkpoint
 from ritocco.live_memory import ON_CPU, ON_CUDA, Live
 from ritocco.parameters import MemoryTensor, Stored
 from ritocco.safety import SafetyChecker
-from ritocco.scheduler_config import from_pipeline
 from ritocco.schedules import StepTable, build
 from ritocco_kernels.hollow import HOLLOW
 from ritocco_kernels.ops import Ops
@@ -74,7 +73,7 @@ class Rehearsal:
         projections and no graphs; bfloat16 is as oneDNN computes it (see `device.onednn_bfloat16`). movable:
         see `TorchRuntime`; a safety checker stays.
         """
-        self._checkpoint, self._live = checkpoint, Live(_WORKSPACES[device])
+        self._live = Live(_WORKSPACES[device])
         self._standing, self._shared = _STANDING_BYTES[device], device == "cpu"
         self._mode = FakeTensorMode(allow_non_fake_inputs=True)
         path = None if device == "cpu" else _HollowPath(kernels=True, packed=True, graphs=False, search=False)
@@ -118,11 +117,12 @@ class Rehearsal:
     ) -> Usage:
         """What a request takes. height, width: pixels. guided: whether guidance is over 1, which takes two
         rows of the UNet a picture. checked: by the safety checker, where there is one. at_once, leaving: of a
-        movable runtime, see `TorchRuntime.follow`. course: keep what every operation reaches.
+        movable runtime, see `TorchRuntime.follow`. course: keep what every operation reaches. Any number of
+        steps up to 1000 will do, whatever the checkpoint's schedule takes.
         """
         live, runtime = self._live, self._runtime
         size = LatentSize(height=height // 8, width=width // 8)
-        table = build(scheduler, num_inference_steps, from_pipeline(self._checkpoint.scheduler))
+        table = _table(scheduler, num_inference_steps)
         with self._mode, torch.inference_mode(), live:
             load = self._loading if at_once is None else self._settled(size, at_once, leaving)
             found = {"load": load if course else replace(load, course=())}
@@ -133,7 +133,7 @@ class Rehearsal:
             context = runtime._encode_text(tokens).float()
             found["text"] = self._taken()
             runtime.need("vae")
-            encoded = runtime._encode_mean(runtime._image(np.zeros((3, height, width), np.float32))).float()
+            encoded = _encoded(runtime, height, width)
             found["encode"] = self._taken()
             states = _denoise(runtime, size, _lanes(runtime, size, table, guided, num_outputs))
             if not self._shared:
@@ -141,8 +141,7 @@ class Rehearsal:
             found["denoise"] = self._taken()
             runtime.need("vae")
             latents = np.zeros((runtime.unet.spec.out_channels, size.height, size.width), np.float32)
-            # Pictures stay as they were decoded until all are.
-            made = [runtime._decoded(latents).float() for _ in range(num_outputs)]
+            made = _pictures(runtime, latents, num_outputs)
             found["decode"] = self._taken()
             del made, states, context, encoded  # all of them to the end
             if checked and self._checker is not None:
@@ -161,7 +160,7 @@ class Rehearsal:
         runtime, live = self._runtime, self._live
         size = LatentSize(height=height // 8, width=width // 8)
         # With noise in every row.
-        table = build("K_EULER_ANCESTRAL", rows, from_pipeline(self._checkpoint.scheduler))
+        table = _table("K_EULER_ANCESTRAL", rows)
         with self._mode, torch.inference_mode(), live:
             self._settled(size, lanes, leaving)
             live.begin()
@@ -213,6 +212,39 @@ class _HollowPath(FastPath):
 
     def ops(self) -> Ops:
         return HOLLOW
+
+
+def _table(scheduler: str, steps: int) -> StepTable:
+    """By diffusers' defaults: memory knows of a schedule how many rows it has, and which draw noise."""
+    return build(scheduler, steps, {})
+
+
+def _encoded(runtime: TorchRuntime, height: int, width: int) -> Tensor:
+    """The latents of a picture. On a GPU it comes as bytes, and so does the mask, which stays meanwhile."""
+    if not runtime.path.kernels:
+        return runtime._encode_mean(runtime._image(np.zeros((3, height, width), np.float32))).float()
+    mask = torch.empty(1, height, width, dtype=torch.bool)
+    pixels = torch.empty(1, height, width, 3, dtype=torch.uint8)
+    model = torch.empty(1, 3, height, width, dtype=runtime.dtype, memory_format=torch.channels_last)
+    del pixels
+    latents = runtime._encode_mean(model).float()
+    del mask
+    return latents
+
+
+def _pictures(runtime: TorchRuntime, latents: Floats, count: int) -> list[Tensor]:
+    """They stay as they were decoded until all are; on a GPU as bytes, beside those of picture and mask."""
+    if not runtime.path.kernels:
+        return [runtime._decoded(latents).float() for _ in range(count)]
+    height, width = (8 * one for one in latents.shape[1:])
+    kept = [torch.empty(height, width, 3, dtype=torch.uint8), torch.empty(height, width, dtype=torch.bool)]
+    made: list[Tensor] = []
+    for _ in range(count):
+        decoded = runtime._decoded(latents)
+        made += [torch.empty(height, width, 3, dtype=torch.uint8), torch.empty(1, dtype=torch.int32)]
+        del decoded
+    del kept
+    return made
 
 
 def _denoise(runtime: TorchRuntime, size: LatentSize, lanes: Sequence[Lane]) -> list[tuple[Tensor, Tensor]]:

@@ -13,9 +13,11 @@ from ritocco.byte_sizes import mib, mib_down, mib_up, parse_budget
 from ritocco.checkpoint import open_checkpoint
 from ritocco.device import choose, refuse_unplanned
 from ritocco.errors import RequestError
+from ritocco.high_water import RESERVE_BYTES
 from ritocco.known import outline
 from ritocco.memory import Rehearsal
 from ritocco.plans import MemoryPlan, Planner, Strategy, asked_without_pictures
+from ritocco.scheduler_config import from_pipeline
 from ritocco.schema import PredictionInput
 from ritocco.shown import shown
 
@@ -71,6 +73,7 @@ def planned(
         dtype=str(held).removeprefix("torch."),
         budget=kept,
         name="--budget",
+        schedule=from_pipeline(checkpoint.scheduler),
     )
     return fields, planner.explained(fields)
 
@@ -109,7 +112,7 @@ def as_json(
         },
         "peak_bytes": peak.most,
         "peak_phase": phase,
-    }
+    } | ({} if resident is None else {"resident_reserve_bytes": RESERVE_BYTES[plan.dtype]})
 
 
 def _strategy(one: Strategy) -> dict[str, Any]:
@@ -139,6 +142,9 @@ def as_text(
     lines = [f"{what} on torch, {plan.device}, {plan.dtype}", f"weights: {weights}", "", *table]
     phase, peak = found.peak
     lines += ["", f"peak: {mib_up(peak.most)}, {phase}, in {peak.moment}"]
+    if resident is not None:
+        expected = f"{mib(RESERVE_BYTES[plan.dtype])} beyond the allocator's are expected, which is no bound"
+        lines.append(f"resident: {expected}")
     if plan.budget is not None:
         lines.append(f"budget: {mib_down(plan.budget)}; {plan.strategy}")
         if (calls := _calls(plan)) > 1:

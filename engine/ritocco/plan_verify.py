@@ -17,10 +17,6 @@ from ritocco.plans import asked_without_pictures
 from ritocco.schema import PredictionInput
 from ritocco.shown import said
 
-RESERVE_BYTES = 32 << 20
-"""Of a process beyond torch's allocator: code and primitives of oneDNN, threads, Python's objects, pictures
-on the host. 14 to 36 MiB were seen with the embedded model, 63 to 149 (3 %) with the full-size one."""
-
 _BEGINS = {
     "follow": "load",
     "encode_text": "text",
@@ -37,7 +33,7 @@ def allocated(model: Path, fields: PredictionInput, *, dtype: str, **where: Any)
     """Most bytes that torch's allocator held in each phase, by running the whole request in this process, and
     before it one like it: see `memory.Usage`.
 
-    where: variant, tokenizer and memory_budget, as for `load`.
+    where: variant, tokenizer and memory_budget, as for `load_as_planned`.
     """
     from ritocco.track import Tracker
 
@@ -69,12 +65,12 @@ def resident(model: Path, fields: PredictionInput, *, dtype: str, **where: Any) 
 
 
 def _run(model: Path, fields: PredictionInput, watch: Any, **how: Any) -> None:
-    from ritocco.loading import load
+    from ritocco.loading import load_as_planned
 
     given = fields.model_dump(exclude={"image", "mask"})
     given |= {"image": fields.image, "mask": fields.mask, "seed": 0}
     watch.begin("load")
-    with load(model, device="cpu", backend="torch", **how) as engine:
+    with load_as_planned(model, **how) as engine:
         runtime: Any = engine.runtime
         for method, phase in _BEGINS.items():
             setattr(runtime, method, _heard(watch, phase, getattr(runtime, method)))
@@ -103,7 +99,7 @@ def _main() -> None:
 
     asked: Mapping[str, Any] = json.load(sys.stdin)
     fields = asked_without_pictures(asked["given"])
-    _warm_up()
+    _warm_up(asked["dtype"])
     where = asked["where"]
     model, dtype, budget = Path(asked["model"]), asked["dtype"], where.get("memory_budget")
     if budget is not None:  # what the planner itself keeps is no request's
@@ -122,16 +118,17 @@ def _main() -> None:
     sys.stdout.write(json.dumps(watch.most) + "\n")
 
 
-def _warm_up() -> None:
-    """Let libraries and threads come before anything is counted."""
+def _warm_up(dtype: str) -> None:
+    """Let libraries and threads come before anything is counted, and what computes in this dtype."""
     import torch
 
     import ritocco.backends.torch_
     import ritocco.loading  # noqa: F401
 
+    given = {"dtype": getattr(torch, dtype)}
     with torch.inference_mode():
-        torch.nn.functional.conv2d(torch.zeros(1, 8, 16, 16), torch.zeros(8, 8, 3, 3))
-        torch.nn.functional.linear(torch.zeros(64, 64), torch.zeros(64, 64))
+        torch.nn.functional.conv2d(torch.zeros(1, 8, 16, 16, **given), torch.zeros(8, 8, 3, 3, **given))
+        torch.nn.functional.linear(torch.zeros(64, 64, **given), torch.zeros(64, 64, **given))
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from ritocco.byte_sizes import mib_down, mib_up
 from ritocco.errors import BackendError, RequestError
 from ritocco.kept import Kept
 from ritocco.policy import buckets
+from ritocco.schedules import build
 
 if TYPE_CHECKING:
     from ritocco.memory import Phase, Usage
@@ -22,10 +23,11 @@ _KEPT_PLANS = 8192  # whose usages are kept too
 _STEP_COUNTS = (2, 3, 5, 10, 20, 30, 50, 75, 100, 150, 200, 300, 500)
 _CAPACITY = 8  # of a Batcher that is not told another
 _TABLE_ROWS = (51, 501)  # of lanes that share a step; PNDM has one more than steps
-_TEXT, _ALL = ("text_encoder",), ("text_encoder", "vae", "unet")
+_TEXT, _BESIDE, _ALL = ("text_encoder",), ("text_encoder", "vae"), ("text_encoder", "vae", "unet")
 _WHO_STAYS = {  # by who leaves
     (): "all networks in memory",
     _TEXT: "the text encoder in memory for the text alone",
+    _BESIDE: "the UNet in memory, the others when they are needed",
     _ALL: "one network at a time in memory",
 }
 _COMES = {
@@ -59,8 +61,8 @@ class MemoryPlan:
     budget: what was to be kept to, or None. strategy: the first that does, in the order of `strategies`.
     usage: what it takes. read_again: weights that are read, and converted, anew for every request, which is
     what `leaving` costs; read_again_seconds: how long that takes, by what was measured when they came last;
-    None where none came yet. more: the least budget at which a faster strategy fits, and that strategy; None
-    where this is the fastest. less: what is taken by the budgets just below `least`, and its strategy; None
+    None where none came yet. more: the least budget at which one of those before it fits, and that one; None
+    where this is the first. less: what is taken by the budgets just below `least`, and its strategy; None
     where nothing takes less, or where it was not asked for. together: pictures that may share a step with
     others of their size in a Batcher of eight lanes; None without a budget, or where it was not asked for.
     """
@@ -87,11 +89,10 @@ class MemoryPlan:
 
 def strategies(num_outputs: int) -> tuple[Strategy, ...]:
     """From the one that costs nothing to the one that takes least: fewer pictures at once go before networks
-    that leave, whose weights are read again in every request.
+    that leave, whose weights are read again in every request. Of counts that need as many calls of the UNet
+    for a step, the least.
     """
-    counts = [num_outputs]
-    while counts[-1] > 1:
-        counts.append(counts[-1] // 2)
+    counts = sorted({-(-num_outputs // calls) for calls in range(1, num_outputs + 1)}, reverse=True)
     return tuple(Strategy(at_once=count, leaving=leaving) for leaving in _WHO_STAYS for count in counts)
 
 
@@ -113,10 +114,11 @@ class Planner:
 
     rehearse: makes what `Rehearsal.usage` is a method of, when it is first needed. follow: makes the runtime
     do as a strategy says, at a height and width in pixels; needed with a budget. came_in: seconds that each
-    network took when it came to the device last. name: what errors call the budget.
+    network took when it came to the device last. name: what errors call the budget. schedule: the
+    checkpoint's scheduler config, as `schedules.build` takes it; None takes any number of steps.
 
-    Plans of a size are kept. Steps are rounded up to one of a few counts: of them a plan knows no more than
-    how many rows their table has.
+    Plans of a size are kept. Steps are rounded up to one of a few counts, whether the schedule takes that or
+    not: of them a plan knows no more than how many rows their table has.
     """
 
     def __init__(
@@ -129,8 +131,9 @@ class Planner:
         follow: Callable[[int, int, Strategy], None] | None = None,
         came_in: Callable[[], Mapping[str, float]] | None = None,
         name: str = "memory_budget",
+        schedule: Mapping[str, Any] | None = None,
     ) -> None:
-        self.budget, self._name = budget, name
+        self.budget, self._name, self._schedule = budget, name, schedule
         self._rehearse, self._follow, self._came_in = rehearse, follow, came_in
         self._device, self._dtype = device, dtype
         self._rehearsal: Any = None
@@ -139,14 +142,17 @@ class Planner:
         self._usages: Kept[Usage] = Kept(_KEPT_USAGES, rehearsing)
         self._courses: Kept[Usage] = Kept(_KEPT_COURSES, rehearsing)
         self._crowds: Kept[int] = Kept(_KEPT_USAGES, rehearsing)
+        self._lengths: Kept[int] = Kept(_KEPT_PLANS)
 
     def plan(self, fields: PredictionInput) -> MemoryPlan:
-        """For a request. Raises RequestError where no strategy keeps to the budget."""
-        return self._made(_asked(fields))
+        """For a request. Raises RequestError where no strategy keeps to the budget, and where the schedule
+        does not take its steps.
+        """
+        return self._made(self._asked(fields))
 
     def explained(self, fields: PredictionInput) -> MemoryPlan:
         """The same, with the strategy of the next smaller budget, and what every operation reaches."""
-        asked = _asked(fields)
+        asked = self._asked(fields)
         plan = self._made(asked)
         usage = self._usage(asked, None if self.budget is None else plan.strategy, course=True)
         if self.budget is None:
@@ -174,7 +180,7 @@ class Planner:
         """
         if self.budget is None:
             return capacity
-        return self._together(_asked(fields), capacity)
+        return self._together(self._asked(fields), capacity)
 
     def follow(self, *requests: PredictionInput) -> None:
         """Where there is a budget, make the runtime ready for a request, or for a step that several of one
@@ -193,6 +199,26 @@ class Planner:
         least = self.least()
         if self.budget is not None and least > self.budget:
             raise BackendError(f"{self._name} is {mib_down(self.budget)}; {smallest_takes(least)}")
+
+    def _asked(self, fields: PredictionInput) -> dict[str, Any]:
+        """What a plan depends on."""
+        return {
+            "height": fields.height,
+            "width": fields.width,
+            "num_outputs": fields.num_outputs,
+            "guided": fields.guidance_scale > 1,
+            "num_inference_steps": _rounded(self._steps(fields), _STEP_COUNTS),
+            "scheduler": fields.scheduler,
+            "checked": not fields.disable_safety_checker,
+        }
+
+    def _steps(self, fields: PredictionInput) -> int:
+        """Of a request; one more where its schedule rounds to a row too many."""
+        steps, scheduler, schedule = fields.num_inference_steps, fields.scheduler, self._schedule
+        if schedule is None:
+            return steps
+        rows = self._lengths.get((scheduler, steps), lambda: len(build(scheduler, steps, schedule)))
+        return max(steps, rows - (scheduler == "PNDM"))  # whose repeated row every table of it has
 
     def _made(self, asked: Mapping[str, Any]) -> MemoryPlan:
         plan = self._plans.get((*asked.values(), self.budget, _threads()), lambda: self._chosen(asked))
@@ -275,7 +301,7 @@ class Planner:
 
     def _crowd(self, asked: Mapping[str, Any], leaving: tuple[str, ...], lanes: int) -> int:
         """Bytes of a step that so many lanes of several requests share."""
-        rows = next(one for one in _TABLE_ROWS if one > asked["num_inference_steps"])
+        rows = _rounded(asked["num_inference_steps"] + 1, _TABLE_ROWS)
         size = {"height": asked["height"], "width": asked["width"]}
 
         def most() -> int:
@@ -332,17 +358,9 @@ def smallest_takes(least: int) -> str:
     )
 
 
-def _asked(fields: PredictionInput) -> dict[str, Any]:
-    """What a plan depends on."""
-    return {
-        "height": fields.height,
-        "width": fields.width,
-        "num_outputs": fields.num_outputs,
-        "guided": fields.guidance_scale > 1,
-        "num_inference_steps": next(one for one in _STEP_COUNTS if one >= fields.num_inference_steps),
-        "scheduler": fields.scheduler,
-        "checked": not fields.disable_safety_checker,
-    }
+def _rounded(number: int, counts: tuple[int, ...]) -> int:
+    """Up to one of the counts; itself beyond them."""
+    return next((one for one in counts if one >= number), number)
 
 
 def _largest() -> dict[str, Any]:

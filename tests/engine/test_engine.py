@@ -8,6 +8,7 @@ import random
 import re
 import secrets
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -498,6 +499,22 @@ def test_a_closed_engine_refuses(tiny_checkpoint: Path, ask: Ask) -> None:
     with pytest.raises(BackendError, match="closed"):
         engine.predict(ask())
     engine.close()
+
+
+@pytest.mark.parametrize(("device", "given_back"), [("cuda:0", 1), ("cpu", 0)])
+def test_a_closed_engine_gives_the_drivers_memory_back(
+    tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch, device: str, given_back: int
+) -> None:
+    """Once nothing of the runtime is left that could hold it."""
+    engine = ritocco.load(tiny_checkpoint, device="cpu", dtype="float32", backend="torch")
+    engine.traits = replace(engine.traits, device=device)
+    runtime: Any = engine.runtime
+    parameter = weakref.ref(next(runtime.unet.parameters()))
+    del runtime
+    left: list[object] = []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: left.append(parameter()))
+    engine.close()
+    assert left == [None] * given_back
 
 
 def test_closing_between_a_requests_check_and_its_turn_is_a_clear_error(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +12,24 @@ import torch
 
 import ritocco
 from ritocco import free_memory
+from ritocco.backends.recorded import KEPT_SHAPES
 from ritocco.checkpoint import Checkpoint, open_checkpoint
 from ritocco.errors import BackendError
-from ritocco.free_memory import RESERVE_BYTES, ample_bytes, default_budget, free_bytes
+from ritocco.free_memory import (
+    CAPTURED_TIMES,
+    RESERVE_BYTES,
+    ample_bytes,
+    captured_bytes,
+    default_budget,
+    free_bytes,
+)
 from ritocco.known import KNOWN, outline
 from ritocco.loading import _weight_bytes, pocket_model
 from ritocco.memory import Rehearsal
 from ritocco.plans import Planner
 
 CPU = torch.device("cpu")
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 MIB = 1 << 20
 
 
@@ -97,6 +108,89 @@ def test_what_is_ample_holds_the_largest_request(model: str, device: str, dtype:
     )
     ample = ample_bytes(checkpoint, _weight_bytes(checkpoint, dtype), dtype.itemsize)
     assert planner.least() < planner.most() <= ample < 4 * planner.most()
+    if device == "cuda":
+        weights = _weight_bytes(checkpoint, dtype)
+        most = captured_bytes(planner.most(), weights)
+        assert most <= ample_bytes(checkpoint, weights, dtype.itemsize, captured=True) < 2 * most
+
+
+def gpu_rows() -> list[dict[str, Any]]:
+    lines = (RESULTS / "gpu-memory.jsonl").read_text(encoding="utf-8").splitlines()
+    return [row for row in map(json.loads, lines) if row["path"] == "graphs"]
+
+
+@pytest.mark.slow
+def test_what_graphs_and_search_keep_is_within_the_bound() -> None:
+    """As measured on a GPU, and what seven more sizes keep that stay captured beside the largest."""
+    checkpoint = outline("sd2-inpainting")
+    rehearsal = Rehearsal(checkpoint, dtype=torch.float16, device="cuda", movable=True)
+    plan = rehearsal.usage(height=1024, width=1024, num_outputs=4, at_once=4).peak[1].most
+    bound = captured_bytes(plan, _weight_bytes(checkpoint, torch.float16))
+    reserved = [
+        max(phase["reserved"] for phases in row["requests"].values() for phase in phases.values())
+        for row in gpu_rows()
+    ]
+    stays = [
+        row["requests"]["third"]["text"]["held"] - row["requests"]["first"]["text"]["held"]
+        for row in gpu_rows()
+    ]
+    workspace = 33 * MIB  # of cuBLAS for captures, once
+    assert len(reserved) == 6
+    assert plan + RESERVE_BYTES < max(reserved)
+    assert max(reserved) + (KEPT_SHAPES - 1) * (max(stays) - workspace) <= bound
+
+
+@pytest.mark.parametrize(("free", "budget"), [(140, None), (139, 139)])
+def test_graphs_and_search_count_where_they_come(free: int, budget: int | None) -> None:
+    """60 of weights, 20 that are computed."""
+    planner: Any = Rehearsed(80 * MIB)
+    taken = default_budget(planner, 10**12, 2 * free * MIB, 60 * MIB)
+    assert CAPTURED_TIMES == 4
+    assert taken == (None if budget is None else budget * MIB)
+    assert default_budget(planner, 10**12, 2 * 80 * MIB) is None
+
+
+def test_what_torch_keeps_without_a_use_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of this device, and of no graph's pool."""
+
+    def segment(device: int, total: int, active: int, pool: tuple[int, int] = (0, 0)) -> dict[str, Any]:
+        return {"device": device, "total_size": total, "active_size": active, "segment_pool_id": pool}
+
+    segments = [segment(1, 50, 20), segment(1, 7, 0), segment(0, 1000, 0), segment(1, 400, 0, (0, 3))]
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10_000 * (device.index or 0), 99_999))
+    monkeypatch.setattr(torch.cuda, "memory_snapshot", lambda: segments)
+    monkeypatch.setattr(torch.cuda, "get_allocator_backend", lambda: "native")
+    assert free_bytes(torch.device("cuda", 1)) == 10_037
+    monkeypatch.setattr(torch.cuda, "get_allocator_backend", lambda: "cudaMallocAsync")
+    assert free_bytes(torch.device("cuda", 1)) == 10_000
+
+
+@pytest.mark.parametrize(("beyond", "budgeted"), [(0, False), (-2, True)])
+def test_a_gpu_has_a_budget_where_graphs_would_not_fit(
+    tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch, beyond: int, budgeted: bool
+) -> None:
+    """Of the driver's count, up to where weights would go to the device."""
+    checkpoint = open_checkpoint(tiny_checkpoint)
+    weights, most = _weight_bytes(checkpoint, torch.float16), 100 * MIB
+    free = 2 * captured_bytes(most, weights) + beyond  # half of which is the reserve
+    assert free // 2 < RESERVE_BYTES
+    started: list[bool] = []
+
+    def starts(*_: object, movable: bool, **__: object) -> None:
+        started.append(movable)
+        raise BackendError("no such device")
+
+    monkeypatch.setattr("ritocco.backends.torch_.TorchRuntime", starts)
+    monkeypatch.setattr("ritocco.device._device", lambda name: torch.device("cuda", 0))
+    monkeypatch.setattr(free_memory, "ample_bytes", lambda *_, captured, **__: 10**12 if captured else 0)
+    monkeypatch.setattr("ritocco.plans.Planner.most", lambda self: most)
+    monkeypatch.setattr("ritocco.plans.Planner.least", lambda self: MIB)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 1 << 40))
+    monkeypatch.setattr(torch.cuda, "memory_snapshot", list)
+    monkeypatch.setattr(torch.cuda, "get_allocator_backend", lambda: "native")
+    with pytest.raises(BackendError, match="no such device"):
+        ritocco.load(tiny_checkpoint, device="cuda", backend="torch")
+    assert started == [budgeted]
 
 
 def test_what_is_free_is_the_least_of_what_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -129,3 +223,15 @@ def test_engines_keep_to_what_is_free(
     monkeypatch.setattr(free_memory, "free_bytes", lambda device: 64 << 30)
     with ritocco.load(tiny_checkpoint, device="cpu", dtype="float32", backend="torch") as engine:
         assert engine.plan(width=64, height=64).budget is None
+
+
+def test_a_schedule_of_few_steps_may_have_such_a_budget(
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = Path(shutil.copytree(tiny_checkpoint, tmp_path / "model"))
+    config = model / "scheduler" / "scheduler_config.json"
+    schedule = json.loads(config.read_text(encoding="utf-8")) | {"num_train_timesteps": 100}
+    config.write_text(json.dumps(schedule), encoding="utf-8")
+    monkeypatch.setattr(free_memory, "free_bytes", lambda device: 16 * MIB)
+    with ritocco.load(model, device="cpu", dtype="float32", backend="torch") as engine:
+        assert engine.budgeted
