@@ -13,6 +13,7 @@ import pytest
 
 import ritocco
 from ritocco import BackendError, backends
+from ritocco.backends.openvino_library import openvino
 from ritocco.backends.sessions import SessionRuntime
 from ritocco.backends.torch_ import TorchRuntime
 from ritocco.checkpoint import fingerprint, open_checkpoint
@@ -109,7 +110,7 @@ def test_graphs_that_can_not_serve_leave_a_checkpoint_to_torch(
         why = "backend is 'openvino', which is damaged: import of ritocco.backends.openvino_ halted"
     else:
         able = SimpleNamespace(get_property=lambda *_: ["FP32"])
-        monkeypatch.setattr(openvino_.openvino, "Core", lambda: able)
+        monkeypatch.setattr(openvino, "Core", lambda: able)
         dtype = "bfloat16"
         why = "dtype is 'bfloat16', which this processor does not compute in"
     with ritocco.load(tiny_checkpoint, device="cpu", dtype=dtype) as engine:
@@ -204,8 +205,6 @@ def test_distributions_are_told_apart() -> None:
 def test_bfloat16_is_refused_where_the_processor_lacks_it(
     tiny_graphs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from ritocco.backends.openvino_library import openvino
-
     able = SimpleNamespace(get_property=lambda *_: ["FP32"])
     monkeypatch.setattr(openvino, "Core", lambda: able)
     with pytest.raises(BackendError, match="'bfloat16', which this processor does not compute in"):

@@ -17,9 +17,8 @@ import pytest
 import ritocco
 from ritocco import BackendError, CheckpointError
 from ritocco.backends import openvino_
+from ritocco.backends.openvino_library import openvino
 from ritocco.disk import cache_root
-
-openvino = pytest.importorskip("openvino")
 
 Ask = Callable[..., dict[str, Any]]
 
@@ -187,6 +186,6 @@ def test_an_openvino_without_its_cpu_plugin_is_named(
     def broken() -> None:
         raise RuntimeError("Cannot load library libopenvino_intel_cpu_plugin.so")
 
-    monkeypatch.setattr(openvino_.openvino, "Core", broken)
+    monkeypatch.setattr(openvino, "Core", broken)
     with pytest.raises(BackendError, match=r"OpenVINO does not start on this CPU .*cpu_plugin"):
         ritocco.load(tiny_graphs, backend="openvino")

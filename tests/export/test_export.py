@@ -18,6 +18,7 @@ import torch
 from typer.testing import CliRunner
 
 import ritocco
+from ritocco import backends
 from ritocco.artefacts import GRAPH_FILE, open_artefacts, read_manifest
 from ritocco.checkpoint import fingerprint, open_checkpoint
 from ritocco.cli import _add_plugins, app
@@ -298,7 +299,7 @@ def test_what_is_missing_names_its_extra(monkeypatch: pytest.MonkeyPatch, tmp_pa
         export("--out", tmp_path / "out")
     with pytest.raises(RequestError, match="one of --out, where to write graphs, --check"):
         export()
-    monkeypatch.setattr(plugin, "distributed", lambda name: name == "onnxruntime-gpu")
+    monkeypatch.setattr(backends, "distributed", lambda name: name == "onnxruntime-gpu")
     with pytest.raises(BackendError, match=r'pip install "ritocco\[gpu\]"'):
         export("--out", tmp_path / "out")
 
