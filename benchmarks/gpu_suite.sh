@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, in stages that each end within 8 minutes:
 #   benchmarks/gpu_suite.sh [--out FOLDER] [--model FOLDER] [--outputs N] [--again] STAGE...
-# Stages: tests, kernels, ladder, memory (what the allocator hands out, phase by phase), peers (diffusers eager), compiled
+# Stages: tests, kernels, ladder, memory (what the allocator hands out, phase by phase), plans (every strategy of a
+# budget, beside what was foretold), peers (diffusers eager), compiled
 # (and torch.compile in its default mode), autotuned (and max-autotune), turns (diffusers compiled, request by request in
 # turns), warm (fills torch's compiler cache for turns: side by side, nothing timed).
 # Rows go at once into FOLDER, by default benchmarks/results: of the peers, variant by variant; of turns, when the last turn
@@ -76,6 +77,9 @@ while [ $# -gt 0 ]; do
         shift ;;
     memory)
         folder && within -m ritocco_bench.gpu_memory --model "$model" --out "$out/gpu-memory.jsonl" $resume || status=1
+        shift ;;
+    plans)
+        folder && within -m ritocco_bench.gpu_plans --model "$model" --out "$out/gpu-plans.jsonl" || status=1
         shift ;;
     warm)
         if folder; then

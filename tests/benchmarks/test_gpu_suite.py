@@ -43,7 +43,7 @@ def suite(
 
 
 def test_each_stage_runs_what_it_names_and_goes_on_where_it_stopped(tmp_path: Path) -> None:
-    stages = ["kernels", "ladder", "memory", "peers", "compiled", "autotuned", "turns", "tests"]
+    stages = ["kernels", "ladder", "memory", "plans", "peers", "compiled", "autotuned", "turns", "tests"]
     status, called, said = suite(tmp_path, "--out", "rows", "--outputs", "2", *stages)
     made = "-m ritocco_bench make-folder --out .cache/bench/full"
     steps = (
@@ -58,6 +58,8 @@ def test_each_stage_runs_what_it_names_and_goes_on_where_it_stopped(tmp_path: Pa
         "--profile rows/profile.txt --resume",
         made,
         "-m ritocco_bench.gpu_memory --model .cache/bench/full --out rows/gpu-memory.jsonl --resume",
+        made,
+        "-m ritocco_bench.gpu_plans --model .cache/bench/full --out rows/gpu-plans.jsonl",
         made,
         steps.format("", "peers").replace("  ", " "),
         made,
