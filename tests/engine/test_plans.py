@@ -432,7 +432,7 @@ def test_requests_share_steps_within_a_budget(
     requests = [{**ASKED, **size, "num_inference_steps": 3, "seed": seed} for seed in range(lanes + 2)]
     tracker, run = Tracker(), DeviceLoop.run
 
-    held = []
+    held: list[int] = []
 
     def tracked(loop: DeviceLoop) -> None:
         runtime: Any = engine.runtime
