@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ritocco.byte_sizes import mib_down, mib_up
 from ritocco.errors import BackendError
@@ -104,9 +104,10 @@ def _kept_by_torch(device: torch.device) -> int:
 
     if torch.cuda.get_allocator_backend() != "native":  # others tell of no segments
         return 0
+    segments: list[dict[str, Any]] = torch.cuda.memory_snapshot()  # type: ignore[no-untyped-call]
     return sum(
         one["total_size"] - one["active_size"]
-        for one in torch.cuda.memory_snapshot()
+        for one in segments
         if one["device"] == (device.index or 0) and tuple(one["segment_pool_id"]) == _SHARED_POOL
     )
 

@@ -424,6 +424,7 @@ def test_the_command_says_it_for_people_and_for_programs(tiny_checkpoint: Path) 
 BUDGETED = ["plan", "--width", "64", "--height", "64", "--num-outputs", "2", "--num-inference-steps", "2"]
 
 
+@pytest.mark.slow
 def test_the_command_tells_programs_of_budgets(tiny_float16: Path) -> None:
     """Of the next larger and smaller ones as well, which lead to those strategies."""
     words = [*BUDGETED, "--model", str(tiny_float16), "--dtype", "float32", "--json", "--budget"]
