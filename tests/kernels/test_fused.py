@@ -417,7 +417,6 @@ def test_other_layouts_dtypes_and_shapes_are_refused(fused: Ops, index: int) -> 
         ("broken is torch.float32", "broken", Tensor.float),
         ("broken of shape", "broken", lambda x: x.repeat(2)[::2]),
     ],
-    ids=str,
 )
 def test_a_guided_step_of_other_tensors_is_refused(
     words: str, name: str, change: Callable[[Tensor], Tensor]
