@@ -73,13 +73,14 @@ while [ $# -gt 0 ]; do
     --again) resume=""; shift ;;
     tests)
         within -m pytest -q -m gpu -p no:cacheprovider -p no:benchmark $parallel \
-            tests/kernels tests/engine/test_fast_path.py || status=1
+            tests/kernels tests/engine/test_fast_path.py tests/engine/test_device.py tests/engine/test_float16_range.py ||
+            status=1
         shift ;;
     memory)
         folder && within -m ritocco_bench.gpu_memory --model "$model" --out "$out/gpu-memory.jsonl" $resume || status=1
         shift ;;
     plans)
-        folder && within -m ritocco_bench.gpu_plans --model "$model" --out "$out/gpu-plans.jsonl" || status=1
+        folder && within -m ritocco_bench.gpu_plans --model "$model" --out "$out/gpu-plans.jsonl" $resume || status=1
         shift ;;
     warm)
         if folder; then

@@ -11,7 +11,7 @@ import argparse
 import gc
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from ritocco.plans import Planner, asked_without_pictures
 from ritocco.scheduler_config import from_pipeline
 from ritocco_bench.environment import Environment, environment
 from ritocco_bench.folder import make_folder
-from ritocco_bench.rows import append
+from ritocco_bench.rows import append, held
 
 CASES = "512x512@1,1024x1024@1,1024x1024@4"
 STEPS = 4
@@ -40,7 +40,10 @@ def main() -> int:
     device = choose("cuda").device
     model = arguments.model or make_folder(Path(".cache/bench/full"))
     env = environment(str(device))
-    kept = [measure(model, case, arguments.out, env, str(device)) for case in arguments.cases.split(",")]
+    there = held(arguments.out, env) if arguments.resume else []
+    done = {(row.get("case"), row.get("model"), row.get("budget")) for row in there}
+    cases = arguments.cases.split(",")
+    kept = [measure(model, case, arguments.out, env, str(device), done) for case in cases]
     return 0 if all(kept) else 1
 
 
@@ -86,10 +89,16 @@ def without_pictures(given: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in given.items() if name not in ("image", "mask")}
 
 
-def measure(model: Path, case: str, out: Path, env: Environment, device: str) -> bool:
-    """A row and a line of each strategy; whether every plan held, and every picture was the same."""
+def measure(
+    model: Path, case: str, out: Path, env: Environment, device: str, done: Container[tuple[str, str, int]]
+) -> bool:
+    """A row and a line of each strategy; whether every plan held, and every picture was the same. done: case,
+    model and budget of what is there; the first strategy is run again for its picture where others are not.
+    """
     given, first, kept = asked(case), None, True
-    for budget in budgets(open_checkpoint(model), given):
+    wanted = budgets(open_checkpoint(model), given)
+    missing = [budget for budget in wanted if (f"plan-{case}", model.name, budget) not in done]
+    for budget in dict.fromkeys([*wanted[:1], *missing]) if missing else ():
         gc.collect()
         torch.cuda.empty_cache()
         before = torch.cuda.memory_allocated()
@@ -107,6 +116,7 @@ def measure(model: Path, case: str, out: Path, env: Environment, device: str) ->
             "case": f"plan-{case}",
             "model": model.name,
             "dtype": plan.dtype,
+            "budget": budget,
             "strategy": str(plan.strategy),
             "planned": plan.least,
             "requested": stats["requested_bytes.all.peak"] - before,
@@ -116,7 +126,8 @@ def measure(model: Path, case: str, out: Path, env: Environment, device: str) ->
             "seconds": seconds,
             "psnr_db": psnr(painted, first),
         }
-        append(out, row, env=env)
+        if budget in missing:
+            append(out, row, env=env)
         enough = row["allocated"] <= plan.least and row["psnr_db"] >= LEAST_PSNR_DB
         kept = kept and enough
         sizes = (f"{name} {row[name] / 2**20:,.0f}" for name in ("planned", "allocated", "reserved"))
@@ -140,6 +151,9 @@ def _parser() -> argparse.ArgumentParser:
         type=Path,
         default=Path("benchmarks/results/gpu-plans.jsonl"),
         help="JSONL file that rows are added to",
+    )
+    parser.add_argument(
+        "--resume", action="store_true", help="leave out what the file has from these sources and machine"
     )
     return parser
 

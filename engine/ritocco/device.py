@@ -107,13 +107,14 @@ def held_memory(name: str) -> dict[str, int]:
 
 
 def give_back_memory(name: str) -> None:
-    """Let the driver have what torch keeps of a CUDA device and nobody uses; nothing on other devices, or
-    where torch computed nothing.
+    """Let the driver have what torch keeps of a CUDA device and nobody uses, where it can; nothing on other
+    devices, or where torch computed nothing.
     """
-    torch = sys.modules.get("torch")
-    if name.startswith("cuda") and torch is not None:
+    if name.startswith("cuda") and "torch" in sys.modules:
+        from ritocco.backends.allocator import give_back_unused
+
         gc.collect()
-        torch.cuda.empty_cache()
+        give_back_unused()
 
 
 def refuse_unplanned(device: torch.device, dtype: torch.dtype) -> None:

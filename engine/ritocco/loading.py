@@ -419,7 +419,7 @@ def _before_torch(checkpoint: Checkpoint, device: str, dtype: str) -> Iterator[t
         try:
             folder = _cached_graphs(version, **graph_options(backend, device, dtype))
             return open_artefacts(folder, version=version)
-        except CheckpointError:
+        except (BackendError, CheckpointError):  # the cache can't be used, or holds none that are whole
             return None
 
     yield from built(device, cached)

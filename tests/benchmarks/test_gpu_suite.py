@@ -59,7 +59,7 @@ def test_each_stage_runs_what_it_names_and_goes_on_where_it_stopped(tmp_path: Pa
         made,
         "-m ritocco_bench.gpu_memory --model .cache/bench/full --out rows/gpu-memory.jsonl --resume",
         made,
-        "-m ritocco_bench.gpu_plans --model .cache/bench/full --out rows/gpu-plans.jsonl",
+        "-m ritocco_bench.gpu_plans --model .cache/bench/full --out rows/gpu-plans.jsonl --resume",
         made,
         steps.format("", "peers").replace("  ", " "),
         made,
@@ -70,7 +70,7 @@ def test_each_stage_runs_what_it_names_and_goes_on_where_it_stopped(tmp_path: Pa
         "-m ritocco_bench turns --model .cache/bench/full --device cuda --size 512 --steps 25 --pairs 7 "
         "--outputs 2 --peers diffusers-compiled --out rows/gpu-turns.jsonl --resume",
         "-m pytest -q -m gpu -p no:cacheprovider -p no:benchmark tests/kernels "
-        "tests/engine/test_fast_path.py",
+        "tests/engine/test_fast_path.py tests/engine/test_device.py tests/engine/test_float16_range.py",
     ]
     _, called, _ = suite(tmp_path, "--again", "kernels")
     assert called == ["-m ritocco_bench.kernel_floors --out benchmarks/results/kernels.jsonl"]

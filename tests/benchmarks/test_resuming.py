@@ -22,6 +22,7 @@ from ritocco_bench import (
     environment,
     folder,
     gpu_memory,
+    gpu_plans,
     ladder,
     report,
     turns,
@@ -215,6 +216,64 @@ def test_memory_is_measured_case_by_case(
     assert "second: text 1, encode 1, denoise 1, decode 1, reserved 1 MiB" in told
     gpu_memory.measure(wanted[:1], tiny, "float32", out, env, CPU, False)
     assert len(done) == 3 * 13, "nobody asked to go on"
+
+
+def test_plans_of_a_gpu_go_on_and_say_what_they_did_not_keep(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ran: list[int] = []
+
+    class Painter:
+        """Takes 4 MiB less than it may, or 1 MiB more where that is 80 MiB."""
+
+        def __init__(self, budget: int) -> None:
+            self.budget = budget
+
+        def __enter__(self) -> Painter:
+            ran.append(self.budget >> 20)
+            return self
+
+        def __exit__(self, *error: object) -> None:
+            pass
+
+        def plan(self, **fields: Any) -> Any:
+            assert fields["width"] == 64
+            return type(
+                "Plan",
+                (),
+                {"least": self.budget, "strategy": "a way", "dtype": "float16", "read_again_seconds": 0.0},
+            )
+
+        def predict(self, given: dict[str, Any]) -> Any:
+            return type("Painted", (), {"images": [given["image"]]})
+
+    def stats() -> dict[str, int]:
+        most = (81 if ran[-1] == 80 else ran[-1] - 4) << 20
+        return {f"{name}_bytes.all.peak": most for name in ("requested", "allocated", "reserved")}
+
+    monkeypatch.setattr(gpu_plans.ritocco, "load", lambda *_, memory_budget, **how: Painter(memory_budget))
+    monkeypatch.setattr(gpu_plans, "open_checkpoint", lambda model: None)
+    wanted = [100 << 20, 90 << 20]
+    monkeypatch.setattr(gpu_plans, "budgets", lambda checkpoint, given: list(wanted))
+    for name in ("reset_peak_memory_stats", "empty_cache", "synchronize"):
+        monkeypatch.setattr(torch.cuda, name, lambda: None)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "memory_stats", stats)
+    monkeypatch.setattr(gpu_plans, "choose", lambda device: type("Choice", (), {"device": CPU}))
+    out = tmp_path / "plans.jsonl"
+    words = ["plans", "--model", "somewhere", "--cases", "64x64@1", "--out", str(out), "--resume"]
+    monkeypatch.setattr(sys, "argv", words)
+    assert gpu_plans.main() == 0
+    assert ran == [100, 90]
+    wanted.append(80 << 20)
+    assert gpu_plans.main() == 1
+    assert ran == [100, 90, 100, 80], "the first again, for its picture"
+    assert "NOT KEPT" in capsys.readouterr().out
+    rows = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
+    assert [row["budget"] >> 20 for row in rows] == [100, 90, 80]
+    assert [row["allocated"] >> 20 for row in rows] == [96, 86, 81]
+    assert gpu_plans.main() == 0, "all are there"
+    assert len(ran) == 4
 
 
 def test_a_ladder_goes_on_and_a_broken_rung_has_no_row(

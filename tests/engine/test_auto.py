@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 from collections.abc import Callable
@@ -129,6 +130,15 @@ def test_torch_as_asked_names_nothing_faster(tiny_checkpoint: Path, cached: Path
 
 def test_damaged_graphs_are_left_alone(tiny_checkpoint: Path, cached: Path) -> None:
     (cached / "unet_step" / "model.onnx").write_bytes(b"no graph")
+    with ritocco.load(tiny_checkpoint, device="cpu") as engine:
+        assert isinstance(engine.runtime, TorchRuntime)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="names that are no UTF-8")
+def test_a_cache_that_can_not_be_used_is_left_alone(
+    tiny_checkpoint: Path, cached: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RITOCCO_CACHE", "no-\udcff-cache")
     with ritocco.load(tiny_checkpoint, device="cpu") as engine:
         assert isinstance(engine.runtime, TorchRuntime)
 

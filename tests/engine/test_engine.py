@@ -24,6 +24,7 @@ from torch import Tensor
 
 import ritocco
 from ritocco import BackendError, Engine, NonFiniteError, Prediction, PredictionInput, RequestError, loading
+from ritocco.backends.allocator import capturing
 from ritocco.backends.network import NetworkBatch
 from ritocco.backends.torch_ import TorchRuntime
 from ritocco.checkpoint import load_tokenizer, open_checkpoint
@@ -515,6 +516,24 @@ def test_a_closed_engine_gives_the_drivers_memory_back(
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: left.append(parameter()))
     engine.close()
     assert left == [None] * given_back
+
+
+def test_a_device_that_is_lost_keeps_no_engine_from_being_closed(
+    tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine = ritocco.load(tiny_checkpoint, device="cpu", dtype="float32", backend="torch")
+    engine.traits = replace(engine.traits, device="cuda:0")
+
+    def lost() -> None:
+        assert capturing.locked(), "nothing is captured meanwhile, on other devices either"
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(torch.cuda, "empty_cache", lost)
+    engine.close()
+    assert "torch keeps memory that nobody uses (CUDA error: an illegal" in caplog.text
+    assert not capturing.locked()
+    with pytest.raises(BackendError, match="closed"):
+        engine.plan()
 
 
 def test_closing_between_a_requests_check_and_its_turn_is_a_clear_error(

@@ -17,6 +17,7 @@ import pytest
 import ritocco
 from ritocco import BackendError, CheckpointError
 from ritocco.backends import openvino_
+from ritocco.backends.compiled_cache import seal, throw_away_unsealed
 from ritocco.backends.openvino_library import openvino
 from ritocco.disk import cache_root
 
@@ -131,6 +132,20 @@ def test_small_graphs_are_compiled_once_for_all_sizes(tiny_graphs: Path, ask: As
     assert len(held) == 4
     painted(tiny_graphs, ask(size=(128, 64), num_outputs=2))
     assert {blob: blob.stat().st_mtime_ns for blob in blobs()} == held
+
+
+def test_every_byte_of_what_was_compiled_counts(tmp_path: Path) -> None:
+    for size in (100, (64 << 20) + 5000):
+        file = tmp_path / f"{size}.blob"
+        file.write_bytes(bytes(size))
+        seal(tmp_path)
+        assert throw_away_unsealed(tmp_path)
+        assert file.exists()
+        with file.open("r+b") as stream:
+            stream.seek(size * 2 // 3)
+            stream.write(b"x")
+        assert throw_away_unsealed(tmp_path)
+        assert not file.exists()
 
 
 @pytest.mark.parametrize("damage", ["a byte", "no seal", "no seals", "seals that are none"])

@@ -20,7 +20,7 @@ from random_lanes import random_lane
 from ritocco.backends.fast_path import FastPath
 from ritocco.backends.recorded import Replayed, Work
 from ritocco.backends.runtime import Lane, LaneState, LatentSize
-from ritocco.backends.torch_ import TorchRuntime
+from ritocco.backends.torch_ import TorchBatch, TorchRuntime
 from ritocco.checkpoint import open_checkpoint
 from ritocco.errors import BackendError
 from ritocco_kernels.ops import REFERENCE, Ops
@@ -134,6 +134,22 @@ def test_memory_that_does_not_hold_one_is_an_error(runtime: TorchRuntime, rows_t
     rows_that_fit[:] = [4]
     run(runtime, lanes_of(3), lambda index: None)
     assert max(rows_that_fit[:-1]) == 2, "and one at a time is tried from then on"
+
+
+def test_no_memory_for_the_way_back_to_the_seats_is_an_error(
+    runtime: TorchRuntime, rows_that_fit: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(self: TorchBatch) -> None:
+        if rows_that_fit[-1] == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB.")
+
+    monkeypatch.setattr(TorchBatch, "_scatter", full)
+    batch = runtime.open(SIZE, 1)
+    rows_that_fit[:] = [100]
+    batch.join(0, lane_of(SIZE, 0))
+    rows_that_fit[:] = [1]
+    with pytest.raises(BackendError, match=r"has not the memory for one picture of 64 x 32.*2\.00 MiB"):
+        batch.step({0: 0})
 
 
 RNG = np.random.default_rng(0)

@@ -5,11 +5,11 @@ OpenVINO itself sees what is wrong with a compiled graph, and does not look at i
 
 from __future__ import annotations
 
+import hashlib
 import json
 from contextlib import suppress
 from pathlib import Path
 
-from ritocco.artefacts import file_digest
 from ritocco.disk import write_whole
 
 _SEALS = "seals.json"
@@ -18,7 +18,7 @@ _SEALS = "seals.json"
 def seal(folder: Path) -> None:
     """Keep the digests of all compiled models in a folder; if that fails, the next start compiles again."""
     with suppress(OSError):
-        held = {file.name: file_digest(file) for file in folder.glob("*.blob")}
+        held = {file.name: _digest(file) for file in folder.glob("*.blob")}
         if held != _seals(folder):
             write_whole(folder / _SEALS, json.dumps(held, indent=2, sort_keys=True).encode())
 
@@ -30,11 +30,16 @@ def throw_away_unsealed(folder: Path) -> bool:
     seals = _seals(folder)
     try:
         for file in folder.glob("*.blob"):
-            if seals.get(file.name) != file_digest(file):
+            if seals.get(file.name) != _digest(file):
                 file.unlink(missing_ok=True)
     except OSError:
         return False
     return True
+
+
+def _digest(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _seals(folder: Path) -> dict[str, str]:

@@ -12,6 +12,8 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from ritocco.backends.allocator import capturing
+
 KEPT_SHAPES = 8
 """Of one network: those that ran last. All go where memory runs out."""
 
@@ -20,8 +22,6 @@ _TRIES = 3  # of a capture that memory runs out in
 Work: TypeAlias = Callable[[], None]
 Capture: TypeAlias = Callable[[Work], Work]
 """Takes work that ran before, on tensors that stay where they are; returns what does the same again."""
-
-_capturing = threading.Lock()
 
 
 def cuda_graphs(device: torch.device) -> Capture:
@@ -42,7 +42,7 @@ def cuda_graphs(device: torch.device) -> Capture:
         graph = torch.cuda.CUDAGraph()
         living.add(graph)
         before = torch.cuda.current_stream(device)
-        with _capturing:
+        with capturing:
             try:
                 # Other threads may allocate and wait meanwhile.
                 with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):

@@ -8,6 +8,7 @@ from collections.abc import Collection, Mapping
 import torch
 from torch import nn
 
+from ritocco.backends.allocator import give_back_unused
 from ritocco.nets.unet import UNet
 from ritocco.parameters import place
 
@@ -68,4 +69,4 @@ class Residence:
             parameter.data = home
         self._here.remove(name)
         if self._device.type == "cuda":
-            torch.cuda.empty_cache()
+            give_back_unused()

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import torch
 
+from ritocco.backends.allocator import give_back_unused
 from ritocco.errors import BackendError
 from ritocco.shown import said
 
@@ -40,7 +41,7 @@ class Room:
         for one in self.captured:
             one.forget(but)
         if self._device.type == "cuda":
-            torch.cuda.empty_cache()
+            give_back_unused()
 
     def run(self, what: str, work: Callable[[], Result]) -> Result:
         """The result of `work`, which may be called twice. Raises BackendError, which says for what, where

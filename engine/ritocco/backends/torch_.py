@@ -257,8 +257,7 @@ class TorchBatch:
                 if error is None:
                     first += len(part)
                     continue
-                self._scatter()
-                self._room.make()
+                self._clear()
                 if may_fit:
                     may_fit = False
                 else:
@@ -266,17 +265,28 @@ class TorchBatch:
             self._ahead.queued()
 
     def peek(self, slot: int) -> LaneState:
-        """See `Batch`."""
-        for group in self._groups.values():
-            if group.held and slot in group.slots:
-                return _on_host(*group.state(group.slots.index(slot)))
-        seat = self._seats[slot]
-        return _on_host(seat.latents, seat.history, seat.broken)
+        """See `Batch`. Raises BackendError where memory runs out."""
+        return self._room.run(self._picture, partial(self._state, slot))
 
     def leave(self, slot: int) -> LaneState:
         """See `Batch`. Raises BackendError where memory runs out."""
         self._room.run(self._picture, self._scatter)
         seat = self._seats.pop(slot)
+        return _on_host(seat.latents, seat.history, seat.broken)
+
+    def _clear(self) -> None:
+        """After memory ran out in a step: nothing is captured, and the state lies in the seats."""
+        try:
+            self._scatter()
+            self._room.make()
+        except torch.OutOfMemoryError as error:
+            raise self._room.too_small(self._picture, error) from error
+
+    def _state(self, slot: int) -> LaneState:
+        for group in self._groups.values():
+            if group.held and slot in group.slots:
+                return _on_host(*group.state(group.slots.index(slot)))
+        seat = self._seats[slot]
         return _on_host(seat.latents, seat.history, seat.broken)
 
     def _seat(self, lane: Lane) -> Seat:
