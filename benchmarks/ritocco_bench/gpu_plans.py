@@ -90,7 +90,7 @@ def without_pictures(given: dict[str, Any]) -> dict[str, Any]:
 
 
 def measure(
-    model: Path, case: str, out: Path, env: Environment, device: str, done: Container[tuple[str, str, int]]
+    model: Path, case: str, out: Path, env: Environment, device: str, done: Container[tuple[Any, Any, Any]]
 ) -> bool:
     """A row and a line of each strategy; whether every plan held, and every picture was the same. done: case,
     model and budget of what is there; the first strategy is run again for its picture where others are not.

@@ -251,7 +251,7 @@ def test_plans_of_a_gpu_go_on_and_say_what_they_did_not_keep(
         most = (81 if ran[-1] == 80 else ran[-1] - 4) << 20
         return {f"{name}_bytes.all.peak": most for name in ("requested", "allocated", "reserved")}
 
-    monkeypatch.setattr(gpu_plans.ritocco, "load", lambda *_, memory_budget, **how: Painter(memory_budget))
+    monkeypatch.setattr("ritocco.load", lambda *_, memory_budget, **how: Painter(memory_budget))
     monkeypatch.setattr(gpu_plans, "open_checkpoint", lambda model: None)
     wanted = [100 << 20, 90 << 20]
     monkeypatch.setattr(gpu_plans, "budgets", lambda checkpoint, given: list(wanted))
