@@ -59,6 +59,7 @@ def test_once_it_is_closed_everybody_new_moves_alone() -> None:
     assert bounds.of(late) == 1
 
 
+@pytest.mark.slow
 def test_a_batcher_with_nothing_to_do_keeps_nobodys_pictures(
     tiny_checkpoint: Path, ask: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -94,6 +94,7 @@ def test_bfloat16_graphs_are_valid_and_not_run_where_nothing_runs_them(
     assert "openvino is not installed" in figures.line("bfloat16")
 
 
+@pytest.mark.slow
 def test_bfloat16_graphs_are_measured_again_though_tensorrt_would_not_take_them(
     tiny_checkpoint: Path, tiny_bfloat16_graphs: Path
 ) -> None:

@@ -30,6 +30,7 @@ def sealed(graphs: Path) -> None:
     write_manifest(graphs, replace(read_manifest(graphs), files=files_of(graphs)))
 
 
+@pytest.mark.slow
 def test_graphs_are_held_beside_what_they_were_made_of(
     tiny_graphs: Path, tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
