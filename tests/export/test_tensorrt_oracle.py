@@ -127,8 +127,7 @@ def test_several_profiles_of_an_export_are_taken(tiny_checkpoint: Path, tmp_path
     assert_taken(verdicts(questions))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("dtype", [pytest.param("float32", marks=pytest.mark.slow), "float16"])
 def test_the_pocket_models_graphs_of_one_size_are_taken(tmp_path: Path, dtype: str) -> None:
     questions = write(tmp_path, pocket_model(), dtype, "512@1", static=True)
     assert not any(one.profiles for one in questions)
