@@ -64,6 +64,12 @@ folder() {
     within -m ritocco_bench make-folder --out "$model"
 }
 
+[ $# -gt 0 ] || { sed -n '2,5p' "$0" >&2; exit 2; }
+python3 -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || {
+    echo "torch sees no CUDA device here: nothing was run" >&2
+    exit 1
+}
+
 while [ $# -gt 0 ]; do
     ends=$((SECONDS + limit))
     case "$1" in

@@ -130,7 +130,7 @@ class OnnxDiffusers(GraphDiffusers):
     provider = ""
 
     def _open(self, file: Path) -> Any:
-        import onnxruntime
+        from ritocco.backends.onnxruntime_library import onnxruntime
 
         wanted = self.provider or (
             "CUDAExecutionProvider" if self._job.device.startswith("cuda") else "CPUExecutionProvider"

@@ -6,7 +6,7 @@ import platform
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 
-from ritocco.backends import SESSION_BACKENDS, build_command, faster_command, found, installed
+from ritocco.backends import NEEDS_DRIVER, SESSION_BACKENDS, build_command, faster_command, found, installed
 from ritocco.device import choose, native_bfloat16
 from ritocco.errors import BackendError
 
@@ -35,10 +35,7 @@ def examine() -> list[Line]:
         *_cuda(),
         *_choice(),
         Line(level="ok", subject="backend torch", message="found"),
-        *(
-            _optional(f"backend {name}", found(name) or name, "runs exported graphs", e)
-            for name, e in SESSION_BACKENDS.items()
-        ),
+        *(_backend(name, extra) for name, extra in SESSION_BACKENDS.items()),
     ]
     return lines + [_optional(package, package, purpose, extra) for package, purpose, extra in _OPTIONAL]
 
@@ -87,6 +84,16 @@ def _choice() -> list[Line]:
     lines = [Line(level="ok", subject="default", message="; ".join(choice.reasons))]
     faster = (*faster_command(choice.device.type), *build_command(choice.device.type))
     return lines + [Line(level="note", subject="fastest", message=line) for line in faster]
+
+
+def _backend(name: str, extra: str) -> Line:
+    from ritocco.backends.cuda import driver_here
+
+    line = _optional(f"backend {name}", found(name) or name, "runs exported graphs", extra)
+    if line.level == "ok" and name in NEEDS_DRIVER and not driver_here():
+        message = f"{line.message}, with NVIDIA's driver, which is not on this machine"
+        return Line(level="missing", subject=line.subject, message=message)
+    return line
 
 
 def _optional(subject: str, package: str, purpose: str, extra: str) -> Line:

@@ -46,7 +46,11 @@ def mask_to_latent(mask: Mask) -> Floats:
 
 def not_finite() -> NonFiniteError:
     """Of what was decoded."""
-    return NonFiniteError("the decoded image holds NaN or infinity; try dtype float32 or bfloat16", step=-1)
+    return NonFiniteError(
+        "the decoded image holds NaN or infinity: float16 overflowed (try float32 or bfloat16), or weights "
+        "are damaged",
+        step=-1,
+    )
 
 
 def from_model(decoded: npt.NDArray[np.floating[Any]]) -> Pixels:

@@ -150,5 +150,8 @@ def measured(seconds: Mapping[str, float]) -> dict[str, float]:
 
 def _refuse_non_finite(network: str, *outputs: Floats | None) -> None:
     if not all(np.isfinite(output).all() for output in outputs if output is not None):
-        message = f"the {network} gave NaN or infinity before the first step; try dtype float32 or bfloat16"
-        raise NonFiniteError(message, step=-1)
+        raise NonFiniteError(
+            f"the {network} gave NaN or infinity before the first step: float16 overflowed (try float32 or "
+            "bfloat16), or weights are damaged",
+            step=-1,
+        )

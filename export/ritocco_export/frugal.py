@@ -9,13 +9,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import onnxruntime
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from ritocco.backends import installed
 from ritocco.backends.onnxruntime_ import PROVIDERS, OnnxSession
+from ritocco.backends.onnxruntime_library import onnxruntime
 from ritocco.backends.sessions import Session
 from ritocco.checkpoint import Checkpoint, load_network
 from ritocco.nets.io import GraphName

@@ -241,9 +241,19 @@ def _write(
             say=lambda line: typer.echo(line, err=True),
         )
     except OSError as error:
-        typer.echo(printable(f"error: {out}: {error}; nothing was kept"), err=True)
+        typer.echo(printable(f"error: {out}: {error}; nothing was kept{_left(out)}"), err=True)
         raise typer.Exit(1) from error
     _say_memory(out)
+
+
+def _left(out: Path) -> str:
+    """Of a disk, in words: what writes arrays does not tell why it failed."""
+    from shutil import disk_usage
+
+    there = next((one for one in (out.absolute(), *out.absolute().parents) if one.exists()), None)
+    if there is None:
+        return ""
+    return f" ({disk_usage(there).free / 2**20:,.0f} MiB are free there)"
 
 
 def _say_memory(out: Path) -> None:

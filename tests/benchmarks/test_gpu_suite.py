@@ -11,6 +11,7 @@ import pytest
 
 SUITE = Path(__file__).resolve().parents[2] / "benchmarks" / "gpu_suite.sh"
 DOUBLE = """#!/usr/bin/env bash
+case "$*" in *is_available*) exit "$NO_GPU" ;; esac
 [ "$1" = -c ] && exit 1
 echo "$*" | tr -s ' ' >> "$CALLS"
 case "$*" in *"$SLOW"*) [ -z "$SLOW" ] || { sleep 60 & wait; } ;; esac
@@ -22,14 +23,20 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="a script for ma
 
 
 def suite(
-    folder: Path, *words: str, fails: str = "", slow: str = "", seconds: int = 470
+    folder: Path, *words: str, fails: str = "", slow: str = "", seconds: int = 470, gpu: bool = True
 ) -> tuple[int, list[str], str]:
     """Exit status, what Python was called with, and what was said on standard error."""
     double, calls = folder / "python3", folder / "calls"
     double.write_text(DOUBLE, encoding="utf-8")
     double.chmod(0o755)
     calls.unlink(missing_ok=True)
-    variables = {"CALLS": str(calls), "FAILS": fails, "SLOW": slow, "STAGE_SECONDS": str(seconds)}
+    variables = {
+        "NO_GPU": str(int(not gpu)),
+        "CALLS": str(calls),
+        "FAILS": fails,
+        "SLOW": slow,
+        "STAGE_SECONDS": str(seconds),
+    }
     path = f"{folder}{os.pathsep}{os.environ['PATH']}"
     done = subprocess.run(
         ["bash", str(SUITE), *words],
@@ -74,6 +81,15 @@ def test_each_stage_runs_what_it_names_and_goes_on_where_it_stopped(tmp_path: Pa
     ]
     _, called, _ = suite(tmp_path, "--again", "kernels")
     assert called == ["-m ritocco_bench.kernel_floors --out benchmarks/results/kernels.jsonl"]
+
+
+def test_nothing_is_run_or_written_without_a_gpu_or_a_stage(tmp_path: Path) -> None:
+    status, called, said = suite(tmp_path, "memory", gpu=False)
+    assert (status, called) == (1, [])
+    assert "torch sees no CUDA device here: nothing was run" in said
+    status, called, said = suite(tmp_path)
+    assert (status, called) == (2, [])
+    assert "gpu_suite.sh [--out FOLDER]" in said
 
 
 def test_a_model_that_is_there_is_not_written_into(tmp_path: Path) -> None:

@@ -81,7 +81,7 @@ class INetworkDefinition:
 
 
 def _session(path: str) -> Any:
-    import onnxruntime
+    from ritocco.backends.onnxruntime_library import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4

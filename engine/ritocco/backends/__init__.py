@@ -21,10 +21,10 @@ SESSION_BACKENDS = {
     "tensorrt": "tensorrt",
     "tensorrt-rtx": "tensorrt-rtx",
 }
-# Which of them `auto` looks at; those of _BUILT come first where their engines were built before: building
-# takes minutes, which nobody asked for.
+# Which of them `auto` looks at; those of NEEDS_DRIVER come first where their engines were built before:
+# building takes minutes, which nobody asked for.
 _AUTO = ("openvino", "onnxruntime")
-_BUILT = ("tensorrt", "tensorrt-rtx")
+NEEDS_DRIVER = ("tensorrt", "tensorrt-rtx")
 # What exporting needs, which the extra of `export_extra` brings.
 EXPORT_PACKAGES = ("onnx", "onnxruntime", "onnxscript")
 # Name -> packages, one of which must be there; a name that is missing is its own package's.
@@ -76,7 +76,7 @@ def open_sessions(
             failures.append(error)
             why = f"{name} failed ({error})"
         else:
-            hint = () if name in _BUILT or device == "cpu" else build_command(runtime.traits.device)
+            hint = () if name in NEEDS_DRIVER or device == "cpu" else build_command(runtime.traits.device)
             return runtime, (*reasons, *hint)
     raise failures[0]
 
@@ -88,7 +88,9 @@ def _ready(artefacts: Artefacts, device: str, options: Mapping[str, Any] | None)
     places = [(name, device) for name in found_here]
     if device == "auto" and distributed("onnxruntime-gpu"):
         places.insert(0, ("onnxruntime", "cuda:0"))
-    built_here = [name for name in _BUILT if device != "cpu" and _is_built(artefacts, name, device, options)]
+    built_here = [
+        name for name in NEEDS_DRIVER if device != "cpu" and _is_built(artefacts, name, device, options)
+    ]
     places = [(name, device) for name in built_here] + places
     if not places:
         extras = " or ".join(f'"ritocco[{SESSION_BACKENDS[name]}]"' for name in _AUTO)
@@ -108,7 +110,7 @@ def built(device: str, graphs_for: Callable[[str], Artefacts | None]) -> Iterato
 
     if device.partition(":")[0] not in _GPU_KINDS or not driver_here():
         return
-    for name in filter(found, _BUILT):
+    for name in filter(found, NEEDS_DRIVER):
         graphs = graphs_for(name)
         if graphs is not None and _is_built(graphs, name, device, None):
             yield name, graphs
@@ -141,7 +143,7 @@ def build_command(device: str) -> tuple[str, ...]:
     """
     from ritocco.backends.cuda import driver_here
 
-    installed_here = [name for name in _BUILT if found(name)][:1]
+    installed_here = [name for name in NEEDS_DRIVER if found(name)][:1]
     if not installed_here or not (device.startswith("cuda") or driver_here()):
         return ()
     name = installed_here[0]
@@ -199,7 +201,7 @@ def refuse_elsewhere(backend: str, device: str, dtype: str, options: Mapping[str
         from ritocco.backends.onnxruntime_ import refuse_device
 
         refuse_device(device, with_options=bool(options))
-    if backend in _BUILT:
+    if backend in NEEDS_DRIVER:
         from ritocco.backends.cuda import driver_here
 
         if not driver_here():

@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import onnxruntime
+
+from ritocco.backends.onnxruntime_library import onnxruntime
 
 DTYPES = {
     "tensor(float)": "float32",

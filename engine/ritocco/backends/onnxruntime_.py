@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy.typing as npt
-import onnxruntime
 
 from ritocco.artefacts import Artefacts
 from ritocco.backends.engine_store import EngineOptions, EngineStore, engine_key
 from ritocco.backends.onnx_binding import DTYPES, DeviceBinding
+from ritocco.backends.onnxruntime_library import onnxruntime
 from ritocco.backends.sessions import Arrays, SessionRuntime, refuse_other_dtype
 from ritocco.errors import BackendError, CheckpointError
 from ritocco.nets.io import GraphName, NetworkIO

@@ -16,11 +16,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import onnxruntime
-
 from ritocco.artefacts import Artefacts, file_digest
 from ritocco.backends.engine_store import EngineKey, EngineOptions, EngineStore, engine_key
 from ritocco.backends.onnxruntime_ import OnnxSession, profile_options
+from ritocco.backends.onnxruntime_library import onnxruntime
 from ritocco.backends.sessions import SessionRuntime, refuse_other_dtype
 from ritocco.backends.tensorrt_library import PLUGIN
 from ritocco.errors import BackendError, CheckpointError
