@@ -103,6 +103,15 @@ def _early_bfloat16() -> onnx.ModelProto:
     return model(to, node("Conv", ("b", "weights"), "c"), back, constants=(weights,))
 
 
+def _counted(output: str) -> list[onnx.NodeProto]:
+    """A size, int64 [1], that is computed from the data; the constant `one` is [1]."""
+    return [
+        node("ReduceMax", output="largest", keepdims=0),
+        cast("largest", "count", TensorProto.INT64),
+        node("Reshape", ("count", "one"), output),
+    ]
+
+
 def _branching() -> onnx.ModelProto:
     """A choice between x and coin tosses."""
     branches = [
@@ -262,9 +271,7 @@ PLANTED: Mapping[str, Planted] = {
     "cut": Planted(
         fault="`Slice` up to an end that is computed from the data",
         make=lambda: model(
-            node("ReduceMax", output="largest", keepdims=0),
-            cast("largest", "count", TensorProto.INT64),
-            node("Reshape", ("count", "one"), "end"),
+            *_counted("end"),
             node("Slice", ("x", "zero", "end", "zero")),
             out=("found", 4, "h", "w"),
             constants=(constant("zero", [0], "int64"), constant("one", [1], "int64")),
@@ -275,9 +282,7 @@ PLANTED: Mapping[str, Planted] = {
     "filled": Planted(
         fault="`ConstantOfShape` of sizes that are computed from the data",
         make=lambda: model(
-            node("ReduceMax", output="largest", keepdims=0),
-            cast("largest", "count", TensorProto.INT64),
-            node("Reshape", ("count", "one"), "rows"),
+            *_counted("rows"),
             node("Concat", ("rows", "rest"), "sizes", axis=0),
             node("ConstantOfShape", ("sizes",)),
             out=("found", 4, 8, 8),
@@ -289,9 +294,7 @@ PLANTED: Mapping[str, Planted] = {
     "reshaped": Planted(
         fault="`Conv` behind a `Reshape` to as many axes as the data says",
         make=lambda: model(
-            node("ReduceMax", output="largest", keepdims=0),
-            cast("largest", "count", TensorProto.INT64),
-            node("Reshape", ("count", "one"), "end"),
+            *_counted("end"),
             node("Slice", ("sides", "zero", "end"), "sizes"),
             node("Reshape", ("x", "sizes"), "reshaped"),
             node("Conv", ("reshaped", "weights")),

@@ -27,7 +27,7 @@ from ritocco.device import choose
 from ritocco_bench.environment import Environment, environment
 from ritocco_bench.folder import make_folder
 from ritocco_bench.ladder import PLAIN, joined, make_lanes, walk
-from ritocco_bench.rows import append, held
+from ritocco_bench.rows import add_options, append, held
 
 PATHS: dict[str, FastPath] = {
     "plain": PLAIN,
@@ -146,15 +146,7 @@ def _parser() -> argparse.ArgumentParser:
         help="of torch's runtime, separated by commas; default: %(default)s",
     )
     parser.add_argument("--dtype", default="float16", help="of weights and arithmetic; default: %(default)s")
-    parser.add_argument(
-        "--out",
-        type=Path,
-        default=Path("benchmarks/results/gpu-memory.jsonl"),
-        help="JSONL file that rows are added to",
-    )
-    parser.add_argument(
-        "--resume", action="store_true", help="leave out what the file has from these sources and machine"
-    )
+    add_options(parser, "gpu-memory.jsonl")
     return parser
 
 

@@ -26,7 +26,7 @@ from ritocco.plans import Planner, asked_without_pictures
 from ritocco.scheduler_config import from_pipeline
 from ritocco_bench.environment import Environment, environment
 from ritocco_bench.folder import make_folder
-from ritocco_bench.rows import append, held
+from ritocco_bench.rows import add_options, append, held
 
 CASES = "512x512@1,1024x1024@1,1024x1024@4"
 STEPS = 4
@@ -146,15 +146,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m ritocco_bench.gpu_plans", description=__doc__)
     parser.add_argument("--model", type=Path, help="default: the full-size random folder")
     parser.add_argument("--cases", default=CASES, help="WIDTHxHEIGHT@PICTURES, separated by commas")
-    parser.add_argument(
-        "--out",
-        type=Path,
-        default=Path("benchmarks/results/gpu-plans.jsonl"),
-        help="JSONL file that rows are added to",
-    )
-    parser.add_argument(
-        "--resume", action="store_true", help="leave out what the file has from these sources and machine"
-    )
+    add_options(parser, "gpu-plans.jsonl")
     return parser
 
 

@@ -22,7 +22,7 @@ from ritocco_bench.ceilings import Ceilings
 from ritocco_bench.environment import Environment, environment
 from ritocco_bench.kernel_gate import PLAIN, Kernels, buffers, fused, make_call, refuse_apart
 from ritocco_bench.parity import ParityError
-from ritocco_bench.rows import append, held
+from ritocco_bench.rows import add_options, append, held
 
 CASES: tuple[tuple[str, tuple[int, ...]], ...] = (
     ("groupnorm_silu", (2, 320, 64, 64)),
@@ -175,15 +175,7 @@ def main() -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m ritocco_bench.kernel_floors", description=__doc__)
-    parser.add_argument(
-        "--out",
-        type=Path,
-        default=Path("benchmarks/results/kernels.jsonl"),
-        help="JSONL file that rows are added to",
-    )
-    parser.add_argument(
-        "--resume", action="store_true", help="leave out what the file has from these sources and machine"
-    )
+    add_options(parser, "kernels.jsonl")
     return parser
 
 

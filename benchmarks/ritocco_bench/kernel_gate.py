@@ -94,8 +94,11 @@ def make_call(kernels: Kernels, name: str, sets: list[Buffers]) -> Callable[[int
     return call
 
 
-def refuse_apart(kernels: Kernels, name: str, held: Buffers) -> None:
-    """Call an operation and its reference in float64. Raises ParityError where their results differ."""
+def refuse_apart(kernels: Kernels, name: str, held: Buffers) -> float:
+    """Call an operation and its reference in float64. Returns how far apart their results are at most, over
+    the largest number; of bytes, in bytes. Raises ParityError where that is too far.
+    """
+    farthest = 0.0
     exact = tuple(one.double() if one.is_floating_point() else one for one in held)
     found, wanted = make_call(kernels, name, [held])(0), make_call(PLAIN, name, [exact])(0)
     pairs = zip(found, wanted, strict=True) if isinstance(found, tuple) else [(found, wanted)]
@@ -110,3 +113,5 @@ def refuse_apart(kernels: Kernels, name: str, held: Buffers) -> None:
         if not apart <= most:
             rule = f"at most {most:.0e} is allowed"
             raise ParityError(f"{name} {tuple(held[0].shape)}: {apart:.1e} from its reference; {rule}")
+        farthest = max(farthest, apart)
+    return farthest

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -11,6 +12,19 @@ from typing import Any
 from ritocco_bench.environment import Environment, environment
 
 _SAME = ("sources", "machine", "driver", "versions")
+
+
+def add_options(parser: argparse.ArgumentParser, file: str) -> None:
+    """`--out`, a file of benchmarks/results where nothing is said, and `--resume`."""
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("benchmarks/results") / file,
+        help="JSONL file that rows are added to",
+    )
+    parser.add_argument(
+        "--resume", action="store_true", help="leave out what the file has from these sources and machine"
+    )
 
 
 def append(

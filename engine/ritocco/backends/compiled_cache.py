@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
@@ -15,26 +16,32 @@ from ritocco.disk import write_whole
 _SEALS = "seals.json"
 
 
-def seal(folder: Path) -> None:
-    """Keep the digests of all compiled models in a folder; if that fails, the next start compiles again."""
+def seal(folder: Path, intact: Mapping[str, str]) -> None:
+    """Keep the digests of all compiled models in a folder; if that fails, the next start compiles again.
+
+    intact: those that are known, of `throw_away_unsealed`.
+    """
     with suppress(OSError):
-        held = {file.name: _digest(file) for file in folder.glob("*.blob")}
+        held = {file.name: intact.get(file.name) or _digest(file) for file in folder.glob("*.blob")}
         if held != _seals(folder):
             write_whole(folder / _SEALS, json.dumps(held, indent=2, sort_keys=True).encode())
 
 
-def throw_away_unsealed(folder: Path) -> bool:
+def throw_away_unsealed(folder: Path) -> dict[str, str] | None:
     """Delete the compiled models that changed since they were sealed, or never were, as their process ended
-    too early. Returns whether the folder holds none of these any more.
+    too early. Returns the digests of the others by name; None where one can't be read or deleted.
     """
-    seals = _seals(folder)
+    seals, intact = _seals(folder), {}
     try:
         for file in folder.glob("*.blob"):
-            if seals.get(file.name) != _digest(file):
+            digest = _digest(file)
+            if seals.get(file.name) == digest:
+                intact[file.name] = digest
+            else:
                 file.unlink(missing_ok=True)
     except OSError:
-        return False
-    return True
+        return None
+    return intact
 
 
 def _digest(file: Path) -> str:

@@ -161,17 +161,18 @@ def open_openvino(artefacts: Artefacts, *, device: str, dtype: str) -> SessionRu
     if dtype not in _PRECISIONS:
         raise BackendError(f"dtype is {dtype!r}; the backend openvino computes in float32 or bfloat16")
     options = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": _PRECISIONS[dtype]}
-    if (cache := _cache(artefacts, options["INFERENCE_PRECISION_HINT"])) is not None:
+    cache = _cache(artefacts, options["INFERENCE_PRECISION_HINT"])
+    intact = None if cache is None else throw_away_unsealed(cache)
+    if intact is not None:
         options["CACHE_DIR"] = str(cache)
     sessions = {graph: OpenVinoSession(core, artefacts.graph(graph), options) for graph in artefacts.contract}
-    if cache is not None:
-        seal(cache)
+    if cache is not None and intact is not None:
+        seal(cache, intact)
     return SessionRuntime(artefacts, sessions, device="cpu", dtype=dtype, release=(core,))
 
 
 def _cache(artefacts: Artefacts, precision: str) -> Path | None:
-    """Where these graphs are kept as compiled, and all of it is as it was written; None where nothing can be
-    written, and every start compiles.
+    """Where these graphs are kept as compiled; None where nothing can be written, and every start compiles.
 
     OpenVINO tells models apart by the graph's file and shapes, not by the weights beside it or the precision
     that they were compiled for (seen with 2026.4), and never clears its cache: each set of graphs has a
@@ -185,4 +186,4 @@ def _cache(artefacts: Artefacts, precision: str) -> Path | None:
     except OSError:
         return None
     sweep(root, "*", days=_KEPT_DAYS)
-    return folder if os.access(folder, os.W_OK) and throw_away_unsealed(folder) else None
+    return folder if os.access(folder, os.W_OK) else None
